@@ -1,0 +1,238 @@
+"""Hierarchical speculative decoding: one model, read at several depths, one recursion.
+
+A shallow exit drafts tokens, a deeper exit filters the draft, the full model has the last word
+(HiSpec, Kumar, Sanghavi, Das, arXiv 2510.01336). A *ladder* is the list of exits; level k is the
+model cut at exit k, the last level is the whole model. So
+
+    exits=()      windows=()       plain autoregressive decoding
+    exits=(8,)    windows=(4,)     self-speculation with one draft exit (LayerSkip, arXiv 2404.16710)
+    exits=(4, 8)  windows=(2, 4)   HiSpec
+    exits=(2, 4, 8, 16) ...        any ladder: the same code
+
+Whatever the ladder, the output is the full model's own: the same tokens at temperature 0, the same
+distribution above it. `Ladder.propose` is the whole method; `step` is the only place that runs the
+model; the cache and its rollback are in kvcache.py.
+"""
+
+import math
+import operator
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kvcache import KVCache
+from model import Llama
+
+
+@dataclass
+class LevelStats:
+    """What one level did in one generation."""
+
+    exit: int  # depth in layers at which the level is read
+    calls: int = 0  # forward passes that ended at this level
+    proposed: int = 0  # tokens it handed to the level above; last level: tokens it generated
+    accepted: int = 0  # how many of those the level above kept; last level: all
+    positions: int = 0  # positions that passed through its segment, the prompt's included
+
+
+@dataclass
+class Generation:
+    """The new tokens (without the prompt), one LevelStats a level, shallow to deep, and wall-clock seconds."""
+
+    tokens: list[int]
+    levels: list[LevelStats] = field(repr=False)
+    seconds: float
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    exits: Sequence[int] = (),
+    windows: Sequence[int] = (),
+    temperature: float = 0.0,
+    seed: int | None = None,
+    stop: Iterable[int] = (),
+) -> Generation:
+    """Continue `prompt` (token ids) by at most max_new_tokens tokens, exactly as the full model would.
+
+    exits: depths in layers, ascending, each below the full depth. windows[k]: how many tokens level k
+    gathers each time level k+1 asks, so one for each exit. temperature 0 takes the likeliest token (the
+    lowest id among equals); above 0 it samples, reproducibly if a seed is given. Generation ends after
+    the first token in `stop` (kept as the last token), or when prompt and new tokens fill the model's
+    max_seq_len. Raises ValueError, before any work, for arguments out of range.
+    """
+    check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop)
+    began = time.perf_counter()
+    ladder = Ladder(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop)
+    ladder.propose(len(exits), max_new_tokens)
+    tokens = ladder.tokens[len(prompt) : ladder.length].tolist()
+    ladder.stats[-1].proposed = ladder.stats[-1].accepted = len(tokens)
+    return Generation(tokens, ladder.stats, time.perf_counter() - began)
+
+
+class Ladder:
+    """The state of one generation, and the recursion that advances it.
+
+    `tokens[:length]` is the sequence so far: settled text, then drafts not yet seen by deeper levels.
+    """
+
+    def __init__(self, model, prompt, max_new_tokens, exits, windows, temperature, seed, stop):
+        device = model.embed.weight.device
+        self.model, self.windows, self.temperature, self.stop = model, windows, temperature, frozenset(stop)
+        self.depths = (*exits, model.config.n_layers)
+        self.stats = [LevelStats(exit) for exit in self.depths]
+        self.limit = min(len(prompt) + max_new_tokens, model.config.max_seq_len)  # the sequence never gets longer
+        self.cache = KVCache(model.config, tuple(exits), self.limit, device, model.embed.weight.dtype)
+        self.tokens = torch.zeros(self.limit + 1, dtype=torch.long, device=device)
+        self.tokens[: len(prompt)] = torch.as_tensor(prompt)
+        self.length = len(prompt)
+        self.probs: list[list[Tensor]] = [[] for _ in self.depths]  # level k's full row for each token it proposes
+        self.rng = torch.Generator(device)
+        self.rng.seed() if seed is None else self.rng.manual_seed(seed)
+
+    def propose(self, k: int, want: int) -> None:
+        """Append at least `want` tokens that level k accepts (fewer only at the end of the text)."""
+        goal = self.length + want
+        while self.length < min(goal, self.limit):
+            base = self.length
+            if k > 0:
+                self.propose(k - 1, min(self.windows[k - 1], goal - base))  # drafts from the level below
+            logits = self.step(k, rows=self.length - base + 1)  # read at positions base-1 .. length-1
+            self.verify(k, base, logits)
+
+    def step(self, k: int, rows: int) -> Tensor:
+        """Run level k on all it has not seen; return its logits (rows, V) at the last `rows` positions."""
+        self.stats[k].calls += 1
+        for j in range(k + 1):
+            self.stats[j].positions += self.length - self.cache.lengths[j]
+        return step(self.model, self.cache, self.depths, self.tokens, self.length, k, rows)
+
+    def verify(self, k: int, base: int, logits: Tensor) -> None:
+        """Keep the drafts tokens[base:length] as far as level k agrees, then add level k's own next token.
+
+        logits (n+1, V) predict the n drafts and the token after them, so a correction after a rejection
+        and a bonus after a full match are the same thing: the first token the drafts do not supply.
+        """
+        drafts = self.tokens[base : self.length]  # (n,)
+        if self.temperature == 0:
+            choice, accepted = verify_greedy(drafts, logits)
+        else:
+            p = torch.softmax(logits.double() / self.temperature, dim=-1)  # (n+1, V)
+            q = torch.cat(self.probs[k - 1]) if len(drafts) else p[:0]  # (n, V) what each draft was drawn from
+            choice, accepted = verify_sampled(drafts, q, p, self.rng)
+        self.tokens[base : self.length + 1] = choice  # accepted drafts stand as they were; the rest is cut below
+
+        last = k == len(self.depths) - 1
+        kept = 0
+        if k > 0 or last:  # the one host read of a verification; drafting (k = 0) has nothing to judge
+            kept, *new = torch.cat([accepted.view(1), choice]).tolist()
+            if last:
+                self._end_at_stop(base, new[: kept + 1])
+        if k > 0:
+            self.stats[k - 1].proposed += len(drafts)
+            self.stats[k - 1].accepted += kept
+            self.probs[k - 1].clear()  # judged
+        self.length = min(base + kept + 1, self.limit)
+        if self.temperature > 0 and not last:
+            self.probs[k].append(p[: self.length - base])
+        self.cache.rollback(k, min(base + kept, self.length))  # the token just added has not been run
+
+    def _end_at_stop(self, base: int, new: list[int]) -> None:
+        for i, token in enumerate(new):
+            if token in self.stop:
+                self.limit = base + i + 1
+                return
+
+
+def step(
+    model: Llama, cache: KVCache, depths: tuple[int, ...], tokens: Tensor, length: int, k: int, rows: int
+) -> Tensor:
+    """Run segments 0..k over every position < length that each has not processed.
+
+    Returns level k's logits (rows, V) at positions length-rows .. length-1.
+    """
+    first = 0
+    for j, last in enumerate(depths[: k + 1]):
+        for start, stop in cache.pending(j, length):
+            h = model.embed(tokens[None, start:stop]) if j == 0 else cache.hidden[j - 1, :, start:stop]  # (1, N, D)
+            cache.hidden[j, :, start:stop] = model.run(h, first, last, start, cache)
+        cache.lengths[j] = length
+        first = last
+    return model.logits(cache.hidden[k, 0, length - rows : length], depths[k])
+
+
+def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """What the level itself would write (n+1,), and how many drafts (n,) agree before the first that does not."""
+    choice = logits.argmax(dim=-1)
+    return choice, leading(choice[:-1] == drafts)
+
+
+def verify_sampled(drafts: Tensor, q: Tensor, p: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Speculative sampling (arXiv 2211.17192, Algorithm 1): the tokens kept are distributed as p.
+
+    drafts (n,) were drawn from the rows of q (n, V); p (n+1, V) is the level's own. Draft x is accepted
+    with probability min(1, p(x) / q(x)); the first rejected one is replaced by a draw from the positive
+    part of p - q. After a full match there is no q to subtract and the bonus is a draw from p. Returns
+    (n+1,) tokens, of which those up to the replacement or bonus count, and the number accepted.
+    """
+    x = drafts.unsqueeze(1)  # (n, 1)
+    accepted = leading(coin((p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1), rng))
+    residual = torch.cat([(p[:-1] - q).clamp(min=0), p[-1:]])  # (n+1, V), unnormalised
+    token = draw(residual.index_select(0, accepted.view(1)).squeeze(0), rng)
+    return torch.cat([drafts, drafts.new_zeros(1)]).scatter(0, accepted.view(1), token.view(1)), accepted
+
+
+def leading(agree: Tensor) -> Tensor:
+    """How many values of agree (n,) are true before the first false one, as a 0-d tensor."""
+    return agree.long().cumprod(dim=0).sum()
+
+
+def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
+    """True with probability prob (n,); at 1 and above always."""
+    return torch.rand(prob.shape, dtype=prob.dtype, device=prob.device, generator=rng) < prob
+
+
+def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
+    """A token (0-d) drawn in proportion to weights (V,)."""
+    return torch.multinomial(weights, 1, generator=rng).squeeze(0)
+
+
+def check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop) -> None:
+    """Raise ValueError saying what is wrong and what is allowed."""
+    config = model.config
+    V, L, T = config.vocab_size, config.n_layers, config.max_seq_len
+    if len(prompt) == 0:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    if len(prompt) >= T:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {T}")
+    for name, tokens in (("prompt", prompt), ("stop", stop)):
+        for token in tokens:
+            if not 0 <= whole(token, name) < V:
+                raise ValueError(f"{name} holds token id {token}, outside the vocabulary 0..{V - 1}")
+    if not 0 <= whole(max_new_tokens, "max_new_tokens") <= T:
+        raise ValueError(f"max_new_tokens must be between 0 and the model's context of {T}, got {max_new_tokens}")
+    for previous, exit in zip((0, *exits), exits, strict=False):
+        if not previous < whole(exit, "exits") < L:
+            raise ValueError(f"exits must ascend strictly within 1..{L - 1}, got {tuple(exits)}")
+    if len(windows) != len(exits):
+        raise ValueError(f"windows needs one length for each of the {len(exits)} exits, got {tuple(windows)}")
+    if any(whole(window, "windows") < 1 for window in windows):
+        raise ValueError(f"windows must be at least 1 each, got {tuple(windows)}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
+    if seed is not None and not 0 <= whole(seed, "seed") < 2**63:
+        raise ValueError(f"seed must be None or an integer in 0..2**63-1, got {seed}")
+
+
+def whole(value, name: str) -> int:
+    """value as an int; ValueError if it is not a whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} takes whole numbers, got {value!r}") from None

@@ -1,0 +1,82 @@
+"""The cache that all levels of a ladder share.
+
+A ladder with exits e_0 < e_1 < ... < e_{K-1} cuts the model's L layers into K+1 segments: segment k
+is the layers between exit k-1 and exit k, the last one ends at depth L. The cache holds, by position,
+
+- each layer's keys and values, which any level that runs the layer reads;
+- the hidden states at the end of each segment: what the next segment, and the exit's head, start from;
+- for each segment one integer: how many positions it has processed.
+
+Everything is allocated once. Rolling back after a rejection sets integers and copies nothing: what
+lies beyond a segment's length is stale, never read, and overwritten when its position comes again.
+
+Memory in bytes, for T positions, s bytes a number, G key/value heads of size E, width D, chunks of C:
+
+    s * T * (2 * L * G * E  +  (K + 1) * D  +  2 * C)
+             keys, values      hidden          mask
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from model import Config
+
+CHUNK = 64  # at most this many positions go through a segment at once: bounds activations and mask
+
+
+class KVCache:
+    """Keys, values, hidden states and segment lengths of one sequence of at most max_len positions."""
+
+    def __init__(
+        self,
+        config: "Config",
+        exits: tuple[int, ...],
+        max_len: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        kind = {"device": device, "dtype": dtype}
+        self.max_len = max_len
+        self.keys = torch.zeros(config.n_layers, 1, config.n_kv_heads, max_len, config.head_dim, **kind)
+        self.values = torch.zeros_like(self.keys)
+        self.hidden = torch.zeros(len(exits) + 1, 1, max_len, config.dim, **kind)
+        self.lengths = [0] * (len(exits) + 1)
+        # Row i is 0 up to column max_len-1+i and -inf beyond. A window of it, shifted by the first
+        # position, is the causal mask of any chunk: no step builds a mask as long as the context.
+        self._mask = torch.full((CHUNK, 2 * max_len), -torch.inf, **kind).triu(max_len)
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (1, G, N, E) at positions start..start+N-1; return views of all up to there."""
+        stop = start + k.shape[2]
+        self.keys[layer, :, :, start:stop] = k
+        self.values[layer, :, :, start:stop] = v
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+    def mask(self, start: int, n: int) -> Tensor | None:
+        """Additive causal mask (n, start+n) for positions start..start+n-1, as a view.
+
+        None where none is needed: a single position sees all, and from position 0 the mask is square.
+        """
+        if n == 1 or start == 0:
+            return None
+        offset = self.max_len - 1 - start
+        return self._mask[:n, offset : offset + start + n]
+
+    def pending(self, segment: int, length: int) -> Iterator[tuple[int, int]]:
+        """The positions < length that a segment has not processed, as chunks (start, stop)."""
+        for start in range(self.lengths[segment], length, CHUNK):
+            yield start, min(start + CHUNK, length)
+
+    def rollback(self, level: int, length: int) -> None:
+        """Forget what segments 0..level hold at positions >= length."""
+        for k in range(level + 1):
+            self.lengths[k] = min(self.lengths[k], length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the tensors: the formula above."""
+        return sum(t.nbytes for t in (self.keys, self.values, self.hidden, self._mask))

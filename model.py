@@ -1,0 +1,251 @@
+"""A Llama-style transformer that can be read at any depth.
+
+RMSNorm, rotary positions (RoPE), grouped-query attention and SwiGLU, as in Llama 2 and 3
+(arXiv 2302.13971, 2307.09288, 2407.21783). Two things are added for self-speculation:
+
+- `run` sends hidden states through any range of layers, with or without a cache, so a deeper
+  level can start from what a shallower one has already computed;
+- `logits` reads next-token logits at any depth. By default every exit shares the final norm and
+  output matrix (LayerSkip, arXiv 2404.16710); an exit may also own an `ExitHead`.
+
+The file knows nothing of drafts, verification or sampling: that is hispec.py.
+
+Shapes: B sequences, N positions, D = dim, H = query heads, G = key/value heads,
+E = head_dim, V = vocab_size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcache import KVCache
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's stretch of slow rotary frequencies to longer contexts (arXiv 2407.21783, 3.2)."""
+
+    factor: float  # how much longer than the original context
+    low_freq_factor: float  # wavelengths above original / low are divided by factor
+    high_freq_factor: float  # wavelengths below original / high stay; between: a blend
+    original_max_seq_len: int  # context length before the stretch, in tokens
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a Llama. Raises ValueError if the numbers do not fit together."""
+
+    vocab_size: int
+    dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int  # = n_heads: multi-head; 1: multi-query; between: grouped-query attention
+    ffn_dim: int
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-5
+    max_seq_len: int = 2048
+    tie_embeddings: bool = True
+    rope_scaling: RopeScaling | None = None
+    head_dim: int | None = None  # None: dim / n_heads; a few checkpoints choose it freely
+
+    def __post_init__(self):
+        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.head_dim is None:
+            if self.dim % self.n_heads:
+                raise ValueError(f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})")
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+
+
+class Llama(nn.Module):
+    """model(ids) gives the full model's logits, model(ids, exit=e) those read after layer e."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.exits: tuple[int, ...] = ()  # the trained exits, shallow to deep: the default ladder
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.exit_heads = nn.ModuleDict()  # str(exit) -> ExitHead, for exits that own one
+        self._rope_table: Tensor | None = None
+        self.apply(self._init)
+
+    def _init(self, module: nn.Module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            # each layer adds two branches to the residual stream: scale them so it does not grow with depth
+            branch = getattr(module, "ends_branch", False)
+            std = 0.02 / math.sqrt(2 * self.config.n_layers) if branch else 0.02
+            nn.init.normal_(module.weight, std=std)
+
+    def forward(self, ids: Tensor, exit: int | None = None) -> Tensor:
+        """Logits (B, N, V) for ids (B, N), without a cache: for training, and as the tests' oracle.
+
+        exit: read after this many layers, 1..n_layers; None means all. Raises ValueError otherwise.
+        """
+        depth = self.config.n_layers if exit is None else exit
+        if not 1 <= depth <= self.config.n_layers:
+            raise ValueError(f"exit must be between 1 and {self.config.n_layers}, got {exit}")
+        return self.logits(self.run(self.embed(ids), 0, depth), depth)
+
+    def run(self, h: Tensor, first: int, last: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
+        """Send h (B, N, D), the input of layer `first` at positions start.., through layers first..last-1.
+
+        Without a cache, start must be 0 and attention sees h alone. With one (B = 1), each layer also
+        writes its keys and values at these positions and attends to everything before them.
+        """
+        rope = self._rope(start, start + h.shape[1])
+        for layer in self.layers[first:last]:
+            h = layer(h, rope, start, cache)
+        return h
+
+    def logits(self, h: Tensor, exit: int) -> Tensor:
+        """Next-token logits (..., V) from hidden states h (..., D) as they leave layer `exit`."""
+        if str(exit) in self.exit_heads:
+            return self.exit_heads[str(exit)](h, self.head.weight)
+        return self.head(self.norm(h))
+
+    def _rope(self, start: int, stop: int) -> Tensor:
+        """cos and sin (2, N, 1, E) for positions start..stop-1, in float32 whatever the weights' dtype."""
+        device = self.embed.weight.device
+        if self._rope_table is None or self._rope_table.device != device:
+            with torch.inference_mode(False):  # so that training can use a table first built while decoding
+                self._rope_table = rope_table(self.config).to(device)
+        return self._rope_table[:, start:stop]
+
+
+class Layer(nn.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attn = Attention(config, index)
+        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, h: Tensor, rope: Tensor, start: int = 0, cache: KVCache | None = None) -> Tensor:
+        h = h + self.attn(self.attn_norm(h), rope, start, cache)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: H / G query heads share each key/value head (arXiv 2305.13245)."""
+
+    def __init__(self, config: Config, index: int):
+        super().__init__()
+        self.index = index  # which slice of the cache is this layer's
+        self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        # one product for queries, keys and values: fewer, larger reads
+        self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.out.ends_branch = True
+
+    def forward(self, x: Tensor, rope: Tensor, start: int = 0, cache: KVCache | None = None) -> Tensor:
+        B, N, _ = x.shape
+        x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
+        qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        qk = rotate(qk, rope)
+        q, k, v = (t.transpose(1, 2) for t in (*qk.split([self.heads, self.kv_heads], dim=2), v))  # (B, H|G, N, E)
+        mask = None
+        if cache is not None:
+            k, v = cache.write(self.index, start, k, v)  # (1, G, start+N, E)
+            mask = cache.mask(start, N)
+        causal = N > 1 and mask is None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(B, N, -1))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), arXiv 2002.05202."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)  # gate and up in one product
+        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.down.ends_branch = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class ExitHead(nn.Module):
+    """An exit's own way from hidden states to logits: a residual map, a norm, and maybe fewer tokens.
+
+    logits = W[vocab] @ norm(h + down(silu(up(h)))), with W the model's output matrix. Freshly made, the
+    map adds nothing. `width` is the map's inner size (0: no map). `vocab` lists the token ids the exit
+    may draft; every other token gets -inf. That loses nothing, since a deeper level verifies, and reads
+    len(vocab) rows of W in place of V.
+
+    Raises ValueError if vocab is empty, repeats an id or leaves the vocabulary.
+    """
+
+    def __init__(self, config: Config, width: int = 0, vocab: list[int] | None = None):
+        super().__init__()
+        ids = None
+        if vocab is not None:
+            ids = torch.tensor(sorted(set(vocab)), dtype=torch.long)  # ascending: ties break as in the full row
+            if len(ids) == 0 or len(ids) < len(vocab) or ids[0] < 0 or ids[-1] >= config.vocab_size:
+                raise ValueError(f"vocab must be distinct token ids in 0..{config.vocab_size - 1}, at least one")
+        self.vocab_size = config.vocab_size
+        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.up = nn.Linear(config.dim, width, bias=False) if width else None
+        self.down = nn.Linear(width, config.dim, bias=False) if width else None
+        if self.down is not None:
+            nn.init.zeros_(self.down.weight)
+        self.register_buffer("vocab", ids)
+        self._rows: Tensor | None = None  # W[vocab], gathered once when decoding
+
+    def forward(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """Logits (..., V) from h (..., D) and the model's output matrix (V, D)."""
+        if self.up is not None:
+            h = h + self.down(F.silu(self.up(h)))
+        h = self.norm(h)
+        if self.vocab is None:
+            return F.linear(h, matrix)
+        reduced = F.linear(h, self._gather(matrix))  # (..., len(vocab))
+        full = reduced.new_full((*reduced.shape[:-1], self.vocab_size), -math.inf)
+        return full.index_copy(-1, self.vocab, reduced)
+
+    def _gather(self, matrix: Tensor) -> Tensor:
+        if torch.is_grad_enabled():  # training may move the matrix: always read it afresh
+            return matrix[self.vocab]
+        if self._rows is None or self._rows.device != matrix.device or self._rows.dtype != matrix.dtype:
+            self._rows = matrix[self.vocab]
+        return self._rows
+
+
+def rope_table(config: Config) -> Tensor:
+    """cos and sin (2, max_seq_len, 1, E) of every position's angles (arXiv 2104.09864), float32.
+
+    The first half of each sin row is negated, so that `rotate` needs no separate sign.
+    """
+    E = config.head_dim
+    freq = 1.0 / config.rope_theta ** (torch.arange(0, E, 2, dtype=torch.float32) / E)  # (E/2,)
+    if config.rope_scaling is not None:
+        s = config.rope_scaling
+        turns = s.original_max_seq_len * freq / (2 * math.pi)  # full turns within the original context
+        keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+        freq = keep * freq + (1 - keep) * freq / s.factor
+    angle = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), freq)  # (T, E/2)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).unsqueeze(2)  # (2, T, 1, E)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + E/2]) of x (B, N, heads, E) by its position's angle."""
+    cos, sin = rope
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
