@@ -146,7 +146,7 @@ class Ladder:
     def _end_at_stop(self, base: int, new: list[int]) -> None:
         for i, token in enumerate(new):
             if token in self.stop:
-                self.limit = base + i + 1
+                self.limit = min(self.limit, base + i + 1)  # the stop may itself lie beyond the limit
                 return
 
 
@@ -224,7 +224,7 @@ def check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, 
         raise ValueError(f"windows needs one length for each of the {len(exits)} exits, got {tuple(windows)}")
     if any(whole(window, "windows") < 1 for window in windows):
         raise ValueError(f"windows must be at least 1 each, got {tuple(windows)}")
-    if not 0 <= temperature < math.inf:
+    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if seed is not None and not 0 <= whole(seed, "seed") < 2**63:
         raise ValueError(f"seed must be None or an integer in 0..2**63-1, got {seed}")

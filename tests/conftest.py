@@ -1,0 +1,93 @@
+"""What the tests share: random models, random cases, and a second, naive greedy decoder as the oracle."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from model import Config, ExitHead, Llama
+
+settings.register_profile("repo", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("repo")
+torch.set_num_threads(1)  # the models are tiny: threads only get in each other's way
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def random_model(seed: int = 0, *, scale: float = 20, **shape) -> Llama:
+    """A float64 Llama whose random weights are large enough that its exits disagree."""
+    torch.manual_seed(seed)
+    defaults = dict(vocab_size=11, dim=16, n_layers=5, n_heads=4, n_kv_heads=2, ffn_dim=24, max_seq_len=64)
+    model = Llama(Config(**{**defaults, **shape}))
+    for p in model.parameters():
+        if p.dim() > 1:
+            p.data.mul_(scale)
+    return model.double().eval()
+
+
+@dataclass
+class Case:
+    """One call of generate: a model and the arguments that go with it."""
+
+    model: Llama
+    prompt: list[int]
+    max_new_tokens: int
+    exits: tuple[int, ...]
+    windows: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    @property
+    def arguments(self) -> dict:
+        return dict(exits=self.exits, windows=self.windows, stop=self.stop)
+
+
+@st.composite
+def cases(draw, levels=st.integers(1, 4)) -> Case:
+    """Random models and ladders of 1 to 4 levels, among them exits with heads of their own."""
+    n_levels = draw(levels)
+    vocab, layers = draw(st.sampled_from([2, 3, 11, 40])), draw(st.integers(n_levels, 6))
+    exits = tuple(sorted(draw(st.permutations(range(1, layers)))[: n_levels - 1]))
+    model = random_model(
+        draw(st.integers(0, 10**6)),
+        vocab_size=vocab,
+        n_layers=layers,
+        n_kv_heads=draw(st.sampled_from([1, 2, 4])),
+        tie_embeddings=draw(st.booleans()),
+        max_seq_len=draw(st.sampled_from([24, 64])),
+    )
+    for exit in exits:
+        if draw(st.booleans()):
+            ids = draw(st.none() | st.lists(st.integers(0, vocab - 1), min_size=1, unique=True))
+            head = ExitHead(model.config, width=draw(st.sampled_from([0, 3])), vocab=ids)
+            if head.down is not None:
+                torch.nn.init.normal_(head.down.weight)
+            model.exit_heads[str(exit)] = head.double()
+    tokens = st.integers(0, vocab - 1)
+    return Case(
+        model=model,
+        prompt=draw(st.lists(tokens, min_size=1, max_size=20)),
+        max_new_tokens=draw(st.integers(0, 24)),
+        exits=exits,
+        windows=tuple(draw(st.integers(1, 5)) for _ in exits),
+        stop=tuple(draw(st.sets(tokens, max_size=1))),
+    )
+
+
+@torch.no_grad()
+def greedy(case: Case) -> list[int]:
+    """Plain decoding with no cache and no code of hispec.py: the whole sequence anew for every token."""
+    ids = list(case.prompt)
+    while len(ids) < min(len(case.prompt) + case.max_new_tokens, case.model.config.max_seq_len):
+        ids.append(int(case.model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] in case.stop:
+            break
+    return ids[len(case.prompt) :]

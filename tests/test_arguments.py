@@ -1,0 +1,85 @@
+"""Bad arguments are refused before any work, with what was wrong and what is allowed."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_model
+
+import hispec
+from hispec import generate
+from model import Config, ExitHead
+
+GOOD = dict(prompt=[1, 2], max_new_tokens=4, exits=(1, 3), windows=(2, 4))
+BAD = [
+    (dict(prompt=[]), "empty"),
+    (dict(prompt=[1, 11]), r"prompt.*11.*0\.\.10"),
+    (dict(prompt=[-1]), r"prompt.*-1.*0\.\.10"),
+    (dict(prompt=[1.5]), r"prompt.*whole numbers.*1\.5"),
+    (dict(prompt=[1] * 64), "64 tokens.*context of 64"),
+    (dict(prompt=[1] * 100), "100 tokens.*context of 64"),
+    (dict(max_new_tokens=-1), "max_new_tokens.*between 0 and .*64.*-1"),
+    (dict(max_new_tokens=10**12), "max_new_tokens.*between 0 and .*64"),
+    (dict(max_new_tokens=2.5), "max_new_tokens.*whole"),
+    (dict(max_new_tokens=math.nan), "max_new_tokens.*whole"),
+    (dict(exits=(3, 1)), r"ascend.*1\.\.4.*\(3, 1\)"),
+    (dict(exits=(2, 2)), "ascend"),
+    (dict(exits=(0, 2)), "ascend"),
+    (dict(exits=(1, 5)), "ascend"),
+    (dict(exits=(-1, 2)), "ascend"),
+    (dict(exits=("1", 2)), "exits.*whole"),
+    (dict(windows=()), "one length for each of the 2 exits"),
+    (dict(windows=(2,)), "one length for each"),
+    (dict(exits=(), windows=(2,)), "one length for each of the 0 exits"),
+    (dict(windows=(2, 0)), "windows.*at least 1"),
+    (dict(windows=(2, -3)), "windows.*at least 1"),
+    (dict(windows=(2, 1.5)), "windows.*whole"),
+    (dict(temperature=-0.1), "temperature"),
+    (dict(temperature=math.nan), "temperature"),
+    (dict(temperature=math.inf), "temperature"),
+    (dict(temperature="hot"), "temperature"),
+    (dict(seed=-1), "seed"),
+    (dict(seed=0.5), "seed"),
+    (dict(stop=[11]), r"stop.*11.*0\.\.10"),
+    (dict(stop=["."]), "stop.*whole"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(BAD)])
+def test_bad_arguments(monkeypatch, change, message):
+    monkeypatch.setattr(hispec, "Ladder", None)  # any work at all would fail on this
+    with pytest.raises(ValueError, match=message):
+        generate(random_model(), **{**GOOD, **change})
+
+
+def test_arguments_of_any_integer_kind():
+    model = random_model()
+    plain = generate(model, [1, 2], 4)
+    assert generate(model, torch.tensor([1, 2]), 4, exits=range(1, 3), windows=[2, 2], stop=iter([])).tokens == plain.tokens
+    assert generate(model, [1, 2], 0).tokens == []
+    assert generate(model, [1] * 63, 64).tokens == generate(model, [1] * 63, 1).tokens
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(dim=18), "multiple of n_heads"),
+        (dict(n_kv_heads=3), "multiple of n_kv_heads"),
+        (dict(n_layers=0), "n_layers must be at least 1"),
+        (dict(head_dim=5), "even"),
+    ],
+)
+def test_bad_configs(change, message):
+    good = dict(vocab_size=11, dim=16, n_layers=5, n_heads=4, n_kv_heads=2, ffn_dim=24)
+    with pytest.raises(ValueError, match=message):
+        Config(**{**good, **change})
+
+
+def test_bad_exits_and_draft_vocabularies():
+    model = random_model()
+    for exit in (0, 6, -1):
+        with pytest.raises(ValueError, match="between 1 and 5"):
+            model(torch.tensor([[1]]), exit=exit)
+    for vocab in ([], [1, 1], [-1, 2], [11]):
+        with pytest.raises(ValueError, match=r"0\.\.10"):
+            ExitHead(model.config, vocab=vocab)

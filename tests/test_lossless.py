@@ -1,0 +1,162 @@
+"""The output is the full model's own, whatever the ladder, the windows and the drafts."""
+
+import pytest
+import torch
+from conftest import Case, cases, greedy, random_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+import hispec
+from hispec import generate
+from kvcache import KVCache
+
+
+def check_lossless(case: Case) -> None:
+    assert generate(case.model, case.prompt, case.max_new_tokens, **case.arguments).tokens == greedy(case)
+
+
+@given(cases())
+def test_every_ladder_equals_greedy(case):
+    check_lossless(case)
+
+
+@given(cases(levels=st.just(1)))
+def test_an_empty_ladder_is_plain_decoding(case):
+    check_lossless(case)
+
+
+@given(cases(levels=st.integers(2, 4)), st.data())
+def test_stop_in_the_middle_of_an_accepted_run(case, data):
+    free = Case(case.model, case.prompt, case.max_new_tokens, case.exits, case.windows, stop=())
+    text = greedy(free)
+    if not text:
+        return
+    case.stop = (data.draw(st.sampled_from(text)),)
+    out = generate(case.model, case.prompt, case.max_new_tokens, **case.arguments)
+    assert out.tokens == text[: text.index(case.stop[0]) + 1]  # up to and with the first stop token
+    assert out.levels[-1].proposed == len(out.tokens)
+
+
+@pytest.mark.parametrize("ladder", [((), ()), ((2,), (3,)), ((1, 3), (2, 4))])
+def test_the_context_limit_ends_generation(ladder):
+    model = random_model(max_seq_len=16)
+    for n in (1, 9, 15):
+        out = generate(model, [1] * n, 16, exits=ladder[0], windows=ladder[1])
+        assert len(out.tokens) == 16 - n
+
+
+def with_drafts(monkeypatch, corrupt):
+    """Let every level but the last see the full model's logits, put wrong where corrupt(level, drafts in a row) says."""
+    real, since = hispec.step, {"drafts": 0}
+
+    def step(model, cache, depths, tokens, length, k, rows):
+        logits = real(model, cache, depths, tokens, length, k, rows)
+        since["drafts"] = since["drafts"] + 1 if k == 0 else 0
+        if k == len(depths) - 1:
+            return logits
+        oracle = model(tokens[None, :length])[0, -rows:]
+        return oracle.roll(1, dims=-1) if corrupt(k, since["drafts"]) else oracle
+
+    monkeypatch.setattr(hispec, "step", step)
+
+
+LADDERS = [((2,), (1,)), ((2,), (4,)), ((1, 3), (2, 4)), ((1, 2, 4), (3, 1, 5))]
+
+
+@pytest.mark.parametrize("exits, windows", LADDERS)
+def test_a_draft_that_is_always_right(monkeypatch, exits, windows):
+    with_drafts(monkeypatch, lambda k, n: False)
+    case = Case(random_model(3), [4, 2], 40, exits, windows, ())
+    out = generate(case.model, case.prompt, 40, **case.arguments)
+    assert out.tokens == greedy(case)
+    assert all(level.accepted == level.proposed > 0 for level in out.levels)
+    if len(exits) == 1:
+        assert out.levels[-1].calls == -(-40 // (windows[0] + 1))  # a window and its bonus a pass, rounded up
+
+
+@pytest.mark.parametrize("exits, windows", LADDERS)
+def test_a_draft_that_is_always_wrong(monkeypatch, exits, windows):
+    with_drafts(monkeypatch, lambda k, n: True)
+    case = Case(random_model(3), [4, 2], 20, exits, windows, ())
+    out = generate(case.model, case.prompt, 20, **case.arguments)
+    assert out.tokens == greedy(case)
+    assert out.levels[-2].accepted == 0
+    assert out.levels[-1].calls == 20  # each pass yields its own correction and no more
+
+
+@pytest.mark.parametrize("exits, windows", LADDERS)
+def test_a_draft_that_is_wrong_only_at_the_windows_edge(monkeypatch, exits, windows):
+    edge = min(windows)  # a level asks for no more drafts than it is itself asked for
+    with_drafts(monkeypatch, lambda k, n: k == 0 and n == edge)
+    case = Case(random_model(3), [4, 2], 40, exits, windows, ())
+    out = generate(case.model, case.prompt, 40, **case.arguments)
+    assert out.tokens == greedy(case)
+    draft = out.levels[0]
+    assert draft.accepted == 0 if edge == 1 else 0 < draft.accepted < draft.proposed
+
+
+def test_ties_go_to_the_lowest_id():
+    model = random_model(vocab_size=8)
+    model.embed.weight.data[4:] = model.embed.weight.data[:4]  # tied head: logits i and i+4 are equal
+    for exits, windows in [((), ()), *LADDERS]:
+        out = generate(model, [1, 6], 30, exits=exits, windows=windows)
+        assert out.tokens == greedy(Case(model, [1, 6], 30, exits, windows, ()))
+        assert max(out.tokens) < 4
+
+
+def test_float32_is_lossless_too():
+    for seed in range(10):
+        model = random_model(seed).float()
+        plain = generate(model, [1, 2, 3], 50).tokens
+        for exits, windows in LADDERS:
+            assert generate(model, [1, 2, 3], 50, exits=exits, windows=windows).tokens == plain
+
+
+def test_prompts_longer_than_a_chunk():
+    model = random_model(max_seq_len=400)
+    prompt = torch.randint(11, (150,)).tolist()
+    case = Case(model, prompt, 30, (1, 3), (100, 120), ())  # windows longer than a chunk as well
+    check_lossless(case)
+
+
+# A property is worth what it can catch: each planted bug must break losslessness.
+
+
+def first_failure() -> bool:
+    """Whether any of 40 fixed cases is not lossless."""
+    for seed in range(40):
+        case = Case(random_model(seed), [1, 2, 3], 20, (1, 3), (2, 3), ())
+        if generate(case.model, case.prompt, 20, **case.arguments).tokens != greedy(case):
+            return True
+    return False
+
+
+def test_without_a_bug_nothing_fails():
+    assert not first_failure()
+
+
+def test_a_missing_rollback_is_caught(monkeypatch):
+    def cut_one_late(self, level, length):
+        for k in range(level + 1):
+            self.lengths[k] = min(self.lengths[k], length + 1)  # one stale position survives
+
+    monkeypatch.setattr(KVCache, "rollback", cut_one_late)
+    assert first_failure()
+
+
+def test_an_off_by_one_bonus_is_caught(monkeypatch):
+    def late(drafts, logits):
+        choice, accepted = real(drafts, logits)
+        return choice, (accepted + 1).clamp(max=len(drafts))  # takes one token past the first mismatch
+
+    real = hispec.verify_greedy
+    monkeypatch.setattr(hispec, "verify_greedy", late)
+    assert first_failure()
+
+
+def test_a_missing_mask_is_caught(monkeypatch):
+    def all_zero(self, start, n):
+        return torch.zeros(n, start + n, dtype=torch.float64)
+
+    monkeypatch.setattr(KVCache, "mask", all_zero)
+    assert first_failure()

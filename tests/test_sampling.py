@@ -1,0 +1,178 @@
+"""The sampling law, checked exactly: every random choice of the real loop is enumerated and weighed."""
+
+from collections import defaultdict
+from itertools import product
+
+import pytest
+import torch
+from conftest import random_model
+
+import hispec
+from hispec import generate
+from model import Config, ExitHead, Llama
+
+
+class Choices:
+    """Stands in for `coin` and `draw`: follows a given path of choices, then always takes the first possible."""
+
+    def __init__(self, path):
+        self.path, self.taken, self.weight, self.others = path, [], 1.0, []
+
+    def choose(self, probs: list[float]) -> int:
+        i = len(self.taken)
+        possible = [option for option, prob in enumerate(probs) if prob > 0]
+        option = self.path[i] if i < len(self.path) else possible[0]
+        if i >= len(self.path):
+            self.others += [[*self.taken, other] for other in possible[1:]]
+        self.taken.append(option)
+        self.weight *= probs[option]
+        return option
+
+    def coin(self, prob, rng):
+        return torch.tensor([self.choose([1 - p, p]) == 1 for p in prob.clamp(max=1).tolist()], dtype=torch.bool)
+
+    def draw(self, weights, rng):
+        return torch.tensor(self.choose((weights / weights.sum()).tolist()))
+
+
+def output_law(monkeypatch, run) -> dict[tuple[int, ...], float]:
+    """The exact distribution of run()'s tokens over everything `coin` and `draw` can do."""
+    law, paths = defaultdict(float), [[]]
+    while paths:
+        choices = Choices(paths.pop())
+        monkeypatch.setattr(hispec, "coin", choices.coin)
+        monkeypatch.setattr(hispec, "draw", choices.draw)
+        law[tuple(run())] += choices.weight
+        paths += choices.others
+    assert sum(law.values()) == pytest.approx(1, abs=1e-12)
+    return law
+
+
+def distance(law, target) -> float:
+    return max(abs(law.get(key, 0) - target.get(key, 0)) for key in {*law, *target})
+
+
+def table_ladder(monkeypatch, tables):
+    """A ladder whose level k predicts by tables[k] (V, V): row = last token. Returns run(n, windows)."""
+    tables = [torch.tensor(table, dtype=torch.float64) for table in tables]
+    V, L = len(tables[0]), len(tables)
+    model = Llama(Config(V, 2, L, 1, 1, 2, max_seq_len=16)).double()
+
+    def step(model, cache, depths, tokens, length, k, rows):
+        cache.lengths[: k + 1] = [length] * (k + 1)
+        return tables[k].log()[tokens[length - rows : length]]
+
+    monkeypatch.setattr(hispec, "step", step)
+    return lambda n, windows: generate(
+        model, [0], n, exits=range(1, L), windows=windows, temperature=1.0, seed=0
+    ).tokens
+
+
+def markov_law(table, n):
+    law = {}
+    for tokens in product(range(len(table)), repeat=n):
+        weight, last = 1.0, 0
+        for token in tokens:
+            weight, last = weight * table[last][token], token
+        law[tokens] = weight
+    return law
+
+
+DRAFT2, MIDDLE2, TARGET2 = [[0.9, 0.1], [0.2, 0.8]], [[0.4, 0.6], [0.7, 0.3]], [[0.3, 0.7], [0.55, 0.45]]
+DRAFT3 = [[0.5, 0.5, 0.0], [0.2, 0.2, 0.6], [1.0, 0.0, 0.0]]  # zeros: tokens that are never drafted
+TARGET3 = [[0.2, 0.3, 0.5], [0.0, 0.9, 0.1], [0.25, 0.5, 0.25]]
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("tables", [[DRAFT2, TARGET2], [DRAFT3, TARGET3], [TARGET2, TARGET2]])
+def test_two_levels_follow_the_target_exactly(monkeypatch, tables, window):
+    run = table_ladder(monkeypatch, tables)
+    law = output_law(monkeypatch, lambda: run(3, [window]))
+    assert distance(law, markov_law(tables[-1], 3)) < 1e-12
+
+
+@pytest.mark.parametrize("windows", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_three_levels_follow_the_target_exactly(monkeypatch, windows):
+    run = table_ladder(monkeypatch, [DRAFT2, MIDDLE2, TARGET2])
+    law = output_law(monkeypatch, lambda: run(3, windows))
+    assert distance(law, markov_law(TARGET2, 3)) < 1e-12
+
+
+real_verify_sampled = hispec.verify_sampled
+
+
+def resampling_from_p(drafts, q, p, rng):
+    """Planted bug: after a rejection draw from p itself, where it should be the residual."""
+    x = drafts.unsqueeze(1)
+    accepted = hispec.leading(hispec.coin((p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1), rng))
+    token = hispec.draw(p[accepted], rng)
+    return torch.cat([drafts, drafts.new_zeros(1)]).scatter(0, accepted.view(1), token.view(1)), accepted
+
+
+def test_a_middle_level_that_resamples_from_p_is_caught(monkeypatch):
+    half = [[0.5, 0.5], [0.5, 0.5]]
+    run = table_ladder(monkeypatch, [[[1.0, 0.0], [1.0, 0.0]], half, half])
+    exact = output_law(monkeypatch, lambda: run(1, [1, 1]))
+    monkeypatch.setattr(hispec, "verify_sampled", resampling_from_p)
+    wrong = output_law(monkeypatch, lambda: run(1, [1, 1]))
+    assert exact == pytest.approx({(0,): 0.5, (1,): 0.5}, abs=1e-12)
+    assert wrong == pytest.approx({(0,): 0.75, (1,): 0.25}, abs=1e-12)
+
+
+def test_a_level_that_forgets_a_row_is_caught(monkeypatch):
+    """Planted bug: the middle level hands up its draft's rows in place of its own."""
+    run = table_ladder(monkeypatch, [DRAFT2, MIDDLE2, TARGET2])
+
+    def forgetful(drafts, q, p, rng):
+        out = real_verify_sampled(drafts, q, p, rng)
+        p[: len(q)] = q
+        return out
+
+    monkeypatch.setattr(hispec, "verify_sampled", forgetful)
+    law = output_law(monkeypatch, lambda: run(2, [1, 1]))
+    assert distance(law, markov_law(TARGET2, 2)) > 1e-3
+
+
+@pytest.mark.parametrize("exits, windows, draft_vocab", [((1,), (2,), None), ((1, 2), (1, 2), None), ((1, 2), (2, 1), [0, 2])])
+def test_a_real_model_follows_its_own_law(monkeypatch, exits, windows, draft_vocab):
+    model = random_model(5, vocab_size=3, n_layers=3)
+    if draft_vocab:
+        model.exit_heads["1"] = ExitHead(model.config, vocab=draft_vocab).double()
+    prompt, temperature, n = [2, 0], 3.0, 2
+    law = output_law(
+        monkeypatch,
+        lambda: generate(model, prompt, n, exits=exits, windows=windows, temperature=temperature, seed=0).tokens,
+    )
+    target = {}
+    with torch.no_grad():
+        for tokens in product(range(3), repeat=n):
+            rows = torch.softmax(model(torch.tensor([[*prompt, *tokens]]))[0] / temperature, -1)
+            target[tokens] = float(rows[1, tokens[0]] * rows[2, tokens[1]])
+    assert distance(law, target) < 1e-12
+
+
+def test_coin_and_draw_are_what_the_enumeration_takes_them_for():
+    rng = torch.Generator().manual_seed(0)
+    coins = hispec.coin(torch.tensor([0.3, 1.0, 0.0, 7.0]).double().expand(20_000, 4), rng).double().mean(0)
+    assert coins[1] == 1 and coins[2] == 0 and coins[3] == 1
+    assert abs(coins[0] - 0.3) < 0.02  # six standard deviations
+    weights = torch.tensor([1.0, 0.0, 3.0]).double()  # unnormalised
+    drawn = torch.stack([hispec.draw(weights, rng) for _ in range(4_000)]).bincount(minlength=3) / 4_000
+    assert drawn[1] == 0
+    assert abs(drawn[2] - 0.75) < 0.05
+
+
+def test_a_seed_makes_sampling_reproducible():
+    model = random_model(1)
+    arguments = dict(exits=(1, 3), windows=(2, 3), temperature=5.0)
+    first = generate(model, [1], 30, seed=7, **arguments).tokens
+    assert generate(model, [1], 30, seed=7, **arguments).tokens == first
+    assert generate(model, [1], 30, seed=8, **arguments).tokens != first
+    assert generate(model, [1], 30, **arguments).tokens != generate(model, [1], 30, **arguments).tokens
+
+
+def test_sampled_output_ends_at_stop_and_limit():
+    model = random_model(1, max_seq_len=20)
+    for seed in range(30):
+        out = generate(model, [1, 2], 18, exits=(1, 3), windows=(2, 3), temperature=2.0, seed=seed, stop=[3]).tokens
+        assert (out[-1] == 3 and 3 not in out[:-1]) or (len(out) == 18 and 3 not in out)
