@@ -15,6 +15,7 @@ model; the cache and its rollback are in kvcache.py.
 """
 
 import math
+import numbers
 import operator
 import time
 from collections.abc import Iterable, Sequence
@@ -67,6 +68,7 @@ def generate(
     the first token in `stop` (kept as the last token), or when prompt and new tokens fill the model's
     max_seq_len. Raises ValueError, before any work, for arguments out of range.
     """
+    stop = frozenset(stop)
     check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop)
     began = time.perf_counter()
     ladder = Ladder(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop)
@@ -84,7 +86,7 @@ class Ladder:
 
     def __init__(self, model, prompt, max_new_tokens, exits, windows, temperature, seed, stop):
         device = model.embed.weight.device
-        self.model, self.windows, self.temperature, self.stop = model, windows, temperature, frozenset(stop)
+        self.model, self.windows, self.temperature, self.stop = model, windows, temperature, stop
         self.depths = (*exits, model.config.n_layers)
         self.stats = [LevelStats(exit) for exit in self.depths]
         self.limit = min(len(prompt) + max_new_tokens, model.config.max_seq_len)  # the sequence never gets longer
@@ -224,7 +226,7 @@ def check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, 
         raise ValueError(f"windows needs one length for each of the {len(exits)} exits, got {tuple(windows)}")
     if any(whole(window, "windows") < 1 for window in windows):
         raise ValueError(f"windows must be at least 1 each, got {tuple(windows)}")
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < math.inf:
+    if not isinstance(temperature, numbers.Real) or not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if seed is not None and not 0 <= whole(seed, "seed") < 2**63:
         raise ValueError(f"seed must be None or an integer in 0..2**63-1, got {seed}")

@@ -1,0 +1,417 @@
+"""Measure greedy decoding, single-layer speculation and HiSpec with the same loop, on the same prompts.
+
+    python bench.py --quick
+
+Each prompt is decoded once to warm up and to record the greedy text; then the methods take turns on
+it, several times, and every speed-up is the median over those repeats of a ratio within one repeat.
+Times are wall-clock seconds of whole generations, prompt included. The last step, outside the timed
+runs, is to time the parts of a generation and to compare the levels' predictions on the greedy text.
+
+Windows are the paper's defaults, not tuned to the model at hand.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import hispec
+from checkpoints import load, save
+from tokenizer import chat, stop_tokens
+from hispec import Generation, generate
+from model import Llama
+
+SINGLE_LAYER_WINDOW = 4  # draft tokens a verification
+HISPEC_WINDOWS = (2, 4)  # the paper's N_d and N_i
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to decode. Ours differ in nothing but the ladder; peers bring a decoder of their own."""
+
+    name: str
+    exits: tuple[int, ...]
+    windows: tuple[int, ...]
+    decode: Callable[..., Generation]  # decode(prompt, max_new_tokens, stop=...)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One turn to answer: its category and the token ids of the conversation so far."""
+
+    category: str
+    prompt: list[int]
+    greedy: list[int]  # the reference answer
+
+
+def main() -> None:
+    args = parse_arguments()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.startswith("cuda") else torch.float32
+    questions = read_prompts(args.prompts)
+    if args.quick:
+        questions = list({question["category"]: question for question in reversed(questions)}.values())[::-1]
+    max_new_tokens, repeats = (32, 2) if args.quick else (128, 3)
+
+    model, tokenizer = load(args.model, device, dtype)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
+    stop = stop_tokens(tokenizer)
+    ours = ladder_methods(model)
+    methods = ours + (peer_methods(model, exit=ours[1].exits[0]) if args.peers else [])
+    header = describe(args.model, device, dtype)
+    print(header["device"], header["dtype"], header["model"], sep=" · ", flush=True)
+
+    with tqdm(total=len(questions), desc="warm-up and greedy reference", leave=False) as bar:
+        requests = list(open_requests(model, tokenizer, questions, max_new_tokens, stop, bar))
+    for method in methods[1:]:
+        method.decode(requests[0].prompt, max_new_tokens, stop=stop)  # warm-up of the other methods
+    runs = measure(methods, requests, max_new_tokens, stop, repeats)
+    results = summarise(methods, requests, runs)
+    for method, result in zip(ours, results, strict=False):  # peers come after ours, and cannot be looked into
+        result.update(time_shares(model, method, requests, max_new_tokens, stop))
+        if method.exits:
+            result.update(level_agreement(model, method, requests))
+    print_tables(results)
+    print_divergence(model, methods, requests, runs[-1])
+    print(f"\nSample ({requests[0].category}):", tokenizer.decode(requests[0].greedy).strip())
+    if args.json:
+        write_whole(args.json, json.dumps({**header, "methods": results}, indent=1) + "\n")
+
+
+def ladder_methods(model: Llama) -> list[Method]:
+    """Greedy, one draft exit, and HiSpec; exits at 1/8 and 1/4 of the depth where the model names none."""
+    depth = model.config.n_layers
+    exits = model.exits or tuple(sorted({max(1, math.ceil(depth / 8)), max(1, math.ceil(depth / 4))} - {depth}))
+    if len(exits) < 2:
+        raise ValueError(f"HiSpec needs two exits below the full depth, and this model of {depth} layers has {exits}")
+    ladders = {
+        "greedy": ((), ()),
+        "single-layer": (exits[:1], (SINGLE_LAYER_WINDOW,)),
+        "hispec": (exits[:2], HISPEC_WINDOWS),
+    }
+    return [Method(name, e, w, partial(generate, model, exits=e, windows=w)) for name, (e, w) in ladders.items()]
+
+
+def peer_methods(model: Llama, exit: int) -> list[Method]:
+    """transformers' own greedy, early-exit and prompt-lookup decoding of the same weights.
+
+    The weights pass through a temporary folder in Hugging Face's format.
+    """
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, None, folder)
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.embed.weight.dtype)
+    theirs.to(model.embed.weight.device)
+
+    def decode(prompt, max_new_tokens, *, stop, **options) -> Generation:
+        began = time.perf_counter()
+        ids = torch.tensor([prompt], device=theirs.device)
+        options |= {"eos_token_id": list(stop), "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        out = theirs.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, **options)
+        return Generation(out[0, len(prompt) :].tolist(), [], time.perf_counter() - began)
+
+    options = {
+        "transformers": {},
+        "transformers early exit": {"assistant_early_exit": exit},
+        "transformers lookup": {"prompt_lookup_num_tokens": 10},
+    }
+    return [Method(name, (), (), partial(decode, **option)) for name, option in options.items()]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """Questions from a JSONL file in Spec-Bench's form: each line has `category` and `turns` (user's texts)."""
+    questions = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            question = json.loads(line)
+            turns = question["turns"]
+            ok = isinstance(question["category"], str) and isinstance(turns, list) and turns
+            if not ok or not all(isinstance(turn, str) and turn for turn in turns):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f'{path}, line {number}: expected {{"category": "...", "turns": ["...", ...]}} with at least one turn'
+            ) from None
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} holds no prompts")
+    return questions
+
+
+def open_requests(model, tokenizer, questions, max_new_tokens, stop, bar) -> Iterator[Request]:
+    """Answer each turn greedily; the answer is the reference, and part of the next turn's prompt."""
+    for question in questions:
+        conversation: list[str] = []
+        for turn in question["turns"]:
+            conversation.append(turn)
+            prompt = chat(tokenizer, conversation)
+            if len(prompt) + max_new_tokens > model.config.max_seq_len:
+                bar.write(f"left out: {question['category']}, {len(prompt)} tokens, too long for the model's context")
+                break
+            greedy = generate(model, prompt, max_new_tokens, stop=stop).tokens
+            conversation.append(tokenizer.decode([token for token in greedy if token not in stop]))
+            yield Request(question["category"], prompt, greedy)
+        bar.update()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measure(methods, requests, max_new_tokens, stop, repeats) -> list[list[list[Generation]]]:
+    """runs[repeat][method][request]; the methods take turns on each request, in a rotating order."""
+    runs = [[[None] * len(requests) for _ in methods] for _ in range(repeats)]
+    with tqdm(total=repeats * len(requests) * len(methods), desc="measuring", leave=False) as bar:
+        for repeat in range(repeats):
+            for r, request in enumerate(requests):
+                for i in range(len(methods)):
+                    m = (i + repeat + r) % len(methods)
+                    runs[repeat][m][r] = methods[m].decode(request.prompt, max_new_tokens, stop=stop)
+                    bar.update()
+    return runs
+
+
+def summarise(methods, requests, runs) -> list[dict]:
+    """One result a method, with the same figures for all requests and by category."""
+    categories = list(dict.fromkeys(request.category for request in requests))
+    results = []
+    for m, method in enumerate(methods):
+        result = {"name": method.name, "exits": list(method.exits), "windows": list(method.windows)}
+        result.update(figures(methods, requests, runs, m, lambda category: True))
+        result["by_category"] = {name: figures(methods, requests, runs, m, name.__eq__) for name in categories}
+        results.append(result)
+    return results
+
+
+def figures(methods, requests, runs, m: int, chosen) -> dict:
+    """The figures of method m over the requests whose category is chosen."""
+    picked = [r for r, request in enumerate(requests) if chosen(request.category)]
+    names = [method.name for method in methods]
+
+    def rate(repeat, method: int) -> float:
+        generations = [repeat[method][r] for r in picked]
+        return sum(len(g.tokens) for g in generations) / sum(g.seconds for g in generations)
+
+    def speedup_over(name: str) -> float:
+        return statistics.median(rate(repeat, m) / rate(repeat, names.index(name)) for repeat in runs)
+
+    last = [runs[-1][m][r] for r in picked]  # decoding is deterministic: the counts are those of every repeat
+    levels = list(zip(*(generation.levels for generation in last), strict=True))
+    tokens = sum(len(generation.tokens) for generation in last)
+    differing = [differing_tokens(runs[-1][m][r].tokens, requests[r].greedy) for r in picked]
+    return {
+        "tokens_per_second": statistics.median(rate(repeat, m) for repeat in runs),
+        "speedup_vs_greedy": speedup_over("greedy"),
+        "speedup_vs_single_layer": speedup_over("single-layer"),
+        "tokens_per_target_pass": tokens / sum(s.calls for s in levels[-1]) if levels else None,
+        "acceptance": [ratio(sum(s.accepted for s in level), sum(s.proposed for s in level)) for level in levels[:-1]],
+        "identical": differing.count(0),
+        "prompts": len(picked),
+        "tokens": tokens,
+        "differing_tokens": sum(differing),
+    }
+
+
+def ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def differing_tokens(tokens: list[int], reference: list[int]) -> int:
+    """Positions at which two texts differ; where one is longer, its surplus counts."""
+    return sum(a != b for a, b in zip(tokens, reference, strict=False)) + abs(len(tokens) - len(reference))
+
+
+@contextmanager
+def timed_steps(depths: tuple[int, ...]):
+    """While open, model steps are timed: yields a list with the seconds spent at each level so far."""
+    seconds, real = [0.0] * len(depths), hispec.step
+
+    def timed(model, cache, depths, tokens, length, k, rows):
+        began = time.perf_counter()
+        logits = real(model, cache, depths, tokens, length, k, rows)
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        seconds[k] += time.perf_counter() - began
+        return logits
+
+    hispec.step = timed
+    try:
+        yield seconds
+    finally:
+        hispec.step = real
+
+
+def time_shares(model, method, requests, max_new_tokens, stop) -> dict:
+    """Share of the time in each level's steps, shallow to deep, and in the loop outside them.
+
+    From one more run, on the first request of each category, since timing a step has to wait for it.
+    """
+    firsts = {request.category: request for request in reversed(requests)}.values()
+    depths = (*method.exits, model.config.n_layers)
+    with timed_steps(depths) as seconds:
+        total = sum(method.decode(request.prompt, max_new_tokens, stop=stop).seconds for request in firsts)
+    return {"time_share": [s / total for s in seconds], "time_share_loop": 1 - sum(seconds) / total}
+
+
+@torch.inference_mode()
+def level_agreement(model: Llama, method: Method, requests: list[Request]) -> dict:
+    """How often the levels predict the same token, along the greedy texts.
+
+    agreement["4-8"] is the share of tokens on which the levels at depths 4 and 8 agree. false_rejects
+    is the share of the draft's tokens refused by the level above it that the full model would keep.
+    """
+    depths = (*method.exits, model.config.n_layers)
+    predicted = defaultdict(list)
+    for request in requests:
+        ids = torch.tensor([request.prompt + request.greedy], device=model.embed.weight.device)
+        h, first = model.embed(ids[:, :-1]), 0
+        for depth in depths:
+            h = model.run(h, first, depth)
+            predicted[depth].append(model.logits(h[0, len(request.prompt) - 1 :], depth).argmax(-1))
+            first = depth
+    choice = {depth: torch.cat(parts) for depth, parts in predicted.items()}
+    pairs = [(a, b) for i, a in enumerate(depths) for b in depths[i + 1 :]]
+    draft, middle, full = choice[depths[0]], choice[depths[1]], choice[depths[-1]]
+    refused = draft != middle
+    out = {"agreement": {f"{a}-{b}": (choice[a] == choice[b]).double().mean().item() for a, b in pairs}}
+    if len(depths) > 2:
+        out["false_rejects"] = ratio((refused & (draft == full)).sum().item(), refused.sum().item())
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------
+# Reporting
+
+
+def describe(name: str, device: str, dtype: torch.dtype) -> dict:
+    """What a reader needs to know to repeat the measurement."""
+    if device.startswith("cuda"):
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        hardware = f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    versions.update({package: metadata.version(package) for package in ("numpy", "tiktoken")})
+    command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    return {
+        "device": hardware,
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": name,
+        "versions": versions,
+        "command": command,
+    }
+
+
+def print_tables(results: list[dict]) -> None:
+    def percent(values) -> str:
+        return " ".join("–" if value is None else f"{value:.0%}" for value in values) or "–"
+
+    def number(value) -> str:
+        return "–" if value is None else f"{value:.2f}"
+
+    rows = [["method", "ladder", "tokens/s", "x greedy", "x single", "tokens/pass", "accepted", "time", "loop", "identical"]]
+    for r in results:
+        ladder = " ".join(f"{e}({w})" for e, w in zip(r["exits"], r["windows"], strict=True)) or "–"
+        rows.append(
+            [r["name"], ladder, f"{r['tokens_per_second']:.1f}", f"{r['speedup_vs_greedy']:.2f}"]
+            + [f"{r['speedup_vs_single_layer']:.2f}", number(r["tokens_per_target_pass"]), percent(r["acceptance"])]
+            + [percent(r.get("time_share", [])), percent([r.get("time_share_loop")]), f"{r['identical']}/{r['prompts']}"]
+        )
+    print_table(rows)
+    print("\nladder: exit(window). accepted, time: by level, shallow to deep. loop: time outside model steps.\n")
+
+    rows = [["tokens/s, x greedy", *(r["name"] for r in results)]]
+    for category in results[0]["by_category"]:
+        cells = [r["by_category"][category] for r in results]
+        rows.append([category, *(f"{c['tokens_per_second']:.1f}  {c['speedup_vs_greedy']:.2f}x" for c in cells)])
+    print_table(rows)
+    for r in results:
+        if "agreement" in r:
+            pairs = ", ".join(f"{pair} {value:.0%}" for pair, value in r["agreement"].items())
+            rejects = r.get("false_rejects")
+            print(f"\n{r['name']}: levels agree on {pairs}" + (f"; false rejects {rejects:.0%}" if rejects is not None else ""))
+
+
+def print_table(rows: list[list[str]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+
+
+@torch.inference_mode()
+def print_divergence(model, methods, requests, generations) -> None:
+    """For each text that is not greedy's: where it first differs, and how close the two best logits were there."""
+    for m, method in enumerate(methods):
+        for request, generation in zip(requests, generations[m], strict=True):
+            pairs = zip(generation.tokens, request.greedy, strict=False)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            if at is None:
+                continue
+            ids = torch.tensor([request.prompt + request.greedy[:at]], device=model.embed.weight.device)
+            best, second = model(ids)[0, -1].topk(2).values.tolist()
+            print(f"{method.name} differs ({request.category}) from token {at}: logits {best:.6g} and {second:.6g}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="a known name, a Hugging Face Llama folder, or a .gguf file")
+    parser.add_argument(
+        "--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl", help="JSONL with category and turns"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16", "float64"], help="default: bfloat16 on a GPU, else float32"
+    )
+    parser.add_argument("--quick", action="store_true", help="one prompt a category, 32 tokens each, two repeats")
+    parser.add_argument("--peers", action="store_true", help="also measure transformers' decoding of the same weights")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
+    args = parser.parse_args()
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json: the folder {args.json.absolute().parent} does not exist")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,198 @@
+"""The bench's arithmetic on made-up runs, its prompts, and one whole run on a small random model."""
+
+import json
+import sys
+
+import pytest
+import tiktoken
+from conftest import random_model
+
+import bench
+from bench import Method, Request, differing_tokens, figures, read_prompts
+from hispec import Generation, LevelStats, generate
+
+METHODS = [Method("greedy", (), (), None), Method("single-layer", (1,), (2,), None), Method("hispec", (1, 3), (2, 4), None)]
+REQUESTS = [Request("chat", [1], [5, 6, 7, 8]), Request("code", [1], [5, 6])]
+
+
+def generation(tokens, seconds, *levels):
+    return Generation(tokens, [LevelStats(*level) for level in levels], seconds)
+
+
+def made_up_runs():
+    """Two repeats. Greedy: 4 tokens in 4 s and 2 in 1 s; the others faster, HiSpec with one wrong token."""
+    greedy = [generation([5, 6, 7, 8], 4.0, (5, 4)), generation([5, 6], 1.0, (5, 2))]
+    single = [
+        generation([5, 6, 7, 8], 2.0, (1, 6, 6, 3), (5, 2)),
+        generation([5, 6], 0.5, (1, 2, 2, 1), (5, 1)),
+    ]
+    ladder = [
+        generation([5, 6, 9, 8], 1.0, (1, 4, 4, 2), (3, 2, 4, 3), (5, 1)),
+        generation([5, 6], 1.0, (1, 2, 2, 2), (3, 1, 0, 0), (5, 1)),
+    ]
+    slower = [[generation(g.tokens, 2 * g.seconds) for g in method] for method in (greedy, single, ladder)]
+    for method, original in zip(slower, (greedy, single, ladder), strict=True):
+        for copy, g in zip(method, original, strict=True):
+            copy.levels = g.levels
+    return [[greedy, single, ladder], slower]
+
+
+def test_figures_over_all_requests():
+    result = figures(METHODS, REQUESTS, made_up_runs(), 2, lambda category: True)
+    assert result["tokens_per_second"] == pytest.approx((6 / 2 + 6 / 4) / 2)  # median of 3 and 1.5
+    assert result["speedup_vs_greedy"] == pytest.approx((6 / 2) / (6 / 5))
+    assert result["speedup_vs_single_layer"] == pytest.approx((6 / 2) / (6 / 2.5))
+    assert result["tokens_per_target_pass"] == 6 / 2
+    assert result["acceptance"] == [4 / 6, 3 / 4]
+    assert (result["identical"], result["prompts"]) == (1, 2)
+    assert (result["tokens"], result["differing_tokens"]) == (6, 1)
+
+
+def test_figures_of_one_category():
+    result = figures(METHODS, REQUESTS, made_up_runs(), 2, "code".__eq__)
+    assert result["tokens_per_second"] == pytest.approx((2 / 1 + 2 / 2) / 2)
+    assert result["speedup_vs_greedy"] == pytest.approx(1.0)
+    assert result["speedup_vs_single_layer"] == pytest.approx(0.5)
+    assert result["acceptance"] == [1.0, None]  # nothing was proposed there
+    assert (result["identical"], result["prompts"]) == (1, 1)
+
+
+def test_greedy_is_its_own_yardstick():
+    result = figures(METHODS, REQUESTS, made_up_runs(), 0, lambda category: True)
+    assert result["speedup_vs_greedy"] == 1
+    assert result["tokens_per_target_pass"] == 1
+    assert result["acceptance"] == []
+
+
+@pytest.mark.parametrize(
+    "a, b, count", [([], [], 0), ([1, 2], [1, 2], 0), ([1, 2], [1, 3], 1), ([1], [1, 2, 3], 2), ([2, 1, 1], [1], 3)]
+)
+def test_differing_tokens(a, b, count):
+    assert differing_tokens(a, b) == count
+
+
+def test_the_shipped_prompts():
+    questions = read_prompts(bench.Path(bench.__file__).parent / "prompts.jsonl")
+    per_category = {c: sum(q["category"] == c for q in questions) for c in {q["category"] for q in questions}}
+    assert set(per_category) == {"chat", "code", "summary", "maths", "translation", "retrieval"}
+    assert min(per_category.values()) >= 4
+    assert any(len(question["turns"]) > 1 for question in questions)
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"turns": ["a"]}', '{"category": "x"}', '{"category": "x", "turns": []}',
+             '{"category": "x", "turns": [""]}', '{"category": 1, "turns": ["a"]}', '{"category": "x", "turns": "a"}']
+)  # fmt: skip
+def test_bad_prompts_name_the_line(tmp_path, line):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"category": "x", "turns": ["a"]}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match="line 3.*category.*turns"):
+        read_prompts(path)
+
+
+def test_missing_or_empty_prompts(tmp_path):
+    with pytest.raises(ValueError, match="cannot read"):
+        read_prompts(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_prompts(tmp_path / "empty.jsonl")
+
+
+@pytest.fixture
+def small_bench(monkeypatch, tmp_path):
+    """bench.main on a random model whose tokens are bytes; returns run(*arguments) -> the JSON it wrote."""
+    tokenizer = tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+    model = random_model(vocab_size=256, max_seq_len=256).float()
+    monkeypatch.setattr(bench, "load", lambda name, device, dtype: (model, tokenizer))
+    prompts = [("chat", ["Hello", "And then?"]), ("chat", ["Again"]), ("code", ["def f():"]), ("code", ["x" * 300])]
+    lines = [json.dumps({"question_id": i, "category": c, "turns": t}) for i, (c, t) in enumerate(prompts)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+
+    def run(*arguments):
+        argv = ["bench.py", "--device", "cpu", "--prompts", str(tmp_path / "prompts.jsonl")]
+        monkeypatch.setattr(sys, "argv", [*argv, "--json", str(tmp_path / "out.json"), *arguments])
+        bench.main()
+        return model, json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def test_a_whole_run(small_bench, capsys, tmp_path):
+    model, result = small_bench("--quick")
+    assert result.keys() == {"device", "dtype", "model", "versions", "command", "methods"}
+    assert result["dtype"] == "float32"
+    assert "bench.py --device cpu" in result["command"]
+    greedy, single, ladder = result["methods"]
+    assert [m["name"] for m in result["methods"]] == ["greedy", "single-layer", "hispec"]
+    assert (ladder["exits"], ladder["windows"]) == ([1, 2], [2, 4])
+    for method in result["methods"]:
+        assert method["identical"] == method["prompts"] == 3  # two turns of chat and one of code
+        assert method["differing_tokens"] == 0 and method["tokens"] == 3 * 32
+        assert method["by_category"]["chat"]["prompts"] == 2
+        assert sum(method["time_share"]) + method["time_share_loop"] == pytest.approx(1)
+        assert min(method["time_share"]) > 0
+    assert single["agreement"].keys() == {"1-5"}
+    assert ladder["agreement"].keys() == {"1-2", "1-5", "2-5"}
+    assert 0 <= ladder["false_rejects"] <= 1
+    assert "identical" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_does_not_fit_the_context_is_left_out(small_bench):
+    _, result = small_bench()  # all prompts, 128 tokens each: neither the second turn nor 300 characters fit
+    assert result["methods"][0]["prompts"] == 3
+
+
+def test_turns_contain_the_answers_before_them(small_bench, monkeypatch):
+    asked = []
+    monkeypatch.setattr(bench, "chat", lambda tokenizer, turns: asked.append(list(turns)) or [1])
+    small_bench("--quick")
+    assert [len(turns) for turns in asked[:2]] == [1, 3]
+    assert asked[1][0] == "Hello" and asked[1][2] == "And then?"
+
+
+def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
+    def lossy(model, prompt, n, *, exits=(), windows=(), stop=()):
+        out = generate(model, prompt, n, exits=exits, windows=windows, stop=stop)
+        if len(exits) == 2:
+            out.tokens[3] += 1
+        return out
+
+    monkeypatch.setattr(bench, "generate", lossy)
+    _, result = small_bench("--quick")
+    ladder = result["methods"][2]
+    assert (ladder["identical"], ladder["differing_tokens"]) == (0, 3)
+    assert "hispec differs (chat) from token 3: logits" in capsys.readouterr().out
+
+
+def test_peers_decode_the_same_weights(small_bench):
+    pytest.importorskip("transformers")
+    _, result = small_bench("--quick", "--peers")
+    greedy, *_, theirs, early_exit, lookup = result["methods"]
+    assert theirs["name"] == "transformers"
+    assert theirs["identical"] == greedy["prompts"] and theirs["tokens"] == greedy["tokens"]
+    assert theirs["tokens_per_target_pass"] is None  # their passes are not counted
+    assert theirs["speedup_vs_greedy"] > 0
+
+
+def test_agreement_and_false_rejects_by_hand(monkeypatch):
+    """Agreement equals what the oracle's forward passes say, token by token."""
+    import torch
+
+    model = random_model()
+    requests = [Request("chat", [1, 2], generate(model, [1, 2], 20).tokens)]
+    out = bench.level_agreement(model, METHODS[2], requests)
+    ids = torch.tensor([requests[0].prompt + requests[0].greedy])
+    draft, middle, full = (model(ids, exit)[0, 1:-1].argmax(-1).tolist() for exit in (1, 3, 5))
+    assert full == requests[0].greedy
+    refused = [(d, f) for d, m, f in zip(draft, middle, full, strict=True) if d != m]
+    assert out["agreement"]["1-3"] == pytest.approx(sum(d == m for d, m in zip(draft, middle, strict=True)) / 20)
+    assert out["agreement"]["3-5"] == pytest.approx(sum(m == f for m, f in zip(middle, full, strict=True)) / 20)
+    assert out["false_rejects"] == pytest.approx(sum(d == f for d, f in refused) / len(refused))
+
+
+def test_errors_are_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--json", "no/such/folder/out.json"])
+    with pytest.raises(SystemExit) as stop:
+        bench.parse_arguments()
+    assert stop.value.code == 2
