@@ -1,8 +1,9 @@
 """Hierarchical speculative decoding: one model, read at several depths, one recursion.
 
 A shallow exit drafts tokens, a deeper exit filters the draft, the full model has the last word
-(HiSpec, Kumar, Sanghavi, Das, arXiv 2510.01336). A *ladder* is the list of exits; level k is the
-model cut at exit k, the last level is the whole model. So
+(HiSpec, Kumar, Sanghavi, Das, arXiv 2510.01336). A *ladder* is a list of exits, each a depth in
+layers. Level k is the model cut at exit k, the last level is the whole model; segment k is the layers
+that level k has beyond level k-1. So
 
     exits=()      windows=()       plain autoregressive decoding
     exits=(8,)    windows=(4,)     self-speculation with one draft exit (LayerSkip, arXiv 2404.16710)
@@ -10,8 +11,9 @@ model cut at exit k, the last level is the whole model. So
     exits=(2, 4, 8, 16) ...        any ladder: the same code
 
 Whatever the ladder, the output is the full model's own: the same tokens at temperature 0, the same
-distribution above it. `Ladder.propose` is the whole method; `step` is the only place that runs the
-model; the cache and its rollback are in kvcache.py.
+distribution above it, as far as the model's numbers do not depend on how many positions a pass holds
+(in low precision two nearly equal logits can change places). `Ladder.propose` is the whole method; the
+function `step` is the only place that runs the model; the cache and its rollback are in kvcache.py.
 """
 
 import math
@@ -62,16 +64,17 @@ def generate(
 ) -> Generation:
     """Continue `prompt` (token ids) by at most max_new_tokens tokens, exactly as the full model would.
 
-    exits: depths in layers, ascending, each below the full depth. windows[k]: how many tokens level k
-    gathers each time level k+1 asks, so one for each exit. temperature 0 takes the likeliest token (the
+    exits: depths in layers, ascending, each below the full depth. windows[k]: how many tokens level k is
+    asked for, that is, drafts and itself accepts, before level k+1 verifies them. temperature 0 takes the likeliest token (the
     lowest id among equals); above 0 it samples, reproducibly if a seed is given. Generation ends after
     the first token in `stop` (kept as the last token), or when prompt and new tokens fill the model's
     max_seq_len. Raises ValueError, before any work, for arguments out of range.
     """
-    stop = frozenset(stop)
+    stop = tuple(stop)
     check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop)
     began = time.perf_counter()
-    ladder = Ladder(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop)
+    exits = tuple(int(exit) for exit in exits)
+    ladder = Ladder(model, prompt, max_new_tokens, exits, windows, temperature, seed, {int(token) for token in stop})
     ladder.propose(len(exits), max_new_tokens)
     tokens = ladder.tokens[len(prompt) : ladder.length].tolist()
     ladder.stats[-1].proposed = ladder.stats[-1].accepted = len(tokens)
@@ -84,32 +87,51 @@ class Ladder:
     `tokens[:length]` is the sequence so far: settled text, then drafts not yet seen by deeper levels.
     """
 
-    def __init__(self, model, prompt, max_new_tokens, exits, windows, temperature, seed, stop):
-        device = model.embed.weight.device
+    def __init__(
+        self,
+        model: Llama,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        exits: tuple[int, ...],
+        windows: Sequence[int],
+        temperature: float,
+        seed: int | None,
+        stop: set[int],
+    ):
+        device, dtype = model.embed.weight.device, model.embed.weight.dtype
         self.model, self.windows, self.temperature, self.stop = model, windows, temperature, stop
         self.depths = (*exits, model.config.n_layers)
-        self.stats = [LevelStats(exit) for exit in self.depths]
+        self.top = len(exits)  # the last level: the whole model
+        self.stats = [LevelStats(depth) for depth in self.depths]
         self.limit = min(len(prompt) + max_new_tokens, model.config.max_seq_len)  # the sequence never gets longer
-        self.cache = KVCache(model.config, tuple(exits), self.limit, device, model.embed.weight.dtype)
-        self.tokens = torch.zeros(self.limit + 1, dtype=torch.long, device=device)
+        self.cache = KVCache(model.config, exits, self.limit, device, dtype)
+        self.tokens = torch.zeros(self.limit + 1, dtype=torch.long, device=device)  # one more: a bonus past the limit
         self.tokens[: len(prompt)] = torch.as_tensor(prompt)
         self.length = len(prompt)
-        self.probs: list[list[Tensor]] = [[] for _ in self.depths]  # level k's full row for each token it proposes
+        # probs[k]: level k's distributions, rows (V,), one for each token it has proposed and level k+1 not yet
+        # judged. Accepted draft, correction or bonus: however it came about, the token is a sample of that row.
+        self.probs: list[list[Tensor]] = [[] for _ in self.depths]
         self.rng = torch.Generator(device)
-        self.rng.seed() if seed is None else self.rng.manual_seed(seed)
+        if seed is None:
+            self.rng.seed()
+        else:
+            self.rng.manual_seed(seed)
 
     def propose(self, k: int, want: int) -> None:
         """Append at least `want` tokens that level k accepts (fewer only at the end of the text)."""
         goal = self.length + want
         while self.length < min(goal, self.limit):
-            base = self.length
+            base = self.length  # the token before it is level k's latest, and level k has not run it yet
             if k > 0:
                 self.propose(k - 1, min(self.windows[k - 1], goal - base))  # drafts from the level below
-            logits = self.step(k, rows=self.length - base + 1)  # read at positions base-1 .. length-1
+            logits = self.predict(k, rows=self.length - base + 1)
             self.verify(k, base, logits)
 
-    def step(self, k: int, rows: int) -> Tensor:
-        """Run level k on all it has not seen; return its logits (rows, V) at the last `rows` positions."""
+    def predict(self, k: int, rows: int) -> Tensor:
+        """Run level k on all it has not seen; return its logits (rows, V) at the last `rows` positions.
+
+        The logits at position i predict token i+1, so the rows for the drafts from `base` on begin at base-1.
+        """
         self.stats[k].calls += 1
         for j in range(k + 1):
             self.stats[j].positions += self.length - self.cache.lengths[j]
@@ -121,29 +143,28 @@ class Ladder:
         logits (n+1, V) predict the n drafts and the token after them, so a correction after a rejection
         and a bonus after a full match are the same thing: the first token the drafts do not supply.
         """
-        drafts = self.tokens[base : self.length]  # (n,)
+        drafts = self.tokens[base : self.length]  # (n,), none for level 0
         if self.temperature == 0:
             choice, accepted = verify_greedy(drafts, logits)
         else:
-            p = torch.softmax(logits.double() / self.temperature, dim=-1)  # (n+1, V)
-            q = torch.cat(self.probs[k - 1]) if len(drafts) else p[:0]  # (n, V) what each draft was drawn from
+            p = probabilities(logits, self.temperature)  # (n+1, V)
+            q = torch.cat(self.probs[k - 1]) if k > 0 else p[:0]  # (n, V) what each draft was drawn from
             choice, accepted = verify_sampled(drafts, q, p, self.rng)
-        self.tokens[base : self.length + 1] = choice  # accepted drafts stand as they were; the rest is cut below
-
-        last = k == len(self.depths) - 1
-        kept = 0
-        if k > 0 or last:  # the one host read of a verification; drafting (k = 0) has nothing to judge
-            kept, *new = torch.cat([accepted.view(1), choice]).tolist()
-            if last:
+        self.tokens[base : self.length + 1] = choice  # what follows the first new token is left over, beyond length
+        if 0 == k < self.top:
+            kept = 0  # drafting: nothing was judged, so there is nothing for the host to read
+        else:
+            kept, *new = torch.cat([accepted.view(1), choice]).tolist()  # the one host read of a verification
+            if k == self.top:
                 self._end_at_stop(base, new[: kept + 1])
         if k > 0:
             self.stats[k - 1].proposed += len(drafts)
             self.stats[k - 1].accepted += kept
-            self.probs[k - 1].clear()  # judged
+            self.probs[k - 1].clear()
         self.length = min(base + kept + 1, self.limit)
-        if self.temperature > 0 and not last:
+        if self.temperature > 0 and k < self.top:
             self.probs[k].append(p[: self.length - base])
-        self.cache.rollback(k, min(base + kept, self.length))  # the token just added has not been run
+        self.cache.rollback(min(base + kept, self.length))  # the new token's position has not been run with it
 
     def _end_at_stop(self, base: int, new: list[int]) -> None:
         for i, token in enumerate(new):
@@ -159,13 +180,16 @@ def step(
 
     Returns level k's logits (rows, V) at positions length-rows .. length-1.
     """
-    first = 0
-    for j, last in enumerate(depths[: k + 1]):
-        for start, stop in cache.pending(j, length):
-            h = model.embed(tokens[None, start:stop]) if j == 0 else cache.hidden[j - 1, :, start:stop]  # (1, N, D)
-            cache.hidden[j, :, start:stop] = model.run(h, first, last, start, cache)
+    above = 0
+    for j, depth in enumerate(depths[: k + 1]):
+        for first, last in cache.pending(j, length):
+            if j == 0:
+                h = model.embed(tokens[None, first:last])  # (1, N, D)
+            else:
+                h = cache.hidden[j - 1, :, first:last]  # (1, N, D), as the level below left them
+            cache.hidden[j, :, first:last] = model.run(h, above, depth, first, cache)
         cache.lengths[j] = length
-        first = last
+        above = depth
     return model.logits(cache.hidden[k, 0, length - rows : length], depths[k])
 
 
@@ -186,13 +210,20 @@ def verify_sampled(drafts: Tensor, q: Tensor, p: Tensor, rng: torch.Generator) -
     x = drafts.unsqueeze(1)  # (n, 1)
     accepted = leading(coin((p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1), rng))
     residual = torch.cat([(p[:-1] - q).clamp(min=0), p[-1:]])  # (n+1, V), unnormalised
-    token = draw(residual.index_select(0, accepted.view(1)).squeeze(0), rng)
-    return torch.cat([drafts, drafts.new_zeros(1)]).scatter(0, accepted.view(1), token.view(1)), accepted
+    at = accepted.view(1)  # indexing by a tensor of one element, where a plain number would need a host read
+    token = draw(residual.index_select(0, at).squeeze(0), rng)
+    return torch.cat([drafts, drafts.new_zeros(1)]).scatter(0, at, token.view(1)), accepted
 
 
 def leading(agree: Tensor) -> Tensor:
     """How many values of agree (n,) are true before the first false one, as a 0-d tensor."""
     return agree.long().cumprod(dim=0).sum()
+
+
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """softmax(logits / temperature) in float64; however small the temperature, nothing overflows."""
+    logits = logits.double()
+    return torch.softmax((logits - logits.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
 
 
 def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
@@ -201,8 +232,11 @@ def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
-    """A token (0-d) drawn in proportion to weights (V,)."""
-    return torch.multinomial(weights, 1, generator=rng).squeeze(0)
+    """A token (0-d) drawn in proportion to weights (V,): the first of V exponential clocks to ring.
+
+    Unlike torch.multinomial it checks nothing, and so needs no host read.
+    """
+    return (weights / torch.empty_like(weights).exponential_(generator=rng)).argmax()
 
 
 def check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop) -> None:

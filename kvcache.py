@@ -1,7 +1,7 @@
 """The cache that all levels of a ladder share.
 
-A ladder with exits e_0 < e_1 < ... < e_{K-1} cuts the model's L layers into K+1 segments: segment k
-is the layers between exit k-1 and exit k, the last one ends at depth L. The cache holds, by position,
+A ladder with exits e_0 < e_1 < ... < e_{K-1} cuts the model's L layers into K+1 segments: segment 0
+ends at e_0, segment k goes on from e_{k-1} to e_k, the last one ends at L. The cache holds, by position,
 
 - each layer's keys and values, which any level that runs the layer reads;
 - the hidden states at the end of each segment: what the next segment, and the exit's head, start from;
@@ -45,8 +45,10 @@ class KVCache:
         self.values = torch.zeros_like(self.keys)
         self.hidden = torch.zeros(len(exits) + 1, 1, max_len, config.dim, **kind)
         self.lengths = [0] * (len(exits) + 1)
-        # Row i is 0 up to column max_len-1+i and -inf beyond. A window of it, shifted by the first
-        # position, is the causal mask of any chunk: no step builds a mask as long as the context.
+        # Row i is 0 up to column max_len-1+i and -inf beyond. A window of it, shifted by the first position,
+        # is the causal mask of any chunk, so that no step builds one as long as the context. For max_len 4:
+        #     row 0   0 0 0 0 - - - -       start 2, n 2 takes      0 0 0 -
+        #     row 1   0 0 0 0 0 - - -       columns 1 .. 4          0 0 0 0
         self._mask = torch.full((CHUNK, 2 * max_len), -torch.inf, **kind).triu(max_len)
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +61,8 @@ class KVCache:
     def mask(self, start: int, n: int) -> Tensor | None:
         """Additive causal mask (n, start+n) for positions start..start+n-1, as a view.
 
-        None where none is needed: a single position sees all, and from position 0 the mask is square.
+        None where none is needed: a single position sees all before it, and from position 0 on the mask
+        is the plain triangle, which attention makes by itself.
         """
         if n == 1 or start == 0:
             return None
@@ -71,10 +74,9 @@ class KVCache:
         for start in range(self.lengths[segment], length, CHUNK):
             yield start, min(start + CHUNK, length)
 
-    def rollback(self, level: int, length: int) -> None:
-        """Forget what segments 0..level hold at positions >= length."""
-        for k in range(level + 1):
-            self.lengths[k] = min(self.lengths[k], length)
+    def rollback(self, length: int) -> None:
+        """Forget what any segment holds at positions >= length."""
+        self.lengths = [min(processed, length) for processed in self.lengths]
 
     @property
     def nbytes(self) -> int:

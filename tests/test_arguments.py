@@ -58,6 +58,8 @@ def test_arguments_of_any_integer_kind():
     other = generate(model, torch.tensor([1, 2]), 4, exits=range(1, 3), windows=[2, 2], stop=iter(plain.tokens[-1:]))
     first = plain.tokens.index(plain.tokens[-1])
     assert other.tokens == plain.tokens[: first + 1]
+    stop = torch.tensor(plain.tokens[-1:])
+    assert generate(model, [1, 2], 4, exits=torch.tensor([1]), windows=[2], stop=stop).tokens == other.tokens
     assert generate(model, [1, 2], 0).tokens == []
     assert generate(model, [1] * 63, 64).tokens == generate(model, [1] * 63, 1).tokens
 

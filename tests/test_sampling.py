@@ -162,6 +162,12 @@ def test_coin_and_draw_are_what_the_enumeration_takes_them_for():
     assert abs(drawn[2] - 0.75) < 0.05
 
 
+def test_a_tiny_temperature_is_greedy():
+    model = random_model(1)
+    plain = generate(model, [1], 20).tokens
+    assert generate(model, [1], 20, exits=(1, 3), windows=(2, 3), temperature=1e-308, seed=0).tokens == plain
+
+
 def test_a_seed_makes_sampling_reproducible():
     model = random_model(1)
     arguments = dict(exits=(1, 3), windows=(2, 3), temperature=5.0)

@@ -1,0 +1,187 @@
+"""GGUF files: the weights of the same model's folder, Llama 3's rope_freqs, refusals by name."""
+
+import struct
+from functools import partial
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+
+import checkpoints
+import tokenizer as text
+from checkpoints import save
+from model import RopeScaling
+
+load = partial(checkpoints.load, device="cpu")
+IDS = torch.arange(40).view(2, 20) * 7 % 11
+SHAPE = dict(dim=32, ffn_dim=64, n_heads=4, n_kv_heads=2)  # rows of whole Q8_0 blocks
+
+
+def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, arch="llama", extra=(), keys=()):
+    """The model as llama.cpp's converter would write it. Norms stay F32, as there."""
+    c = model.config
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(c.n_layers)
+    writer.add_context_length(c.max_seq_len)
+    writer.add_embedding_length(c.dim)
+    writer.add_feed_forward_length(c.ffn_dim)
+    writer.add_head_count(c.n_heads)
+    writer.add_head_count_kv(c.n_kv_heads)
+    writer.add_layer_norm_rms_eps(c.norm_eps)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    for key, value in keys:
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add[type(value)](key, value)
+    for name, t in gguf_tensors(model).items():
+        data = t.float().numpy()
+        if data.ndim == 1:
+            writer.add_tensor(name, data)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+    for name, data in extra:
+        writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_tensors(model):
+    c = model.config
+    tensors = {"token_embd.weight": model.embed.weight, "output_norm.weight": model.norm.weight}
+    if not c.tie_embeddings:
+        tensors["output.weight"] = model.head.weight
+    for i, layer in enumerate(model.layers):
+        heads = layer.attn.qkv.weight.view(-1, c.head_dim, c.dim)
+        pairs = torch.stack([heads[:, : c.head_dim // 2], heads[:, c.head_dim // 2 :]], dim=2).view_as(heads)
+        own = {
+            "attn_norm": layer.attn_norm.weight,
+            "attn_q": pairs[: c.n_heads].flatten(0, 1),
+            "attn_k": pairs[c.n_heads : c.n_heads + c.n_kv_heads].flatten(0, 1),
+            "attn_v": heads[c.n_heads + c.n_kv_heads :].flatten(0, 1),
+            "attn_output": layer.attn.out.weight,
+            "ffn_norm": layer.mlp_norm.weight,
+            "ffn_gate": layer.mlp.gate_up.weight[: c.ffn_dim],
+            "ffn_up": layer.mlp.gate_up.weight[c.ffn_dim :],
+            "ffn_down": layer.mlp.down.weight,
+        }
+        tensors |= {f"blk.{i}.{name}.weight": t for name, t in own.items()}
+    return {name: t.detach() for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
+@pytest.mark.parametrize("shape", [dict(tie_embeddings=True), dict(tie_embeddings=False), dict(head_dim=16)])
+def test_gguf_and_folder_hold_the_same_weights(tmp_path, kind, shape):
+    kind = gguf.GGMLQuantizationType[kind]
+    model = random_model(**SHAPE, **shape)
+    for p in model.parameters():  # what the file can hold exactly, so that the folder can hold it too
+        if p.dim() > 1:
+            p.data = torch.tensor(gguf.quants.dequantize(gguf.quants.quantize(p.detach().float().numpy(), kind), kind))
+    model = model.float()
+    if model.config.tie_embeddings:
+        model.head.weight = model.embed.weight
+    save(model, None, tmp_path / "folder")
+    a, _ = load(tmp_path / "folder", dtype=torch.float32)
+    b, tokenizer = load(write_gguf(tmp_path / "m.gguf", model, kind), dtype=torch.float32)
+    assert tokenizer is None and (b.head.weight is b.embed.weight) == model.config.tie_embeddings
+    assert torch.equal(a(IDS), b(IDS))  # quantising what was expanded changes nothing
+
+
+@pytest.mark.parametrize("factor, theta, head_dim", [(8.0, 500_000.0, 128), (32.0, 500_000.0, 64)])
+def test_gguf_rope_freqs_are_llama_3s_scaling(tmp_path, factor, theta, head_dim):
+    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+    model = random_model(**SHAPE, head_dim=head_dim, rope_scaling=scaling, rope_theta=theta).float()
+    divisors = []
+    for i in range(head_dim // 2):  # the paper's three cases, one frequency at a time
+        wavelength = 2 * np.pi * theta ** (2 * i / head_dim)
+        if wavelength > 8192:
+            divisors.append(factor)
+        elif wavelength < 8192 / 4:
+            divisors.append(1.0)
+        else:
+            keep = (8192 / wavelength - 1) / (4 - 1)
+            divisors.append(1 / ((1 - keep) / factor + keep))
+    assert any(1 < d < factor for d in divisors)
+    extra = [("rope_freqs.weight", np.array(divisors, dtype=np.float32))]
+    again, _ = load(write_gguf(tmp_path / "m.gguf", model, extra=extra), dtype=torch.float32)
+    assert again.config.rope_scaling == scaling
+    divisors[head_dim // 4] *= 1.01
+    extra = [("rope_freqs.weight", np.array(divisors, dtype=np.float32))]
+    with pytest.raises(ValueError, match="rope_freqs.weight"):
+        load(write_gguf(tmp_path / "m.gguf", model, extra=extra))
+
+
+GGUF_REFUSED = {
+    "architecture 'falcon'": dict(arch="falcon"),
+    "RoPE scaling 'yarn'": dict(keys=[("llama.rope.scaling.type", "yarn"), ("llama.rope.scaling.factor", 2.0)]),
+    "RoPE scaling 'linear'": dict(keys=[("llama.rope.scaling.type", "linear")]),
+    "RoPE scaling 'llama.rope.scaling.factor'": dict(keys=[("llama.rope.scaling.factor", 2.0)]),
+    "llama.expert_count is 8": dict(keys=[("llama.expert_count", 8)]),
+    "unexpected tensor blk.0.attn_q.bias": dict(extra=[("blk.0.attn_q.bias", np.zeros(32, np.float32))]),
+    "quantisation I32 cannot be expanded": dict(extra=[("counts", np.zeros(32, np.int32))]),
+    "tokenizer.ggml.model 'llama'": dict(keys=[("tokenizer.ggml.model", "llama")]),
+    "tokenizer.ggml.pre 'default'": dict(keys=[("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "default")]),
+    "tokenizer.ggml.tokens is missing": dict(keys=[("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm")]),
+}
+
+
+@pytest.mark.parametrize("message", GGUF_REFUSED)
+def test_gguf_refusals_name_the_reason(tmp_path, message):
+    path = write_gguf(tmp_path / "m.gguf", random_model(**SHAPE).float(), **GGUF_REFUSED[message])
+    with pytest.raises(ValueError, match=message) as error:
+        load(path)
+    assert "m.gguf" in str(error.value)
+
+
+@pytest.mark.parametrize("pre, split", [("gpt-2", text.GPT2), ("llama-bpe", text.LLAMA3), ("smollm", text.SMOLLM)])
+def test_gguf_tokenizer(tmp_path, pre, split):
+    keys = {"model": "gpt2", "pre": pre, "tokens": ["<|im_end|>", "a", "Ġ", "b", "Ġa", "Ġab", "[PAD6]"]}
+    keys |= {"token_type": [3, 1, 1, 1, 1, 1, 5], "merges": ["Ġ a", "Ġa b"]}
+    keys = [(f"tokenizer.ggml.{key}", value) for key, value in keys.items()]
+    path = write_gguf(tmp_path / "m.gguf", random_model(**SHAPE).float(), keys=keys)
+    model, ours = load(path)
+    assert ours.encode_ordinary("a ab") == [1, 5] and ours._pat_str == split
+    assert ours.special_tokens_set == {"<|im_end|>", "[PAD6]"} and ours.decode([0, 5, 6]) == "<|im_end|> ab[PAD6]"
+    assert ours.encode_ordinary("c")[0] >= model.config.vocab_size  # a byte this vocabulary lacks
+
+
+def test_gguf_rope_dimensions_must_be_the_heads(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", random_model(**SHAPE).float())
+    data = path.read_bytes()
+    key = b"llama.rope.dimension_count" + struct.pack("<I", 4)  # a uint32 follows
+    at = data.index(key) + len(key)
+    path.write_bytes(data[:at] + struct.pack("<I", 4) + data[at + 4 :])
+    with pytest.raises(ValueError, match="llama.rope.dimension_count 4"):
+        load(path)
+
+
+def test_gguf_missing_and_misshapen_tensors(tmp_path):
+    model = random_model(**SHAPE).float()
+    full = dict(gguf_tensors(model))
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("blk.4.ffn_up.weight", "output_norm.weight", "token_embd.weight"):
+            without = {key: t for key, t in full.items() if key != name}
+            patch.setitem(globals(), "gguf_tensors", lambda _, tensors=without: tensors)
+            with pytest.raises(ValueError, match=f"{name} is missing"):
+                load(write_gguf(tmp_path / "m.gguf", model))
+        patch.setitem(globals(), "gguf_tensors", lambda _: full | {"blk.1.attn_k.weight": torch.zeros(32, 32)})
+        with pytest.raises(ValueError, match=r"blk.1.attn_k.weight has shape \(32, 32\), the config needs \(16, 32\)"):
+            load(write_gguf(tmp_path / "m.gguf", model))
+
+
+def test_gguf_cut_anywhere_is_refused(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", random_model(**SHAPE).float())
+    data = path.read_bytes()
+    for size in (0, 3, 10, 30, 200, 700, 1500, 3000, len(data) // 2, len(data) - 200):
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match="truncated or corrupt GGUF"):
+            load(path)
+    path.write_bytes(b"nothing of the kind" * 9)
+    with pytest.raises(ValueError, match="truncated or corrupt GGUF"):
+        load(path)
