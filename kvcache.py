@@ -25,7 +25,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from model import Config
 
-CHUNK = 64  # at most this many positions go through a segment at once: bounds activations and mask
+CHUNK = 256  # at most this many positions go through a segment at once: bounds activations and mask
 
 
 class KVCache:

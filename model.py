@@ -144,8 +144,6 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention: H / G query heads share each key/value head (arXiv 2305.13245)."""
 
-    attend = staticmethod(F.scaled_dot_product_attention)  # training may put a faster backward pass here
-
     def __init__(self, config: Config, index: int):
         super().__init__()
         self.index = index  # which slice of the cache is this layer's
@@ -166,7 +164,7 @@ class Attention(nn.Module):
             k, v = cache.write(self.index, start, k, v)  # (1, G, start+N, E)
             mask = cache.mask(start, N)
         causal = N > 1 and mask is None
-        y = self.attend(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
         return self.out(y.transpose(1, 2).reshape(B, N, -1))
 
 

