@@ -1,0 +1,338 @@
+"""Training: what must stay, stays bit for bit; a killed run continues; exits get better; errors are named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+import checkpoints
+import train_exits
+from hispec import generate
+from model import ExitHead, Llama
+
+ROOT = Path(__file__).parent.parent
+SHAPE = "--layers 4 --dim 32 --heads 2 --ffn 48 --vocab 300 --exits 1 2"
+SPEED = "--batch 256 --micro 128 --context 16"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Sixty small files: sentences from a grammar that a tiny model learns in seconds."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = torch.Generator().manual_seed(1)
+    words = ["if x:\n    y = 1\n", "for i in range(3):\n    f(i)\n", "return x + y\n", "# the sum of both\n"]
+    for i in range(60):
+        picks = torch.randint(len(words), (100,), generator=rng).tolist()
+        (folder / f"part{i:02}.txt").write_text("".join(words[p] for p in picks), "utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trunk(tmp_path_factory, corpus):
+    """A model trained for a moment without exits: what recipes 2 and 3 start from."""
+    out = tmp_path_factory.mktemp("trunk") / "run"
+    train(out, corpus, f"{SHAPE} {SPEED} --steps 80 --exits")
+    return out / "model"
+
+
+def train(out, corpus, options):
+    train_exits.main(["--out", str(out), "--corpus", str(corpus), *options.split()])
+    return checkpoints.load(out / "model", "cpu", torch.float32)
+
+
+def weights(folder):
+    model, _ = checkpoints.load(folder / "model", "cpu", torch.float32)
+    return model.state_dict()
+
+
+def steps_of(checkpoint):
+    with safe_open(checkpoint, "pt") as file:
+        return json.loads(file.metadata()["run"])["step"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def agreement(model, exits, folder, tokenizer):
+    held = {n: t for n, t in train_exits.read_corpus(folder).items() if train_exits.is_held_out(n)}
+    rows = train_exits.held_rows(train_exits.encode(tokenizer, held), 32)
+    _, agree = train_exits.measure(model, rows)
+    return [agree[exit - 1] for exit in exits]
+
+
+# ---- the three recipes ---------------------------------------------------------------------------------
+
+
+def test_from_scratch_learns_text_and_exits(tmp_path, corpus):
+    model, tokenizer = train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 80")
+    held = train_exits.held_rows(train_exits.encode(tokenizer, train_exits.read_corpus(corpus)), 32)
+    loss, _ = train_exits.measure(model, held)
+    untrained, _ = train_exits.measure(Llama(model.config), held)
+    assert model.exits == (1, 2)
+    assert loss < untrained / 2
+    assert min(agreement(model, model.exits, corpus, tokenizer)) > 0.6
+    assert (tmp_path / "run" / "agreement.png").stat().st_size > 1000
+    assert len((tmp_path / "run" / "agreement.csv").read_text().splitlines()) == model.config.n_layers
+    prompt = tokenizer.encode("for i in")
+    greedy = generate(model, prompt, 40)
+    assert generate(model, prompt, 40, exits=(1, 2), windows=(2, 4)).tokens == greedy.tokens
+
+
+@pytest.mark.parametrize("text", ["", "--self-distill 4000"])
+def test_a_frozen_trunk_keeps_every_bit(tmp_path, corpus, trunk, text):
+    before, _ = checkpoints.load(trunk, "cpu", torch.float32)
+    options = f"--model {trunk} --freeze-trunk --exits 1 2 --width 24 --draft-vocab 60 {SPEED} --steps 10 {text}"
+    after, _ = train(tmp_path / "run", corpus, options)
+    ids = torch.randint(before.config.vocab_size, (4, 64))
+    assert torch.equal(before(ids), after(ids))
+    assert {n: p for n, p in after.state_dict().items() if "exit_heads" not in n}.keys() == before.state_dict().keys()
+    assert_same({n: p for n, p in after.state_dict().items() if "exit_heads" not in n}, before.state_dict())
+    for head in after.exit_heads.values():
+        assert isinstance(head, ExitHead) and len(head.vocab) <= 60
+
+
+def test_bfloat16_leaves_a_frozen_trunk_as_it_came(tmp_path, corpus, trunk):
+    before, _ = checkpoints.load(trunk, "cpu", torch.float32)
+    after, _ = train(tmp_path / "run", corpus, f"--model {trunk} --freeze-trunk --exits 1 {SPEED} --steps 3 --bf16")
+    assert_same({n: p for n, p in after.state_dict().items() if "exit_heads" not in n}, before.state_dict())
+
+
+def test_continual_training_keeps_the_original(tmp_path, corpus, trunk, capsys):
+    before, tokenizer = checkpoints.load(trunk, "cpu", torch.float32)
+    after, _ = train(tmp_path / "run", corpus, f"--model {trunk} --exits 1 2 {SPEED} --steps 60 --lr 1e-3")
+    assert min(agreement(after, (1, 2), corpus, tokenizer)) > 0.8
+    rows = train_exits.held_rows(train_exits.encode(tokenizer, train_exits.read_corpus(corpus)), 32)
+    was, now = (train_exits.measure(m, rows)[0] for m in (before, after))
+    assert now < was * 1.1
+    said = capsys.readouterr().out
+    assert "kept of the original: agreement" in said and "KL" in said and "perplexity" in said
+
+
+def test_a_random_folder_without_tokenizer_learns_from_its_own_samples(tmp_path, corpus):
+    random = random_model(scale=20, vocab_size=50).float()
+    checkpoints.save(random, None, tmp_path / "random")
+    options = f"--model {tmp_path / 'random'} --freeze-trunk --exits 2 --self-distill 20000 --steps 150 --batch 256"
+    model, tokenizer = train(tmp_path / "run", corpus, options + " --micro 256 --context 8")
+    assert tokenizer is None and model.exits == (2,)
+    rows = train_exits.sample(random, torch.randint(50, (32, 4)), 32, torch.arange(32) % 2 == 1)
+    untrained, trained = (train_exits.measure(m, rows)[1][1] for m in (random, model))
+    assert trained > untrained + 0.1
+    prompt = [1, 2, 3]
+    assert generate(model, prompt, 30, exits=(2,), windows=(3,)).tokens == generate(model, prompt, 30).tokens
+
+
+def test_a_time_budget_ends_the_run(tmp_path, corpus):
+    began = time.time()
+    train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --minutes 0.02")
+    assert time.time() - began < 30
+    assert steps_of(tmp_path / "run" / "training.safetensors") > 0
+
+
+# ---- the same again, bit for bit -----------------------------------------------------------------------
+
+
+def test_same_seed_same_weights_another_seed_others(tmp_path, corpus):
+    runs = [tmp_path / name for name in "abc"]
+    for run, seed in zip(runs, (5, 5, 6), strict=True):
+        train(run, corpus, f"{SHAPE} {SPEED} --steps 7 --seed {seed}")
+    a, b, c = map(weights, runs)
+    assert_same(a, b)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize("precision", ["", "--bf16"])
+def test_a_killed_run_continues_bit_for_bit(tmp_path, corpus, precision):
+    options = f"{SHAPE} {SPEED} --steps 40 {precision}"
+    train(tmp_path / "whole", corpus, options)
+    code = "import sys, train_exits; train_exits.SAVE_EVERY = 0; train_exits.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "--out", str(tmp_path / "cut"), "--corpus", str(corpus), *options.split()]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=one_thread(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    saved = tmp_path / "cut" / "training.safetensors"
+    while not saved.exists() or steps_of(saved) < 3:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = steps_of(saved)
+    assert 3 <= step < 40
+    train(tmp_path / "cut", corpus, options + " --resume")
+    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+
+
+def one_thread():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # as conftest sets it here
+
+
+def test_two_processes_take_the_same_step_as_one(tmp_path, corpus):
+    """Each process computes half the rows. Muon rounds to bfloat16, so equal means: to 2 % of the step."""
+    options = f"{SHAPE} --micro 128 --context 16 --steps 4"
+    train(tmp_path / "one", corpus, f"{options} --batch 512")
+    train(tmp_path / "half", corpus, f"{options} --batch 256")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_exits.py"]
+    command += ["--out", str(tmp_path / "two"), "--corpus", str(corpus), *options.split(), "--batch", "512"]
+    done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two, half = (weights(tmp_path / name) for name in ("one", "two", "half"))
+    torch.manual_seed(0)
+    model, _ = checkpoints.load(tmp_path / "one" / "model")
+    start = Llama(model.config).state_dict()  # train seeds with 0 before it makes the model
+
+    def distance(a, b):
+        return sum((a[name] - b[name]).square().sum() for name in a).sqrt()
+
+    step = distance(one, start)
+    assert distance(one, two) < 0.02 * step
+    assert distance(one, half) > 0.1 * step
+
+
+# ---- text ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    texts = ["def f(x):\n    return x\n" * 20, "naïve café ½ _under__score '日本語' \U0001f600 aaaa\t\r\n" * 20]
+    return train_exits.learn_bpe(texts, 400)
+
+
+@given(st.text())
+@example("aaaaaaa")
+@example("<|endoftext|> is text, not a mark")
+@example("\x00\x1c\u2028\u200d e\u0301 ½²٣ _a__b \ud7ff")
+@example("  \n\n\t x   \r\n")
+def test_bpe_gives_any_text_back(bpe, text):
+    assert bpe.decode(bpe.encode_ordinary(text)) == text
+
+
+def test_bpe_merges_what_is_common(bpe, tmp_path):
+    assert len(bpe.encode_ordinary("    return x\n")) < 6
+    assert bpe.n_vocab <= 400 and bpe.encode_single_token(train_exits.END) == bpe.n_vocab - 1
+    model = random_model(vocab_size=bpe.n_vocab).float()
+    checkpoints.save(model, bpe, tmp_path)
+    text = "def f(x):\n    return naïve_1\t\U0001f600\x00"
+    assert checkpoints.load(tmp_path)[1].encode_ordinary(text) == bpe.encode_ordinary(text)
+
+
+def test_bpe_joins_runs_left_to_right():
+    a, b = b"a", b"b"
+    assert train_exits.merged([a, a, a, a, a], (a, a)) == [b"aa", b"aa", a]
+    assert train_exits.merged([a, b, a, b, b], (a, b)) == [b"ab", b"ab", b]
+
+
+def test_held_out_files_are_never_trained_on():
+    names = train_exits.read_corpus(None)
+    held = {n for n in names if train_exits.is_held_out(n)}
+    assert 0.01 < len(held) / len(names) < 0.08
+    assert not any({"site-packages", "test", "tests"} & set(n.split("/")) for n in names)
+    assert 5e6 < sum(map(len, names.values())) < 3e7
+
+
+@given(st.integers(40, 400), st.integers(1, 5), st.integers(1, 9))
+def test_an_epoch_reads_every_window_once(length, rows, context):
+    text = torch.arange(length)
+    windows = (length - 1) // context - 1
+    if windows < 1:
+        return
+    starts = []
+    for step in range(-(-windows // rows)):
+        batch = train_exits.batch(text, step, rows, context, seed=0)
+        assert batch.shape == (rows, context + 1)
+        assert (batch[:, 1:] == batch[:, :-1] + 1).all()
+        starts += batch[:, 0].tolist()
+    first_epoch = starts[:windows]
+    assert len(set(first_epoch)) == windows
+    assert len({start % context for start in first_epoch}) == 1
+
+
+def test_sampling_side_by_side_is_greedy_decoding():
+    model = random_model().float()
+    openings = torch.randint(11, (3, 4))
+    rows = train_exits.sample(model, openings, 20, torch.tensor([False, True, False]))
+    for i in (0, 2):
+        assert rows[i].tolist() == openings[i].tolist() + generate(model, openings[i].tolist(), 16).tokens
+
+
+# ---- errors --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--exits 2 1", "exits must ascend strictly within 1..3"),
+        ("--exits 1 4", "exits must ascend strictly within 1..3"),
+        ("--freeze-trunk", "need a --model"),
+        ("--self-distill 100", "need a --model"),
+        ("--steps 0", "--steps must be above 0"),
+        ("--lr nan", "--lr must be above 0"),
+        ("--minutes -1", "--minutes must be above 0"),
+        ("--vocab 200", "--vocab must be at least 257"),
+        ("--batch 64", "--batch must hold 8 x --context tokens"),
+        ("--context 512 --batch 8192", "must fit the model's 2048"),
+        ("--heads 5", "must be a multiple of n_heads"),
+        ("--resume", "nothing to resume"),
+        ("--lr 1e6 --steps 30", "diverged at step"),
+    ],
+)
+def test_errors_are_named_and_write_nothing(tmp_path, corpus, options, message):
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 5 {options}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "the corpus is empty"),
+        ({"a.txt": b""}, "the corpus is empty"),
+        ({"a.bin": b"\xff\xfe\xfa"}, "the corpus is empty"),
+        ({"a.txt": b"too short"}, "the corpus is too short"),
+        (None, "no corpus at"),
+    ],
+)
+def test_a_corpus_that_will_not_do(tmp_path, files, message):
+    folder = tmp_path / "corpus"
+    if files is not None:
+        folder.mkdir()
+    for name, content in (files or {}).items():
+        (folder / name).write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        train(tmp_path / "run", folder, f"{SHAPE} {SPEED} --steps 5")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_overwritten(tmp_path, corpus):
+    run = tmp_path / "run"
+    train(run, corpus, f"{SHAPE} {SPEED} --steps 2")
+    before = {f.relative_to(run): f.read_bytes() for f in run.rglob("*") if f.is_file()}
+    wider = SHAPE.replace("--dim 32", "--dim 64")
+    for options, message in [
+        (f"{SHAPE} {SPEED} --steps 2", "holds a run already"),
+        (f"{wider} {SPEED} --steps 4 --resume", "its config is"),
+        (f"{SHAPE} {SPEED} --steps 4 --exits 1 3 --resume", "its exits is"),
+        (f"{SHAPE} {SPEED} --steps 4 --seed 1 --resume", "its seed is"),
+        (f"{SHAPE} {SPEED} --steps 400 --lr 1e6 --resume", "diverged at step"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            train(run, corpus, options)
+    assert before == {f.relative_to(run): f.read_bytes() for f in run.rglob("*") if f.is_file()}
+
+
+def test_help_reads_as_documentation(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train_exits.main(["--help"])
+    said = capsys.readouterr().out
+    assert "--freeze-trunk" in said and "LayerSkip" in said
