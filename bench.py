@@ -7,12 +7,12 @@ it, several times, and every speed-up is the median over those repeats of a rati
 Times are wall-clock seconds of whole generations, prompt included. The last step, outside the timed
 runs, is to time the parts of a generation and to compare the levels' predictions on the greedy text.
 
-Windows are the paper's defaults, not tuned to the model at hand.
+Exits and windows are those that --tune last found for the model, device and dtype (results/ladders.json);
+where it has not been run, the paper's.
 """
 
 import argparse
 import json
-import math
 import os
 import platform
 import shlex
@@ -33,12 +33,10 @@ from tqdm import tqdm
 
 import hispec
 from checkpoints import load, save, write_whole
-from tokenizer import chat, stop_tokens
 from hispec import Generation, generate
 from model import Llama
-
-SINGLE_LAYER_WINDOW = 4  # draft tokens a verification
-HISPEC_WINDOWS = (2, 4)  # the paper's N_d and N_i
+from tokenizer import chat, stop_tokens
+from tune import best_threads, default_exits, save_ladders, saved_ladders, tune
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,16 @@ def main() -> None:
     stop = stop_tokens(tokenizer)
     if device == "cpu":
         torch.set_num_threads(best_threads(model))
-    ours = ladder_methods(model)
-    methods = ours + (peer_methods(model, exit=ours[1].exits[0]) if args.peers else [])
     header = describe(args.model, device, dtype)
     print(header["device"], header["dtype"], header["model"], sep=" · ", flush=True)
 
     with tqdm(total=len(questions), desc="warm-up and greedy reference", leave=False) as bar:
         requests = list(open_requests(model, tokenizer, questions, max_new_tokens, stop, bar))
+    if args.tune:
+        firsts = {request.category: request.prompt for request in reversed(requests)}.values()
+        save_ladders(header, tune(model, list(firsts), max_new_tokens, stop))
+    ours = ladder_methods(model, saved_ladders(header))
+    methods = ours + (peer_methods(model, exit=ours[1].exits[0]) if args.peers else [])
     for method in methods[1:]:
         method.decode(requests[0].prompt, max_new_tokens, stop=stop)  # warm-up of the other methods
     runs = measure(methods, requests, max_new_tokens, stop, repeats)
@@ -98,18 +99,19 @@ def main() -> None:
         write_whole(args.json, lambda to: to.write_text(text, "utf-8"))
 
 
-def ladder_methods(model: Llama) -> list[Method]:
-    """Greedy, one draft exit, and HiSpec; exits at 1/8 and 1/4 of the depth where the model names none."""
-    depth = model.config.n_layers
-    exits = model.exits or tuple(sorted({max(1, math.ceil(depth / 8)), max(1, math.ceil(depth / 4))} - {depth}))
-    if len(exits) < 2:
-        raise ValueError(f"HiSpec needs two exits below the full depth, and this model of {depth} layers has {exits}")
+def ladder_methods(model: Llama, chosen: dict) -> list[Method]:
+    """Greedy, one draft exit, and HiSpec, with the ladders chosen for them or the paper's windows."""
+    exits = default_exits(model)
     ladders = {
-        "greedy": ((), ()),
-        "single-layer": (exits[:1], (SINGLE_LAYER_WINDOW,)),
-        "hispec": (exits[:2], HISPEC_WINDOWS),
+        "greedy": {"exits": [], "windows": []},
+        "single-layer": {"exits": exits[:1], "windows": [4]},
+        "hispec": {"exits": exits[:2], "windows": [2, 4]},
     }
-    return [Method(name, e, w, partial(generate, model, exits=e, windows=w)) for name, (e, w) in ladders.items()]
+    methods = []
+    for name, ladder in (ladders | chosen).items():
+        e, w = tuple(ladder["exits"]), tuple(ladder["windows"])
+        methods.append(Method(name, e, w, partial(generate, model, exits=e, windows=w)))
+    return methods
 
 
 def peer_methods(model: Llama, exit: int) -> list[Method]:
@@ -187,24 +189,6 @@ def open_requests(model, tokenizer, questions, max_new_tokens, stop, bar) -> Ite
 
 # ---------------------------------------------------------------------------------------------------
 # Measuring
-
-
-def best_threads(model: Llama) -> int:
-    """The number of threads with which the CPU decodes fastest; the fewest among about equals.
-
-    One token at a time leaves little to share out, and threads that wait for each other can cost far
-    more than they bring, most of all where cores are few or shared.
-    """
-    best, shortest = 1, math.inf
-    threads = 1
-    while threads <= os.cpu_count():
-        torch.set_num_threads(threads)
-        generate(model, [0], 2)
-        seconds = min(generate(model, [0], 6).seconds for _ in range(3))
-        if seconds < 0.95 * shortest:
-            best, shortest = threads, seconds
-        threads *= 2
-    return best
 
 
 def measure(methods, requests, max_new_tokens, stop, repeats) -> list[list[list[Generation]]]:
@@ -339,7 +323,7 @@ def describe(name: str, device: str, dtype: torch.dtype) -> dict:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        hardware = f"{names[0] if names else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        hardware = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
@@ -361,13 +345,15 @@ def print_tables(results: list[dict]) -> None:
     def number(value) -> str:
         return "–" if value is None else f"{value:.2f}"
 
-    rows = [["method", "ladder", "tokens/s", "x greedy", "x single", "tokens/pass", "accepted", "time", "loop", "identical"]]
+    columns = "method, ladder, tokens/s, x greedy, x single, tokens/pass, accepted, time, loop, identical"
+    rows = [columns.split(", ")]
     for r in results:
         ladder = " ".join(f"{e}({w})" for e, w in zip(r["exits"], r["windows"], strict=True)) or "–"
         rows.append(
             [r["name"], ladder, f"{r['tokens_per_second']:.1f}", f"{r['speedup_vs_greedy']:.2f}"]
             + [f"{r['speedup_vs_single_layer']:.2f}", number(r["tokens_per_target_pass"]), percent(r["acceptance"])]
-            + [percent(r.get("time_share", [])), percent([r.get("time_share_loop")]), f"{r['identical']}/{r['prompts']}"]
+            + [percent(r.get("time_share", [])), percent([r.get("time_share_loop")])]
+            + [f"{r['identical']}/{r['prompts']}"]
         )
     print_table(rows)
     print("\nladder: exit(window). accepted, time: by level, shallow to deep. loop: time outside model steps.\n")
@@ -380,14 +366,15 @@ def print_tables(results: list[dict]) -> None:
     for r in results:
         if "agreement" in r:
             pairs = ", ".join(f"{pair} {value:.0%}" for pair, value in r["agreement"].items())
-            rejects = r.get("false_rejects")
-            print(f"\n{r['name']}: levels agree on {pairs}" + (f"; false rejects {rejects:.0%}" if rejects is not None else ""))
+            rejects = f"; false rejects {percent([r['false_rejects']])}" if "false_rejects" in r else ""
+            print(f"\n{r['name']}: levels agree on {pairs}{rejects}")
 
 
 def print_table(rows: list[list[str]]) -> None:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        print("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))))
+        first, *others = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print(first, *others, sep="  ")
 
 
 @torch.inference_mode()
@@ -411,10 +398,10 @@ def parse_arguments() -> argparse.Namespace:
         "--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl", help="JSONL with category and turns"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
-    parser.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16", "float64"], help="default: bfloat16 on a GPU, else float32"
-    )
+    dtypes = ["float32", "bfloat16", "float16", "float64"]
+    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
     parser.add_argument("--quick", action="store_true", help="one prompt a category, 24 tokens each, two repeats")
+    parser.add_argument("--tune", action="store_true", help="first find the fastest exits and windows, and keep them")
     parser.add_argument("--peers", action="store_true", help="also measure transformers' decoding of the same weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
     args = parser.parse_args()

@@ -65,10 +65,10 @@ def generate(
     """Continue `prompt` (token ids) by at most max_new_tokens tokens, exactly as the full model would.
 
     exits: depths in layers, ascending, each below the full depth. windows[k]: how many tokens level k is
-    asked for, that is, drafts and itself accepts, before level k+1 verifies them. temperature 0 takes the likeliest token (the
-    lowest id among equals); above 0 it samples, reproducibly if a seed is given. Generation ends after
-    the first token in `stop` (kept as the last token), or when prompt and new tokens fill the model's
-    max_seq_len. Raises ValueError, before any work, for arguments out of range.
+    asked for (it drafts or accepts them) before level k+1 verifies. temperature 0 takes the likeliest
+    token, the lowest id among equals; above 0 it samples, reproducibly if a seed is given. Generation
+    ends after the first token in `stop`, which is kept as the last one, or when prompt and new tokens
+    fill the model's max_seq_len. Raises ValueError, before any work, for arguments out of range.
     """
     stop = tuple(stop)
     check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop)

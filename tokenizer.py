@@ -15,15 +15,19 @@ chat format of meta-llama/llama-models; SmolLM2's chat template.
 
 import base64
 import codecs
+import heapq
 import json
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
 
+END = "<|endoftext|>"  # what a learned vocabulary has between documents
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"  # SmolLM2's own default
-STOPS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>")
+STOPS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", END)
 
 # How text is cut into pieces before any merge. Each pattern matches every character: none is lost.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -171,6 +175,41 @@ def _encoding(ranks: dict[bytes, int], special: dict[str, int], split: str, voca
     return tiktoken.Encoding("checkpoint", pat_str=split, mergeable_ranks=ranks, special_tokens=special)
 
 
+def learn_bpe(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
+    """Byte-level BPE (arXiv 1508.07909): 256 bytes, then the commonest neighbours merged again and again, then END."""
+    # SMOLLM's pieces as Python's own re can say them; where the two differ, only counts do
+    split = re.compile(r"\d|'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
+    pieces = Counter(piece for text in texts for piece in split.findall(text))
+    words, counts = [[bytes([b]) for b in piece.encode()] for piece in pieces], list(pieces.values())
+    pairs, where = Counter(), defaultdict(set)  # how often each pair of neighbours occurs, and in which words
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += counts[i]
+            where[pair].add(i)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    ranks = {bytes([b]): b for b in range(256)}
+    while heap and len(ranks) < vocab_size - 1:
+        count, pair = heapq.heappop(heap)
+        if -count != pairs[pair]:  # an old count: the pair's present one is on the heap too
+            continue
+        ranks.setdefault(pair[0] + pair[1], len(ranks))
+        changed = set()
+        for i in where.pop(pair):
+            old, words[i] = words[i], _merged(words[i], pair)
+            for neighbours in zip(old, old[1:]):
+                pairs[neighbours] -= counts[i]
+                changed.add(neighbours)
+            for neighbours in zip(words[i], words[i][1:]):
+                pairs[neighbours] += counts[i]
+                where[neighbours].add(i)
+                changed.add(neighbours)
+        for neighbours in changed - {pair}:
+            if pairs[neighbours] > 0:
+                heapq.heappush(heap, (-pairs[neighbours], neighbours))
+    return tiktoken.Encoding("trained", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+
+
 # ---- the three formats ---------------------------------------------------------------------------------
 
 
@@ -256,3 +295,13 @@ def _pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
             return pieces
         at = pairs.index(best)
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
+
+
+def _merged(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    new = []
+    for part in word:
+        if new and (new[-1], part) == pair:
+            new[-1] = pair[0] + pair[1]
+        else:
+            new.append(part)
+    return new

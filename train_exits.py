@@ -13,8 +13,8 @@ Python's own standard library; its vocabulary is learned, and whole files are he
 3 trains the trunk as 1 does, but the last layer learns the original's distribution and the exits the last layer's.
 
 --self-distill trains 2 and 3 on M's own writing, which is what decoding will meet. torchrun --nproc_per_node=N
-shares each step among N processes. DIR gets model/ (for checkpoints.load), training.safetensors (for --resume), and at the
-end agreement.csv and agreement.png: how often each layer's exit picks the full model's token.
+shares each step among N processes. DIR gets model/ (for checkpoints.load), training.safetensors (for --resume),
+and at the end agreement.csv and agreement.png: how often each layer's exit picks the full model's token.
 
 The file knows nothing of drafting or verifying: it makes exits agree, hispec.py turns agreement into speed.
 """
@@ -24,14 +24,12 @@ import copy
 import csv
 import dataclasses
 import hashlib
-import heapq
 import json
 import math
 import os
-import re
 import sysconfig
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import tiktoken
@@ -48,9 +46,8 @@ from tqdm import tqdm
 import checkpoints
 from checkpoints import write_whole
 from model import Config, ExitHead, Llama
-from tokenizer import SMOLLM, chat
+from tokenizer import END, chat, learn_bpe
 
-END = "<|endoftext|>"  # stands between documents
 HELD_OUT = 28  # one document in so many is never trained on
 LONG = 8  # every sixth step reads rows so many times as long, that far positions are trained too
 DRAFT_WEIGHT, EXIT_WEIGHT = 0.3, 1.0  # loss weights of the first exit and of those above it; the last layer's is 1
@@ -470,51 +467,6 @@ def common_choices(model: Llama, text: Tensor, args) -> list[int]:
         counts += torch.bincount(choice, minlength=len(counts))
     order = counts.argsort(descending=True, stable=True)[: args.draft_vocab]
     return sorted(order[counts[order] > 0].tolist())
-
-
-def learn_bpe(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
-    """Byte-level BPE (arXiv 1508.07909): 256 bytes, then the commonest neighbours merged again and again, then END."""
-    # SMOLLM's pieces as Python's own re can say them; where the two differ, only counts do
-    split = re.compile(r"\d|'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
-    pieces = Counter(piece for text in texts for piece in split.findall(text))
-    words, counts = [[bytes([b]) for b in piece.encode()] for piece in pieces], list(pieces.values())
-    pairs, where = Counter(), defaultdict(set)  # how often each pair of neighbours occurs, and in which words
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += counts[i]
-            where[pair].add(i)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
-    ranks = {bytes([b]): b for b in range(256)}
-    while heap and len(ranks) < vocab_size - 1:
-        count, pair = heapq.heappop(heap)
-        if -count != pairs[pair]:  # an old count: the pair's present one is on the heap too
-            continue
-        ranks.setdefault(pair[0] + pair[1], len(ranks))
-        changed = set()
-        for i in where.pop(pair):
-            old, words[i] = words[i], merged(words[i], pair)
-            for neighbours in zip(old, old[1:]):
-                pairs[neighbours] -= counts[i]
-                changed.add(neighbours)
-            for neighbours in zip(words[i], words[i][1:]):
-                pairs[neighbours] += counts[i]
-                where[neighbours].add(i)
-                changed.add(neighbours)
-        for neighbours in changed - {pair}:
-            if pairs[neighbours] > 0:
-                heapq.heappush(heap, (-pairs[neighbours], neighbours))
-    return tiktoken.Encoding("trained", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
-
-
-def merged(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    new = []
-    for part in word:
-        if new and (new[-1], part) == pair:
-            new[-1] = pair[0] + pair[1]
-        else:
-            new.append(part)
-    return new
 
 
 # ---- what came of it -----------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ class Case:
 
 
 @st.composite
-def cases(draw, levels=st.integers(1, 4)) -> Case:
+def cases(draw, levels=st.integers(1, 4)) -> Case:  # noqa: B008, a strategy is no mutable default
     """Random models and ladders of 1 to 4 levels, among them exits with heads of their own."""
     n_levels = draw(levels)
     vocab, layers = draw(st.sampled_from([2, 3, 11, 40])), draw(st.integers(n_levels, 6))

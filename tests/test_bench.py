@@ -9,10 +9,15 @@ import torch
 from conftest import random_model
 
 import bench
+import tune
 from bench import Method, Request, differing_tokens, figures, read_prompts
 from hispec import Generation, LevelStats, generate
 
-METHODS = [Method("greedy", (), (), None), Method("single-layer", (1,), (2,), None), Method("hispec", (1, 3), (2, 4), None)]
+METHODS = [
+    Method("greedy", (), (), None),
+    Method("single-layer", (1,), (2,), None),
+    Method("hispec", (1, 3), (2, 4), None),
+]
 REQUESTS = [Request("chat", [1], [5, 6, 7, 8]), Request("code", [1], [5, 6])]
 
 
@@ -102,9 +107,12 @@ def test_missing_or_empty_prompts(tmp_path):
 @pytest.fixture
 def small_bench(monkeypatch, tmp_path):
     """bench.main on a random model whose tokens are bytes; returns run(*arguments) -> the JSON it wrote."""
-    tokenizer = tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={})
+    tokenizer = tiktoken.Encoding(
+        "bytes", pat_str=r"[\s\S]+", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
+    )
     model = random_model(vocab_size=256, max_seq_len=256).float()
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    monkeypatch.setattr(tune, "LADDERS", tmp_path / "results" / "ladders.json")
     monkeypatch.setattr(bench, "load", lambda name, device, dtype: (model, tokenizer))
     prompts = [("chat", ["Hello", "And then?"]), ("chat", ["Again"]), ("code", ["def f():"]), ("code", ["x" * 300])]
     lines = [json.dumps({"question_id": i, "category": c, "turns": t}) for i, (c, t) in enumerate(prompts)]
@@ -137,7 +145,7 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
     assert ladder["agreement"].keys() == {"1-2", "1-5", "2-5"}
     assert 0 <= ladder["false_rejects"] <= 1
     assert "identical" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json"}  # and no half-written file
 
 
 def test_what_does_not_fit_the_context_is_left_out(small_bench):
@@ -165,6 +173,21 @@ def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
     ladder = result["methods"][2]
     assert (ladder["identical"], ladder["differing_tokens"]) == (0, 3)
     assert "hispec differs (chat) from token 3: logits" in capsys.readouterr().out
+
+
+def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypatch):
+    def clocked(model, prompt, n, *, exits=(), windows=(), stop=()):
+        out = generate(model, prompt, n, exits=exits, windows=windows, stop=stop)
+        cost = {((2,), (6,)): 1.0, ((1, 2), (3, 8)): 1.0}.get((exits, windows), 2.0)
+        return Generation(out.tokens, out.levels, cost)
+
+    monkeypatch.setattr(tune, "WINDOWS", (3, 6, 8))
+    with monkeypatch.context() as patch:
+        patch.setattr(tune, "generate", clocked)
+        _, tuned = small_bench("--quick", "--tune")
+    _, later = small_bench("--quick")
+    for result in (tuned, later):
+        assert [(m["exits"], m["windows"]) for m in result["methods"]] == [([], []), ([2], [6]), ([1, 2], [3, 8])]
 
 
 def test_peers_decode_the_same_weights(small_bench):

@@ -47,7 +47,7 @@ def test_the_context_limit_ends_generation(ladder):
 
 
 def with_drafts(monkeypatch, corrupt):
-    """Let every level but the last see the full model's logits, put wrong where corrupt(level, drafts in a row) says."""
+    """Give every level but the last the full model's logits, made wrong where corrupt(level, drafts in a row)."""
     real, since = hispec.step, {"drafts": 0}
 
     def step(model, cache, depths, tokens, length, k, rows):

@@ -63,9 +63,9 @@ def table_ladder(monkeypatch, tables):
         return tables[k].log()[tokens[length - rows : length]]
 
     monkeypatch.setattr(hispec, "step", step)
-    return lambda n, windows: generate(
-        model, [0], n, exits=range(1, L), windows=windows, temperature=1.0, seed=0
-    ).tokens
+    return lambda n, windows: (
+        generate(model, [0], n, exits=range(1, L), windows=windows, temperature=1.0, seed=0).tokens
+    )
 
 
 def markov_law(table, n):
@@ -133,7 +133,9 @@ def test_a_level_that_forgets_a_row_is_caught(monkeypatch):
     assert distance(law, markov_law(TARGET2, 2)) > 1e-3
 
 
-@pytest.mark.parametrize("exits, windows, draft_vocab", [((1,), (2,), None), ((1, 2), (1, 2), None), ((1, 2), (2, 1), [0, 2])])
+@pytest.mark.parametrize(
+    "exits, windows, draft_vocab", [((1,), (2,), None), ((1, 2), (1, 2), None), ((1, 2), (2, 1), [0, 2])]
+)
 def test_a_real_model_follows_its_own_law(monkeypatch, exits, windows, draft_vocab):
     model = random_model(5, vocab_size=3, n_layers=3)
     if draft_vocab:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import checkpoints
+import tokenizer
 import train_exits
 from hispec import generate
 from model import ExitHead, Llama
@@ -206,7 +207,7 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, corpus):
 @pytest.fixture(scope="module")
 def bpe():
     texts = ["def f(x):\n    return x\n" * 20, "naïve café ½ _under__score '日本語' \U0001f600 aaaa\t\r\n" * 20]
-    return train_exits.learn_bpe(texts, 400)
+    return tokenizer.learn_bpe(texts, 400)
 
 
 @given(st.text())
@@ -229,8 +230,8 @@ def test_bpe_merges_what_is_common(bpe, tmp_path):
 
 def test_bpe_joins_runs_left_to_right():
     a, b = b"a", b"b"
-    assert train_exits.merged([a, a, a, a, a], (a, a)) == [b"aa", b"aa", a]
-    assert train_exits.merged([a, b, a, b, b], (a, b)) == [b"ab", b"ab", b]
+    assert tokenizer._merged([a, a, a, a, a], (a, a)) == [b"aa", b"aa", a]
+    assert tokenizer._merged([a, b, a, b, b], (a, b)) == [b"ab", b"ab", b]
 
 
 def test_held_out_files_are_never_trained_on():
