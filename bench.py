@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -60,7 +61,7 @@ class Request:
 
 def main() -> None:
     args = parse_arguments()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device
     dtype = getattr(torch, args.dtype) if args.dtype else torch.bfloat16 if device.startswith("cuda") else torch.float32
     questions = read_prompts(args.prompts)
     if args.quick:
@@ -74,14 +75,18 @@ def main() -> None:
     if device == "cpu":
         torch.set_num_threads(best_threads(model))
     header = describe(args.model, device, dtype)
-    print(header["device"], header["dtype"], header["model"], sep=" · ", flush=True)
+    chosen = saved_ladders(header, model)
+    print(header["device"], f"{header['threads']} threads", header["dtype"], header["model"], sep=" · ", flush=True)
 
     with tqdm(total=len(questions), desc="warm-up and greedy reference", leave=False) as bar:
         requests = list(open_requests(model, tokenizer, questions, max_new_tokens, stop, bar))
+    if not requests:
+        raise ValueError(f"no prompt fits the model's context of {model.config.max_seq_len} tokens")
     if args.tune:
         firsts = {request.category: request.prompt for request in reversed(requests)}.values()
-        save_ladders(header, tune(model, list(firsts), max_new_tokens, stop))
-    ours = ladder_methods(model, saved_ladders(header))
+        chosen = tune(model, list(firsts), max_new_tokens, stop)
+        save_ladders(header, chosen)
+    ours = ladder_methods(model, chosen)
     methods = ours + (peer_methods(model, exit=ours[1].exits[0]) if args.peers else [])
     for method in methods[1:]:
         method.decode(requests[0].prompt, max_new_tokens, stop=stop)  # warm-up of the other methods
@@ -323,7 +328,7 @@ def describe(name: str, device: str, dtype: torch.dtype) -> dict:
         cpuinfo = Path("/proc/cpuinfo")
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        hardware = f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+        hardware = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
@@ -331,6 +336,7 @@ def describe(name: str, device: str, dtype: torch.dtype) -> dict:
     command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
     return {
         "device": hardware,
+        "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "model": name,
         "versions": versions,
@@ -382,10 +388,11 @@ def print_divergence(model, methods, requests, generations) -> None:
     """For each text that is not greedy's: where it first differs, and how close the two best logits were there."""
     for m, method in enumerate(methods):
         for request, generation in zip(requests, generations[m], strict=True):
-            pairs = zip(generation.tokens, request.greedy, strict=False)
-            at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
-            if at is None:
+            if generation.tokens == request.greedy:
                 continue
+            pairs = zip(generation.tokens, request.greedy, strict=False)
+            shorter = min(len(generation.tokens), len(request.greedy))
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), shorter)
             ids = torch.tensor([request.prompt + request.greedy[:at]], device=model.embed.weight.device)
             best, second = model(ids)[0, -1].topk(2).values.tolist()
             print(f"{method.name} differs ({request.category}) from token {at}: logits {best:.6g} and {second:.6g}")
@@ -405,8 +412,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--peers", action="store_true", help="also measure transformers' decoding of the same weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
     args = parser.parse_args()
-    if args.json and not args.json.absolute().parent.is_dir():
-        parser.error(f"--json: the folder {args.json.absolute().parent} does not exist")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}")
+    if args.json:
+        try:  # now, not when everything is measured
+            write_whole(args.json.with_name(f"{args.json.name}.try"), lambda to: to.touch())
+            args.json.with_name(f"{args.json.name}.try").unlink()
+        except (OSError, ValueError) as error:
+            parser.error(f"--json: cannot write there: {error}")
+        if args.json.is_dir():
+            parser.error(f"--json: {args.json} is a folder")
+    if args.peers and find_spec("transformers") is None:
+        parser.error("--peers needs transformers: pip install -r requirements-dev.txt")
     return args
 
 

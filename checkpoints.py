@@ -52,7 +52,7 @@ def load(
         return _load_folder(path, device, dtype) if path.is_dir() else _load_gguf(path, device, dtype)
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt safetensors file ({error})") from error
-    except (ValueError, TypeError) as error:  # TypeError: a number where a text belongs, and the like
+    except (ValueError, TypeError, AttributeError, KeyError) as error:  # also a number where a text belongs, and so on
         raise ValueError(f"{path}: {error}") from error
 
 

@@ -11,14 +11,16 @@ that level k has beyond level k-1. So
     exits=(2, 4, 8, 16) ...        any ladder: the same code
 
 Whatever the ladder, the output is the full model's own: the same tokens at temperature 0, the same
-distribution above it, as far as the model's numbers do not depend on how many positions a pass holds
-(in low precision two nearly equal logits can change places). `Ladder.propose` is the whole method; the
-function `step` is the only place that runs the model; the cache and its rollback are in kvcache.py.
+distribution above it. One caveat: how many positions a pass holds can change the last bit of a sum, so
+two logits that are equal to within rounding, which in bfloat16 is not rare, can change places.
+
+`Ladder.propose` is the whole method; the function `step` is the only place that runs the model; the
+cache and its rollback are in kvcache.py.
 """
 
-import math
 import numbers
 import operator
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor
 
 from kvcache import KVCache
-from model import Llama
+from model import Config, Llama
 
 
 @dataclass
@@ -35,7 +37,7 @@ class LevelStats:
     """What one level did in one generation."""
 
     exit: int  # depth in layers at which the level is read
-    calls: int = 0  # forward passes that ended at this level
+    calls: int = 0  # steps of this level: drafts for the first, verifications for the others
     proposed: int = 0  # tokens it handed to the level above; last level: tokens it generated
     accepted: int = 0  # how many of those the level above kept; last level: all
     positions: int = 0  # positions that passed through its segment, the prompt's included
@@ -66,16 +68,14 @@ def generate(
 
     exits: depths in layers, ascending, each below the full depth. windows[k]: how many tokens level k is
     asked for (it drafts or accepts them) before level k+1 verifies. temperature 0 takes the likeliest
-    token, the lowest id among equals; above 0 it samples, reproducibly if a seed is given. Generation
-    ends after the first token in `stop`, which is kept as the last one, or when prompt and new tokens
-    fill the model's max_seq_len. Raises ValueError, before any work, for arguments out of range.
+    token (argmax); above 0 it samples, reproducibly if a seed is given. Generation ends after the first
+    token in `stop`, which is kept as the last one, or when prompt and new tokens fill the model's
+    max_seq_len. Raises ValueError, before any work, for arguments out of range.
     """
-    stop = tuple(stop)
-    check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop)
+    prompt, *others = checked(model.config, prompt, max_new_tokens, exits, windows, temperature, seed, stop)
     began = time.perf_counter()
-    exits = tuple(int(exit) for exit in exits)
-    ladder = Ladder(model, prompt, max_new_tokens, exits, windows, temperature, seed, {int(token) for token in stop})
-    ladder.propose(len(exits), max_new_tokens)
+    ladder = Ladder(model, prompt, *others)
+    ladder.propose(ladder.top, want=ladder.limit - ladder.length)
     tokens = ladder.tokens[len(prompt) : ladder.length].tolist()
     ladder.stats[-1].proposed = ladder.stats[-1].accepted = len(tokens)
     return Generation(tokens, ladder.stats, time.perf_counter() - began)
@@ -90,13 +90,13 @@ class Ladder:
     def __init__(
         self,
         model: Llama,
-        prompt: Sequence[int],
+        prompt: tuple[int, ...],
         max_new_tokens: int,
         exits: tuple[int, ...],
-        windows: Sequence[int],
+        windows: tuple[int, ...],
         temperature: float,
         seed: int | None,
-        stop: set[int],
+        stop: frozenset[int],
     ):
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
         self.model, self.windows, self.temperature, self.stop = model, windows, temperature, stop
@@ -239,36 +239,39 @@ def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
     return (weights / torch.empty_like(weights).exponential_(generator=rng)).argmax()
 
 
-def check_arguments(model, prompt, max_new_tokens, exits, windows, temperature, seed, stop) -> None:
-    """Raise ValueError saying what is wrong and what is allowed."""
-    config = model.config
+def checked(config: Config, prompt, max_new_tokens, exits, windows, temperature, seed, stop) -> tuple:
+    """The arguments of `generate` as plain ints, floats and tuples; ValueError with what is wrong and allowed."""
     V, L, T = config.vocab_size, config.n_layers, config.max_seq_len
-    if len(prompt) == 0:
+    prompt, stop = whole_numbers(prompt, "prompt"), whole_numbers(stop, "stop")
+    exits, windows = whole_numbers(exits, "exits"), whole_numbers(windows, "windows")
+    (max_new_tokens,) = whole_numbers([max_new_tokens], "max_new_tokens")
+    if not prompt:
         raise ValueError("the prompt is empty: it needs at least one token")
     if len(prompt) >= T:
         raise ValueError(f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {T}")
     for name, tokens in (("prompt", prompt), ("stop", stop)):
-        for token in tokens:
-            if not 0 <= whole(token, name) < V:
-                raise ValueError(f"{name} holds token id {token}, outside the vocabulary 0..{V - 1}")
-    if not 0 <= whole(max_new_tokens, "max_new_tokens") <= T:
+        if outside := [token for token in tokens if not 0 <= token < V]:
+            raise ValueError(f"{name} holds token id {outside[0]}, outside the vocabulary 0..{V - 1}")
+    if not 0 <= max_new_tokens <= T:
         raise ValueError(f"max_new_tokens must be between 0 and the model's context of {T}, got {max_new_tokens}")
-    for previous, exit in zip((0, *exits), exits, strict=False):
-        if not previous < whole(exit, "exits") < L:
-            raise ValueError(f"exits must ascend strictly within 1..{L - 1}, got {tuple(exits)}")
+    if any(not below < exit < L for below, exit in zip((0, *exits), exits, strict=False)):
+        raise ValueError(f"exits must ascend strictly within 1..{L - 1}, got {exits}")
     if len(windows) != len(exits):
-        raise ValueError(f"windows needs one length for each of the {len(exits)} exits, got {tuple(windows)}")
-    if any(whole(window, "windows") < 1 for window in windows):
-        raise ValueError(f"windows must be at least 1 each, got {tuple(windows)}")
-    if not isinstance(temperature, numbers.Real) or not 0 <= temperature < math.inf:
+        raise ValueError(f"windows needs one length for each of the {len(exits)} exits, got {windows}")
+    if any(window < 1 for window in windows):
+        raise ValueError(f"windows must be at least 1 each, got {windows}")
+    if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
-    if seed is not None and not 0 <= whole(seed, "seed") < 2**63:
-        raise ValueError(f"seed must be None or an integer in 0..2**63-1, got {seed}")
+    if seed is not None:
+        (seed,) = whole_numbers([seed], "seed")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be None or a whole number in 0..2**63-1, got {seed}")
+    return prompt, max_new_tokens, exits, windows, float(temperature), seed, frozenset(stop)
 
 
-def whole(value, name: str) -> int:
-    """value as an int; ValueError if it is not a whole number."""
+def whole_numbers(values: Iterable[int], name: str) -> tuple[int, ...]:
+    """values as ints; ValueError if they are not whole numbers."""
     try:
-        return operator.index(value)
+        return tuple(int(operator.index(value)) for value in values)
     except TypeError:
-        raise ValueError(f"{name} takes whole numbers, got {value!r}") from None
+        raise ValueError(f"{name} takes whole numbers, got {values!r}") from None

@@ -56,6 +56,9 @@ class Config:
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("rope_theta", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.head_dim is None:
             if self.dim % self.n_heads:
                 raise ValueError(f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})")
@@ -188,7 +191,8 @@ class ExitHead(nn.Module):
     logits = W[vocab] @ norm(h + down(silu(up(h)))), with W the model's output matrix. Freshly made, the
     map adds nothing. `width` is the map's inner size (0: no map). `vocab` lists the token ids the exit
     may draft; every other token gets -inf. That loses nothing, since a deeper level verifies, and reads
-    len(vocab) rows of W in place of V.
+    len(vocab) rows of W in place of V. In eval mode these rows are gathered once: after a change to W,
+    call eval() again.
 
     Raises ValueError if vocab is empty, repeats an id or leaves the vocabulary.
     """
@@ -207,7 +211,7 @@ class ExitHead(nn.Module):
         if self.down is not None:
             nn.init.zeros_(self.down.weight)
         self.register_buffer("vocab", ids)
-        self._rows: Tensor | None = None  # W[vocab], gathered once when decoding
+        self._rows: Tensor | None = None  # W[vocab], gathered once in eval mode
 
     def forward(self, h: Tensor, matrix: Tensor) -> Tensor:
         """Logits (..., V) from h (..., D) and the model's output matrix (V, D)."""
@@ -220,11 +224,15 @@ class ExitHead(nn.Module):
         full = reduced.new_full((*reduced.shape[:-1], self.vocab_size), -math.inf)
         return full.index_copy(-1, self.vocab, reduced)
 
+    def train(self, mode: bool = True) -> "ExitHead":
+        self._rows = None
+        return super().train(mode)
+
     def _gather(self, matrix: Tensor) -> Tensor:
-        if torch.is_grad_enabled():  # training may move the matrix: always read it afresh
+        if self.training:  # the matrix may change from step to step: always read it afresh
             return matrix[self.vocab]
         if self._rows is None or self._rows.device != matrix.device or self._rows.dtype != matrix.dtype:
-            self._rows = matrix[self.vocab]
+            self._rows = matrix[self.vocab].detach()
         return self._rows
 
 

@@ -25,7 +25,7 @@ def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -
     """The fastest single-layer ladder and the fastest HiSpec ladder, found by running them all.
 
     Every exit and pair of exits is tried with every window. After each prompt the slower half drops
-    out, until three are left to run on the rest. Returns {name: {"exits": ..., "windows": ...}}.
+    out, as long as more than three are left. Returns {name: {"exits": ..., "windows": ...}}.
     """
     exits = default_exits(model)
     fields = {
@@ -48,7 +48,8 @@ def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -
 def default_exits(model: Llama) -> tuple[int, ...]:
     """The model's trained exits, or 1/8 and 1/4 of its depth. Raises ValueError if it is too shallow for two."""
     depth = model.config.n_layers
-    exits = model.exits or tuple(sorted({math.ceil(depth / 8), math.ceil(depth / 4)} - {depth}))
+    eighth, quarter = math.ceil(depth / 8), math.ceil(depth / 4)
+    exits = model.exits or tuple(e for e in (eighth, max(quarter, eighth + 1)) if e < depth)
     if len(exits) < 2:
         raise ValueError(f"HiSpec needs two exits below the full depth, and this model of {depth} layers has {exits}")
     return exits
@@ -72,21 +73,45 @@ def best_threads(model: Llama) -> int:
     return best
 
 
-def ladder_key(header: dict) -> str:
-    return f"{header['model']} {header['dtype']} {header['device']}"
+def saved_ladders(header: dict, model: Llama) -> dict[str, dict]:
+    """What `tune` found earlier for this model, dtype and device; empty if nothing.
 
-
-def saved_ladders(header: dict) -> dict[str, dict]:
-    """What `tune` found earlier for this model, dtype and device; empty if nothing."""
-    found = _read().get(ladder_key(header), {})
-    return {name: found[name] for name in ("single-layer", "hispec") if name in found}
+    Raises ValueError if the file is damaged, or what it says does not fit the model.
+    """
+    found = _read().get(_key(header), {})
+    ladders = {}
+    for name, length in (("single-layer", 1), ("hispec", 2)):
+        if name not in found:
+            continue
+        try:
+            exits, windows = found[name]["exits"], found[name]["windows"]
+            fits = len(exits) == len(windows) == length and 0 < exits[0] <= exits[-1] < model.config.n_layers
+        except (TypeError, KeyError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{LADDERS}: {name} of {_key(header)} does not fit the model: remove it, or run --tune")
+        ladders[name] = {"exits": exits, "windows": windows}
+    return ladders
 
 
 def save_ladders(header: dict, ladders: dict[str, dict]) -> None:
-    found = _read() | {ladder_key(header): {**ladders, "versions": header["versions"], "command": header["command"]}}
+    """Keep what `tune` found beside what it found for other models and machines."""
+    found = _read() | {_key(header): {**ladders, "versions": header["versions"], "command": header["command"]}}
     LADDERS.parent.mkdir(exist_ok=True)
     write_whole(LADDERS, lambda to: to.write_text(json.dumps(found, indent=1) + "\n", "utf-8"))
 
 
-def _read() -> dict:
-    return json.loads(LADDERS.read_text("utf-8")) if LADDERS.exists() else {}
+def _key(header: dict) -> str:
+    return f"{header['model']}, {header['dtype']}, {header['device']}"
+
+
+def _read() -> dict[str, dict]:
+    if not LADDERS.exists():
+        return {}
+    try:
+        found = json.loads(LADDERS.read_text("utf-8"))
+        if not all(isinstance(ladders, dict) for ladders in found.values()):
+            raise ValueError("not an object of objects")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{LADDERS} is damaged ({error}): remove it") from None
+    return found

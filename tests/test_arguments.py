@@ -1,7 +1,9 @@
 """Bad arguments are refused before any work, with what was wrong and what is allowed."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from conftest import random_model
@@ -38,10 +40,14 @@ BAD = [
     (dict(temperature=math.nan), "temperature"),
     (dict(temperature=math.inf), "temperature"),
     (dict(temperature="hot"), "temperature"),
+    (dict(temperature=10**400), "temperature"),
     (dict(seed=-1), "seed"),
+    (dict(seed=2**63), "seed"),
     (dict(seed=0.5), "seed"),
     (dict(stop=[11]), r"stop.*11.*0\.\.10"),
     (dict(stop=["."]), "stop.*whole"),
+    (dict(stop=5), "stop.*whole"),
+    (dict(exits=None), "exits.*whole"),
 ]
 
 
@@ -58,8 +64,14 @@ def test_arguments_of_any_integer_kind():
     other = generate(model, torch.tensor([1, 2]), 4, exits=range(1, 3), windows=[2, 2], stop=iter(plain.tokens[-1:]))
     first = plain.tokens.index(plain.tokens[-1])
     assert other.tokens == plain.tokens[: first + 1]
+    other_ladder = generate(model, [1, 2], 4, exits=[1], windows=[2]).tokens
     stop = torch.tensor(plain.tokens[-1:])
     assert generate(model, [1, 2], 4, exits=torch.tensor([1]), windows=[2], stop=stop).tokens == other.tokens
+    small = np.array([2, 1], dtype=np.int8)[::-1]
+    assert (
+        generate(model, small, small[1] + 2, exits=small[:1], windows=small[1:], seed=small[0]).tokens == other_ladder
+    )
+    assert generate(model, b"\x01\x02", torch.tensor(4), temperature=Fraction(0)).tokens == plain.tokens
     assert generate(model, [1, 2], 0).tokens == []
     assert generate(model, [1] * 63, 64).tokens == generate(model, [1] * 63, 1).tokens
 

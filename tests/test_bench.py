@@ -54,6 +54,14 @@ def test_figures_over_all_requests():
     assert (result["tokens"], result["differing_tokens"]) == (6, 1)
 
 
+def test_speedups_are_medians_of_ratios_within_a_repeat():
+    seconds = [(10, 9, 5), (6, 9, 6), (9, 9, 3)]  # ratios 2, 1, 3; the ratio of the medians would be 9/5
+    runs = [[[generation([5], s, (5, 1))] for s in repeat] for repeat in seconds]
+    result = figures(METHODS, [Request("chat", [1], [5])], runs, 2, "chat".__eq__)
+    assert result["speedup_vs_greedy"] == pytest.approx(2)
+    assert result["speedup_vs_single_layer"] == pytest.approx(9 / 5)
+
+
 def test_figures_of_one_category():
     result = figures(METHODS, REQUESTS, made_up_runs(), 2, "code".__eq__)
     assert result["tokens_per_second"] == pytest.approx((2 / 1 + 2 / 2) / 2)
@@ -124,12 +132,13 @@ def small_bench(monkeypatch, tmp_path):
         bench.main()
         return model, json.loads((tmp_path / "out.json").read_text())
 
+    run.first = lambda: (tokenizer.encode("Hello"), generate(model, tokenizer.encode("Hello"), 24).tokens)
     return run
 
 
 def test_a_whole_run(small_bench, capsys, tmp_path):
     model, result = small_bench("--quick")
-    assert result.keys() == {"device", "dtype", "model", "versions", "command", "methods"}
+    assert result.keys() == {"device", "threads", "dtype", "model", "versions", "command", "methods"}
     assert result["dtype"] == "float32"
     assert "bench.py --device cpu" in result["command"]
     greedy, single, ladder = result["methods"]
@@ -169,16 +178,19 @@ def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
         return out
 
     monkeypatch.setattr(bench, "generate", lossy)
-    _, result = small_bench("--quick")
+    model, result = small_bench("--quick")
     ladder = result["methods"][2]
     assert (ladder["identical"], ladder["differing_tokens"]) == (0, 3)
-    assert "hispec differs (chat) from token 3: logits" in capsys.readouterr().out
+    first = bench.Request("chat", *small_bench.first())
+    ids = torch.tensor([first.prompt + first.greedy[:3]])
+    best, second = model(ids)[0, -1].topk(2).values.tolist()
+    assert f"hispec differs (chat) from token 3: logits {best:.6g} and {second:.6g}\n" in capsys.readouterr().out
 
 
 def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypatch):
     def clocked(model, prompt, n, *, exits=(), windows=(), stop=()):
         out = generate(model, prompt, n, exits=exits, windows=windows, stop=stop)
-        cost = {((2,), (6,)): 1.0, ((1, 2), (3, 8)): 1.0}.get((exits, windows), 2.0)
+        cost = {((2,), (6,)): 1.0, ((1, 2), (3, 3)): 1.0}.get((exits, windows), 2.0)
         return Generation(out.tokens, out.levels, cost)
 
     monkeypatch.setattr(tune, "WINDOWS", (3, 6, 8))
@@ -187,7 +199,7 @@ def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypa
         _, tuned = small_bench("--quick", "--tune")
     _, later = small_bench("--quick")
     for result in (tuned, later):
-        assert [(m["exits"], m["windows"]) for m in result["methods"]] == [([], []), ([2], [6]), ([1, 2], [3, 8])]
+        assert [(m["exits"], m["windows"]) for m in result["methods"]] == [([], []), ([2], [6]), ([1, 2], [3, 3])]
 
 
 def test_peers_decode_the_same_weights(small_bench):
@@ -214,8 +226,86 @@ def test_agreement_and_false_rejects_by_hand(monkeypatch):
     assert out["false_rejects"] == pytest.approx(sum(d == f for d, f in refused) / len(refused))
 
 
-def test_errors_are_one_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--json", "no/such/folder/out.json"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--json", "no/such/folder/out.json"], "--json"),
+        (["--json", "."], "--json"),
+        (["--device", "nonsense"], "--device nonsense"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "meta"], "--device meta"),
+    ],
+)
+def test_bad_options_end_at_once_in_one_line(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
     with pytest.raises(SystemExit) as stop:
         bench.parse_arguments()
     assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_prompt_that_fits(small_bench, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"category": "x", "turns": ["y" * 999]}))
+    with pytest.raises(ValueError, match="no prompt fits.*256"):
+        small_bench("--prompts", str(tmp_path / "long.jsonl"))
+
+
+# Choosing ladders
+
+
+HEADER = {"model": "m", "dtype": "float32", "device": "cpu", "versions": {}, "command": "python bench.py --tune"}
+
+
+def test_ladders_are_kept_by_model_dtype_and_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "LADDERS", tmp_path / "results" / "ladders.json")
+    model = random_model()
+    assert tune.saved_ladders(HEADER, model) == {}
+    one, two = {"hispec": {"exits": [1, 2], "windows": [3, 4]}}, {"single-layer": {"exits": [1], "windows": [2]}}
+    tune.save_ladders(HEADER, one)
+    for key in ("model", "dtype", "device"):
+        other = HEADER | {key: "other"}
+        assert tune.saved_ladders(other, model) == {}
+        tune.save_ladders(other, two)
+        assert tune.saved_ladders(other, model) == two
+    assert tune.saved_ladders(HEADER, model) == one
+
+
+@pytest.mark.parametrize(
+    "ladder",
+    [{"exits": [1], "windows": [2]}, {"exits": [1, 5], "windows": [2, 2]}, {"exits": [1, 2]}, [], {"exits": 3}],
+)
+def test_a_ladder_that_does_not_fit_is_refused(monkeypatch, tmp_path, ladder):
+    monkeypatch.setattr(tune, "LADDERS", tmp_path / "ladders.json")
+    tune.save_ladders(HEADER, {"hispec": ladder})
+    with pytest.raises(ValueError, match="ladders.json: hispec of m, float32, cpu does not fit"):
+        tune.saved_ladders(HEADER, random_model())
+
+
+@pytest.mark.parametrize("content", ["{bad", "[]", '{"a": 3}'])
+def test_a_damaged_ladder_file_is_named(monkeypatch, tmp_path, content):
+    monkeypatch.setattr(tune, "LADDERS", tmp_path / "ladders.json")
+    tune.LADDERS.write_text(content)
+    with pytest.raises(ValueError, match="ladders.json is damaged"):
+        tune.saved_ladders(HEADER, random_model())
+
+
+def test_default_exits():
+    model = random_model(n_layers=30)
+    assert tune.default_exits(model) == (4, 8)
+    model.exits = (2, 5, 9)
+    assert tune.default_exits(model) == (2, 5, 9)
+    assert tune.default_exits(random_model(n_layers=3)) == (1, 2)
+    for layers in (1, 2):
+        with pytest.raises(ValueError, match=f"two exits below .* {layers} layers"):
+            tune.default_exits(random_model(n_layers=layers))
+
+
+@pytest.mark.parametrize(
+    "seconds, best", [({1: 1.0, 2: 0.97, 4: 2.0}, 1), ({1: 1.0, 2: 0.5, 4: 0.3}, 4), ({1: 1, 2: 0.8, 4: 3}, 2)]
+)
+def test_best_threads_is_the_fewest_of_the_fastest(monkeypatch, seconds, best):
+    now = {}
+    monkeypatch.setattr(tune.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: now.update(threads=n))
+    monkeypatch.setattr(tune, "generate", lambda model, prompt, n: Generation([], [], seconds[now["threads"]]))
+    assert tune.best_threads(None) == best

@@ -26,7 +26,7 @@ def run(case: Case, temperature: float = 0.0, after_verify=None) -> Ladder:
 
     with torch.inference_mode():
         ladder = Watched(
-            case.model, case.prompt, case.max_new_tokens, case.exits, case.windows, temperature, 1, case.stop
+            case.model, case.prompt, case.max_new_tokens, case.exits, case.windows, temperature, 1, frozenset(case.stop)
         )
         ladder.propose(len(case.exits), case.max_new_tokens)
     return ladder

@@ -102,11 +102,21 @@ def test_a_reduced_vocabulary_reads_those_rows_only():
     model = random_model()
     shared = model(IDS, exit=2)
     model.exit_heads["2"] = ExitHead(model.config, vocab=[7, 0, 3]).double()
-    for grad in (True, False):  # gathered afresh while training, once while decoding
-        with torch.set_grad_enabled(grad):
-            reduced = model(IDS, exit=2)
+    for training in (True, False):  # gathered afresh while training, once in eval mode
+        reduced = model.train(training)(IDS, exit=2)
         assert torch.equal(reduced.isfinite().nonzero()[:, 2].unique(), torch.tensor([0, 3, 7]))
         torch.testing.assert_close(reduced[..., [0, 3, 7]], shared[..., [0, 3, 7]])
+
+
+def test_gathered_rows_follow_the_weights():
+    model = random_model()
+    model.exit_heads["2"] = ExitHead(model.config, vocab=[7, 0, 3]).double().eval()
+    with torch.no_grad():
+        for mode in (True, False):
+            before = model.train(mode)(IDS, exit=2)
+            model.head.weight.mul_(-1)
+            model.train(mode)
+            assert not torch.allclose(model(IDS, exit=2)[..., 3], before[..., 3])
 
 
 def test_rotary_angles_stay_float32_in_bfloat16():
