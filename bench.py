@@ -66,7 +66,7 @@ def main() -> None:
     questions = read_prompts(args.prompts)
     if args.quick:
         questions = list({question["category"]: question for question in reversed(questions)}.values())[::-1]
-    max_new_tokens, repeats = (24, 2) if args.quick else (128, 3)
+    max_new_tokens, repeats = (24, 2) if args.quick else (64, 3)
 
     model, tokenizer = load(args.model, device, dtype)
     if tokenizer is None:
@@ -400,7 +400,7 @@ def print_divergence(model, methods, requests, generations) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="a known name, a Hugging Face Llama folder, or a .gguf file")
+    parser.add_argument("--model", default="tiny", help="tiny, smollm2, a Hugging Face Llama folder, or a .gguf file")
     parser.add_argument(
         "--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl", help="JSONL with category and turns"
     )

