@@ -158,8 +158,8 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
 
 
 def test_what_does_not_fit_the_context_is_left_out(small_bench):
-    _, result = small_bench()  # all prompts, 128 tokens each: neither the second turn nor 300 characters fit
-    assert result["methods"][0]["prompts"] == 3
+    _, result = small_bench()  # all prompts: only the one of 300 characters does not fit
+    assert result["methods"][0]["prompts"] == 4
 
 
 def test_turns_contain_the_answers_before_them(small_bench, monkeypatch):
