@@ -71,6 +71,28 @@ def test_figures_of_one_category():
     assert (result["identical"], result["prompts"]) == (1, 1)
 
 
+def test_acceptance_has_an_entry_for_each_level_but_the_last():
+    deep = generation([5], 1.0, (1, 8, 8, 6), (2, 4, 6, 3), (3, 2, 4, 1), (5, 1, 1, 1))
+    runs = [[[generation([5], 1.0, (5, 1))], [generation([5], 1.0, (5, 1))], [deep]]]
+    result = figures(METHODS, [Request("chat", [1], [5])], runs, 2, "chat".__eq__)
+    assert result["acceptance"] == [6 / 8, 3 / 6, 1 / 4]
+
+
+def test_methods_take_turns_in_a_rotating_order():
+    order = []
+
+    def decode(name):
+        return lambda prompt, n, *, stop: order.append(name) or generation([5], 1.0)
+
+    methods = [Method(name, (), (), decode(name)) for name in "abc"]
+    runs = bench.measure(methods, REQUESTS, 4, (), 3)
+    assert len(order) == 3 * 2 * 3
+    turns = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
+    assert {turn[0] for turn in turns} == {"a", "b", "c"}  # none is always the first
+    assert all(isinstance(run, Generation) for repeat in runs for method in repeat for run in method)
+
+
 def test_greedy_is_its_own_yardstick():
     result = figures(METHODS, REQUESTS, made_up_runs(), 0, lambda category: True)
     assert result["speedup_vs_greedy"] == 1
@@ -202,6 +224,18 @@ def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypa
         assert [(m["exits"], m["windows"]) for m in result["methods"]] == [([], []), ([2], [6]), ([1, 2], [3, 3])]
 
 
+def test_stop_tokens_stay_out_of_the_conversation(small_bench, monkeypatch):
+    first = small_bench.first()[1]
+    stop = first[5]
+    asked = []
+    monkeypatch.setattr(bench, "stop_tokens", lambda tokenizer: (stop,))
+    real = bench.chat
+    monkeypatch.setattr(bench, "chat", lambda tokenizer, turns: asked.append(list(turns)) or real(tokenizer, turns))
+    small_bench("--quick")
+    answer = bytes(first[: first.index(stop)]).decode(errors="replace")
+    assert asked[1][1] == answer
+
+
 def test_peers_decode_the_same_weights(small_bench):
     pytest.importorskip("transformers")
     _, result = small_bench("--quick", "--peers")
@@ -251,6 +285,23 @@ def test_no_prompt_that_fits(small_bench, tmp_path):
 
 
 # Choosing ladders
+
+
+@pytest.mark.parametrize(
+    "costs, best",
+    [
+        ({3: (1, 2), 6: (3, 1)}, 3),  # fastest in all, though not on the last prompt
+        ({3: (1, 5), 6: (2, 1)}, 6),  # fastest in all, though not on the first
+    ],
+)
+def test_tuning_adds_up_over_the_prompts(monkeypatch, costs, best):
+    def clocked(model, prompt, n, *, exits, windows, stop):
+        seconds = costs.get(windows[0], (9, 9))[prompt[0]] if exits == (1,) else 10
+        return Generation([], [], seconds)
+
+    monkeypatch.setattr(tune, "WINDOWS", (3, 6, 8))
+    monkeypatch.setattr(tune, "generate", clocked)
+    assert tune.tune(random_model(), [[0], [1]], 4)["single-layer"] == {"exits": (1,), "windows": (best,)}
 
 
 HEADER = {"model": "m", "dtype": "float32", "device": "cpu", "versions": {}, "command": "python bench.py --tune"}

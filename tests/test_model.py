@@ -102,6 +102,7 @@ def test_a_reduced_vocabulary_reads_those_rows_only():
     model = random_model()
     shared = model(IDS, exit=2)
     model.exit_heads["2"] = ExitHead(model.config, vocab=[7, 0, 3]).double()
+    assert model.exit_heads["2"].vocab.tolist() == [0, 3, 7]  # ascending, so that ties fall as in the full row
     for training in (True, False):  # gathered afresh while training, once in eval mode
         reduced = model.train(training)(IDS, exit=2)
         assert torch.equal(reduced.isfinite().nonzero()[:, 2].unique(), torch.tensor([0, 3, 7]))
