@@ -286,6 +286,8 @@ def _config_from_hf(c: dict) -> Config:
     if c.get("model_type") != "llama":
         raise ValueError(f"model_type {c.get('model_type')!r} is not supported, only 'llama'")
     rope = c.get("rope_scaling") or c.get("rope_parameters") or {}  # before and since transformers 5
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_scaling must be an object, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     only = {
         "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,

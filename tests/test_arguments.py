@@ -81,7 +81,8 @@ def test_arguments_of_any_integer_kind():
     [
         (dict(dim=18), "multiple of n_heads"),
         (dict(n_kv_heads=3), "multiple of n_kv_heads"),
-        (dict(n_layers=0), "n_layers must be at least 1"),
+        (dict(n_layers=0), "n_layers must be a whole number of at least 1"),
+        (dict(rope_theta=0.0), "rope_theta must be a number above 0"),
         (dict(head_dim=5), "even"),
     ],
 )

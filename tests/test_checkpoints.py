@@ -188,6 +188,9 @@ CONFIG_REFUSED = [
     (dict(exits=[0, 2]), r"exits .*\[0, 2\]"),
     (dict(exits=[5]), r"exits .*between 1 and 4"),
     (dict(exits=["2"]), "exits"),
+    (dict(rope_scaling="linear"), "rope_scaling must be an object, got 'linear'"),
+    (dict(rope_parameters={"rope_theta": "x"}), "rope_theta must be a number above 0, got 'x'"),
+    (dict(hidden_size="16"), "dim must be a whole number of at least 1, got '16'"),
 ]
 
 
