@@ -304,7 +304,8 @@ def level_agreement(model: Llama, method: Method, requests: list[Request]) -> di
         h, first = model.embed(ids[:, :-1]), 0
         for depth in depths:
             h = model.run(h, first, depth)
-            predicted[depth].append(model.logits(h[0, len(request.prompt) - 1 :], depth).argmax(-1))
+            read = model.read(h, depth)[0, len(request.prompt) - 1 :]
+            predicted[depth].append(model.logits(read, depth).argmax(-1))
             first = depth
     choice = {depth: torch.cat(parts) for depth, parts in predicted.items()}
     pairs = [(a, b) for i, a in enumerate(depths) for b in depths[i + 1 :]]

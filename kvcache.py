@@ -3,16 +3,19 @@
 A ladder with exits e_0 < e_1 < ... < e_{K-1} cuts the model's L layers into K+1 segments: segment 0
 ends at e_0, segment k goes on from e_{k-1} to e_k, the last one ends at L. The cache holds, by position,
 
-- each layer's keys and values, which any level that runs the layer reads;
-- the hidden states at the end of each segment: what the next segment, and the exit's head, start from;
+- each layer's keys and values, which any level that runs the layer reads, and those of the blocks that
+  trained exit heads may own;
+- the hidden states at the end of each segment, from which the next segment starts;
+- what the level that ran last hands to its head: the same, or what the exit's own block makes of it;
 - for each segment one integer: how many positions it has processed.
 
 Everything is allocated once. Rolling back after a rejection sets integers and copies nothing: what
 lies beyond a segment's length is stale, never read, and overwritten when its position comes again.
 
-Memory in bytes, for T positions, s bytes a number, G key/value heads of size E, width D, chunks of C:
+Memory in bytes, for T positions, s bytes a number, G key/value heads of size E, width D, chunks of C, and
+L layers, blocks included:
 
-    s * T * (2 * L * G * E  +  (K + 1) * D  +  2 * C)
+    s * T * (2 * L * G * E  +  (K + 2) * D  +  2 * C)
              keys, values      hidden          mask
 """
 
@@ -38,12 +41,16 @@ class KVCache:
         max_len: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        blocks: tuple[int, ...] = (),
     ):
         kind = {"device": device, "dtype": dtype}
         self.max_len = max_len
-        self.keys = torch.zeros(config.n_layers, 1, config.n_kv_heads, max_len, config.head_dim, **kind)
+        self.slots = {exit: config.n_layers + i for i, exit in enumerate(blocks)}  # where exits' own blocks write
+        layers = config.n_layers + len(blocks)
+        self.keys = torch.zeros(layers, 1, config.n_kv_heads, max_len, config.head_dim, **kind)
         self.values = torch.zeros_like(self.keys)
         self.hidden = torch.zeros(len(exits) + 1, 1, max_len, config.dim, **kind)
+        self.read = torch.zeros(1, max_len, config.dim, **kind)
         self.lengths = [0] * (len(exits) + 1)
         # Row i is 0 up to column max_len-1+i and -inf beyond. A window of it, shifted by the first position,
         # is the causal mask of any chunk, so that no step builds one as long as the context. For max_len 4:
@@ -81,4 +88,4 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes held by the tensors: the formula above."""
-        return sum(t.nbytes for t in (self.keys, self.values, self.hidden, self._mask))
+        return sum(t.nbytes for t in (self.keys, self.values, self.hidden, self.read, self._mask))

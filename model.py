@@ -5,8 +5,8 @@ RMSNorm, rotary positions (RoPE), grouped-query attention and SwiGLU, as in Llam
 
 - `run` sends hidden states through any range of layers, with or without a cache, so a deeper
   level can start from what a shallower one has already computed;
-- `logits` reads next-token logits at any depth. By default every exit shares the final norm and
-  output matrix (LayerSkip, arXiv 2404.16710); an exit may also own an `ExitHead`.
+- `read` and `logits` give next-token logits at any depth. By default every exit shares the final
+  norm and output matrix (LayerSkip, arXiv 2404.16710); an exit may also own an `ExitHead`.
 
 The file knows nothing of drafts, verification or sampling: that is hispec.py.
 
@@ -15,7 +15,7 @@ E = head_dim, V = vocab_size.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -77,7 +77,7 @@ class Llama(nn.Module):
         self.config = config
         self.exits: tuple[int, ...] = ()  # the trained exits, shallow to deep: the default ladder
         self.embed = nn.Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.n_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -101,7 +101,7 @@ class Llama(nn.Module):
         depth = self.config.n_layers if exit is None else exit
         if not 1 <= depth <= self.config.n_layers:
             raise ValueError(f"exit must be between 1 and {self.config.n_layers}, got {exit}")
-        return self.logits(self.run(self.embed(ids), 0, depth), depth)
+        return self.logits(self.read(self.run(self.embed(ids), 0, depth), depth), depth)
 
     def run(self, h: Tensor, first: int, last: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
         """Send h (B, N, D), the input of layer `first` at positions start.., through layers first..last-1.
@@ -110,15 +110,30 @@ class Llama(nn.Module):
         writes its keys and values at these positions and attends to everything before them.
         """
         rope = self._rope(start, start + h.shape[1])
-        for layer in self.layers[first:last]:
-            h = layer(h, rope, start, cache)
+        for i in range(first, last):
+            h = self.layers[i](h, rope, i, start, cache)
         return h
 
+    def read(self, h: Tensor, exit: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
+        """Send h (B, N, D), as it leaves layer `exit` at positions start.., through the exit's own block, if any.
+
+        The block attends, so with a cache it must see every position, as the layers do.
+        """
+        if exit not in self.blocks:
+            return h
+        slot = 0 if cache is None else cache.slots[exit]
+        return self.exit_heads[str(exit)].block(h, self._rope(start, start + h.shape[1]), slot, start, cache)
+
     def logits(self, h: Tensor, exit: int) -> Tensor:
-        """Next-token logits (..., V) from hidden states h (..., D) as they leave layer `exit`."""
+        """Next-token logits (..., V) from h (..., D), as `read` leaves it for this exit."""
         if str(exit) in self.exit_heads:
             return self.exit_heads[str(exit)](h, self.head.weight)
         return self.head(self.norm(h))
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The exits whose heads own a block, and so keys and values."""
+        return tuple(int(exit) for exit, head in self.exit_heads.items() if head.block is not None)
 
     def _rope(self, start: int, stop: int) -> Tensor:
         """cos and sin (2, N, 1, E) for positions start..stop-1, in float32 whatever the weights' dtype."""
@@ -132,31 +147,33 @@ class Llama(nn.Module):
 class Layer(nn.Module):
     """h + attention(norm(h)), then h + mlp(norm(h))."""
 
-    def __init__(self, config: Config, index: int):
+    def __init__(self, config: Config):
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.attn = Attention(config, index)
+        self.attn = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, h: Tensor, rope: Tensor, start: int = 0, cache: KVCache | None = None) -> Tensor:
-        h = h + self.attn(self.attn_norm(h), rope, start, cache)
+    def forward(self, h: Tensor, rope: Tensor, slot: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
+        h = h + self.attn(self.attn_norm(h), rope, slot, start, cache)
         return h + self.mlp(self.mlp_norm(h))
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention: H / G query heads share each key/value head (arXiv 2305.13245)."""
+    """Causal grouped-query attention: H / G query heads share each key/value head (arXiv 2305.13245).
 
-    def __init__(self, config: Config, index: int):
+    slot says which slice of the cache is this layer's.
+    """
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.index = index  # which slice of the cache is this layer's
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         # one product for queries, keys and values: fewer, larger reads
         self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
         self.out.ends_branch = True
 
-    def forward(self, x: Tensor, rope: Tensor, start: int = 0, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, slot: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
         qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
@@ -164,7 +181,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (*qk.split([self.heads, self.kv_heads], dim=2), v))  # (B, H|G, N, E)
         mask = None
         if cache is not None:
-            k, v = cache.write(self.index, start, k, v)  # (1, G, start+N, E)
+            k, v = cache.write(slot, start, k, v)  # (1, G, start+N, E)
             mask = cache.mask(start, N)
         causal = N > 1 and mask is None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
@@ -186,10 +203,11 @@ class SwiGLU(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """An exit's own way from hidden states to logits: a residual map, a norm, and maybe fewer tokens.
+    """An exit's own way from hidden states to logits: a light block, a norm, and maybe fewer tokens.
 
-    logits = W[vocab] @ norm(h + down(silu(up(h)))), with W the model's output matrix. Freshly made, the
-    map adds nothing. `width` is the map's inner size (0: no map). `vocab` lists the token ids the exit
+    logits = W[vocab] @ norm(block(h)), with W the model's output matrix; `Llama.read` runs the block, which
+    attends, and `forward` does the rest. The block is one more `Layer`, with its own keys and values, whose
+    SwiGLU is `width` wide (0: no block); freshly made, it adds nothing. `vocab` lists the token ids the exit
     may draft; every other token gets -inf. That loses nothing, since a deeper level verifies, and reads
     len(vocab) rows of W in place of V. In eval mode these rows are gathered once: after a change to W,
     call eval() again.
@@ -205,18 +223,16 @@ class ExitHead(nn.Module):
             if len(ids) == 0 or len(ids) < len(vocab) or ids[0] < 0 or ids[-1] >= config.vocab_size:
                 raise ValueError(f"vocab must be distinct token ids in 0..{config.vocab_size - 1}, at least one")
         self.vocab_size = config.vocab_size
+        self.block = Layer(replace(config, ffn_dim=width)) if width else None
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.up = nn.Linear(config.dim, width, bias=False) if width else None
-        self.down = nn.Linear(width, config.dim, bias=False) if width else None
-        if self.down is not None:
-            nn.init.zeros_(self.down.weight)
+        if self.block is not None:
+            nn.init.zeros_(self.block.attn.out.weight)
+            nn.init.zeros_(self.block.mlp.down.weight)
         self.register_buffer("vocab", ids)
         self._rows: Tensor | None = None  # W[vocab], gathered once in eval mode
 
     def forward(self, h: Tensor, matrix: Tensor) -> Tensor:
-        """Logits (..., V) from h (..., D) and the model's output matrix (V, D)."""
-        if self.up is not None:
-            h = h + self.down(F.silu(self.up(h)))
+        """Logits (..., V) from h (..., D), as `Llama.read` leaves it, and the model's output matrix (V, D)."""
         h = self.norm(h)
         if self.vocab is None:
             return F.linear(h, matrix)

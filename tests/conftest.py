@@ -68,8 +68,9 @@ def cases(draw, levels=st.integers(1, 4)) -> Case:  # noqa: B008, a strategy is 
         if draw(st.booleans()):
             ids = draw(st.none() | st.lists(st.integers(0, vocab - 1), min_size=1, unique=True))
             head = ExitHead(model.config, width=draw(st.sampled_from([0, 3])), vocab=ids)
-            if head.down is not None:
-                torch.nn.init.normal_(head.down.weight)
+            if head.block is not None:
+                torch.nn.init.normal_(head.block.attn.out.weight)
+                torch.nn.init.normal_(head.block.mlp.down.weight)
             model.exit_heads[str(exit)] = head.double()
     tokens = st.integers(0, vocab - 1)
     return Case(

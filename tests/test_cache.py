@@ -35,14 +35,15 @@ def run(case: Case, temperature: float = 0.0, after_verify=None) -> Ladder:
 def check_equals_prefill(ladder: Ladder, k: int) -> None:
     """Below each segment's length, keys, values and hidden states are those of a fresh prefill."""
     model, cache, n = ladder.model, ladder.cache, ladder.length
-    fresh = KVCache(model.config, ladder.depths[:-1], n, dtype=torch.float64)
+    fresh = KVCache(model.config, ladder.depths[:-1], n, dtype=torch.float64, blocks=tuple(cache.slots))
     hispec.step(model, fresh, ladder.depths, ladder.tokens, n, len(ladder.depths) - 1, 1)
     first = 0
     for j, last in enumerate(ladder.depths):
         m = cache.lengths[j]
+        layers = [*range(first, last), *([cache.slots[last]] if last in cache.slots else [])]
         for mine, theirs in (
-            (cache.keys[first:last, :, :, :m], fresh.keys[first:last, :, :, :m]),
-            (cache.values[first:last, :, :, :m], fresh.values[first:last, :, :, :m]),
+            (cache.keys[layers, :, :, :m], fresh.keys[layers, :, :, :m]),
+            (cache.values[layers, :, :, :m], fresh.values[layers, :, :, :m]),
             (cache.hidden[j, :, :m], fresh.hidden[j, :, :m]),
         ):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
@@ -110,12 +111,13 @@ def test_one_host_read_a_verification_and_none_a_draft(case, temperature):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("exits", [(), (2,), (1, 3)])
-def test_bytes_are_as_the_formula_says(dtype, exits):
+@pytest.mark.parametrize(("exits", "blocks"), [((), ()), ((2,), ()), ((1, 3), ()), ((1, 3), (3,)), ((1, 3), (1, 3))])
+def test_bytes_are_as_the_formula_says(dtype, exits, blocks):
     c, T = Config(11, 16, 5, 4, 2, 24), 100
-    cache = KVCache(c, exits, T, dtype=dtype)
+    cache = KVCache(c, exits, T, dtype=dtype, blocks=blocks)
     tensors = [t for t in vars(cache).values() if isinstance(t, torch.Tensor)]
-    formula = dtype.itemsize * T * (2 * c.n_layers * c.n_kv_heads * c.head_dim + (len(exits) + 1) * c.dim + 2 * CHUNK)
+    layers = c.n_layers + len(blocks)
+    formula = dtype.itemsize * T * (2 * layers * c.n_kv_heads * c.head_dim + (len(exits) + 2) * c.dim + 2 * CHUNK)
     assert cache.nbytes == formula == sum(t.untyped_storage().nbytes() for t in tensors)
 
 
@@ -138,12 +140,12 @@ def test_nothing_is_allocated_in_proportion_to_the_context():
 def test_rollback_sets_integers_only():
     cache = KVCache(Config(11, 16, 5, 4, 2, 24), (1, 3), 10)
     cache.lengths = [9, 7, 4]
-    before = [t.data_ptr() for t in (cache.keys, cache.values, cache.hidden)]
+    before = [t.data_ptr() for t in (cache.keys, cache.values, cache.hidden, cache.read)]
     cache.rollback(6)
     assert cache.lengths == [6, 6, 4]
     cache.rollback(3)
     assert cache.lengths == [3, 3, 3]
-    assert before == [t.data_ptr() for t in (cache.keys, cache.values, cache.hidden)]
+    assert before == [t.data_ptr() for t in (cache.keys, cache.values, cache.hidden, cache.read)]
 
 
 def test_a_window_of_the_mask_is_causal():

@@ -95,7 +95,7 @@ def with_exits(model):
     model.exits = (1, 3)
     model.exit_heads["1"] = ExitHead(model.config, width=6, vocab=[9, 2, 4])
     model.exit_heads["3"] = ExitHead(model.config)
-    torch.nn.init.normal_(model.exit_heads["1"].down.weight)
+    torch.nn.init.normal_(model.exit_heads["1"].block.mlp.down.weight)
     torch.nn.init.uniform_(model.exit_heads["3"].norm.weight)
     return model.to(model.embed.weight.dtype)
 
@@ -258,7 +258,8 @@ def test_exit_heads_must_fit(tmp_path):
         "5.norm.weight belongs to no exit": heads | {"5.norm.weight": torch.ones(16)},
         "x.norm.weight belongs to no exit": heads | {"x.norm.weight": torch.ones(16)},
         "exit 3: (?s:.*)colour": heads | {"3.colour": torch.ones(16)},
-        "exit 1: (?s:.*)down.weight": {name: t for name, t in heads.items() if name != "1.down.weight"},
+        "exit 1: (?s:.*)attn.qkv.weight": {name: t for name, t in heads.items() if name != "1.block.attn.qkv.weight"},
+        "exit 1: (?s:.*)block": {name: t for name, t in heads.items() if name != "1.block.mlp.down.weight"},
         "exit 1: (?s:.*)size mismatch": heads | {"1.norm.weight": torch.ones(17)},
         "vocab must be distinct": heads | {"1.vocab": torch.tensor([1, 11])},
     }

@@ -93,9 +93,11 @@ def test_a_fresh_exit_head_is_the_shared_one():
     model = random_model()
     shared = model(IDS, exit=2)
     model.exit_heads["2"] = ExitHead(model.config, width=8).double()
-    assert torch.equal(model(IDS, exit=2), shared)  # norms start at one, the map at zero
-    torch.nn.init.normal_(model.exit_heads["2"].down.weight)
-    assert not torch.allclose(model(IDS, exit=2), shared)
+    assert torch.equal(model(IDS, exit=2), shared)  # the norm starts at one, the block adds nothing
+    for weight in (model.exit_heads["2"].block.attn.out.weight, model.exit_heads["2"].block.mlp.down.weight):
+        torch.nn.init.normal_(weight)
+        assert not torch.allclose(model(IDS, exit=2), shared)
+        torch.nn.init.zeros_(weight)
 
 
 def test_a_reduced_vocabulary_reads_those_rows_only():
