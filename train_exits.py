@@ -9,12 +9,15 @@ read through the shared norm and output matrix. Every step trains the ladder's e
 learns the text and, in a share that grows to 4/5, the last layer's distribution. Two changes: skipping fades out
 instead of in, which is cheap while the deep layers know little, and matrices are trained with Muon. The text is
 Python's own standard library; its vocabulary is learned, and whole files are held out to measure on.
-2 distils the full model into ExitHeads: a norm, a small residual map, the output rows of the tokens M uses most.
+2 distils the full model into ExitHeads: one light block, a norm, the output rows of the tokens M uses most. The
+trunk never changes, so it reads each row once; after that only the heads are computed.
 3 trains the trunk as 1 does, but the last layer learns the original's distribution and the exits the last layer's.
 
---self-distill trains 2 and 3 on M's own writing, which is what decoding will meet. torchrun --nproc_per_node=N
-shares each step among N processes. DIR gets model/ (for checkpoints.load), training.safetensors (for --resume),
-and at the end agreement.csv and agreement.png: how often each layer's exit picks the full model's token.
+--self-distill trains 2 and 3 on M's own writing, which is what decoding will meet: a chat model is shown the mark
+that begins a user's turn and writes the question too (Magpie, arXiv 2406.08464). torchrun --nproc_per_node=N shares
+each step among N processes. DIR gets model/ (for checkpoints.load), training.safetensors (for --resume), with
+--self-distill samples.safetensors, and at the end agreement.csv and agreement.png: how often each layer's exit
+picks the full model's token.
 
 The file knows nothing of drafting or verifying: it makes exits agree, hispec.py turns agreement into speed.
 """
@@ -46,10 +49,14 @@ from tqdm import tqdm
 import checkpoints
 from checkpoints import write_whole
 from model import Config, ExitHead, Llama
-from tokenizer import END, chat, learn_bpe
+from tokenizer import END, chat, learn_bpe, stop_tokens
 
 HELD_OUT = 28  # one document in so many is never trained on
 LONG = 8  # every sixth step reads rows so many times as long, that far positions are trained too
+WHOLE = 4  # samples, and the rows a frozen trunk reads, have so many times --context
+KEPT = 4 * 2**30  # bytes of a frozen trunk's hidden states that are kept for the next epoch
+SIDE_BY_SIDE = 64  # samples written at once
+ASK = 64  # a question of the model's own has at most so many tokens
 DRAFT_WEIGHT, EXIT_WEIGHT = 0.3, 1.0  # loss weights of the first exit and of those above it; the last layer's is 1
 EXTRA_WEIGHT = 0.1  # loss weight of the one depth outside the ladder that each step trains
 MAX_DROP, MAX_DROP_GIVEN = 0.6, 0.1  # how often the deepest layer is skipped at first: a new trunk's, a trained one's
@@ -78,11 +85,13 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
     """The whole run. Raises ValueError, before anything is written, for what cannot be trained."""
     torch.manual_seed(args.seed)
     check_arguments(args, world)
-    model, tokenizer, text, held = prepare(args)
+    model, tokenizer, text, held = prepare(args, rank, world)
     names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     # bfloat16 computes in a copy: one step is too small for its 8 bits, so float32 weights add them up
     work = copy.deepcopy(model).bfloat16() if args.bf16 else model
     working = [p for p in work.parameters() if p.requires_grad]
+    if args.freeze_trunk:
+        model.exit_heads = work.exit_heads  # heads ship as they were computed with, the trunk as it came
     original = copy.deepcopy(work).requires_grad_(False) if args.model and not args.freeze_trunk else None
     run = Run(args, model, work, params, working, make_optimizers(names, params), tokenizer)
     if args.resume:
@@ -94,42 +103,34 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
     if args.compile:
         for layer in work.layers:
             layer.compile(dynamic=False)  # rows of two lengths: two programs
-    losses = ExitLosses(work, original, args.freeze_trunk)
+    if args.freeze_trunk:
+        losses, pieces = HeadLosses(work), FrozenTrunk(work, text, args, rank, world).pieces
+    else:
+        losses, pieces = LayerSkipLosses(work, original), LayerSkip(work, text, args, rank, world).pieces
     if world > 1:
         losses = DistributedDataParallel(losses, find_unused_parameters=not args.freeze_trunk)  # skipped layers
-    loop(args, run, losses, text, held, rank, world)
+    loop(args, run, losses, pieces, held, rank, world)
     if rank == 0:
         written, _ = checkpoints.load(args.out / "model", args.device, work.embed.weight.dtype)
         report(args.out, written, held, args.context, original)
 
 
-def loop(args, run, losses, text, held, rank, world) -> None:
-    exits, n_layers = run.model.exits, run.model.config.n_layers
-    first, began, saved_at = run.step, time.time(), time.time()
+def loop(args, run, losses, pieces, held, rank, world) -> None:
+    exits, first, began, saved_at = run.model.exits, run.step, time.time(), time.time()
     layout = "{percentage:3.0f} % |{bar:20}| {elapsed} < {remaining}{postfix}"
     bar = tqdm(total=1.0, disable=rank > 0, bar_format=layout)
     bar.n = bar.initial = run.progress(world)
     while (done := run.progress(world)) < 1:
-        context = args.context * (LONG if run.step % 6 == 5 else 1)
-        local = max(1, args.batch // context // world)  # rows a step for each process
-        rows = batch(text, run.step, local * world, context, args.seed)[rank * local : (rank + 1) * local]
-        drop = (MAX_DROP_GIVEN if args.model else MAX_DROP) * (1 - done)
-        skipped, extra = draw_depths(n_layers, exits, drop, run.step, args.seed)
-        weights = {exit: EXIT_WEIGHT if i else DRAFT_WEIGHT for i, exit in enumerate(exits)}
-        if exits and not args.freeze_trunk:
-            weights[extra] = EXTRA_WEIGHT
-        share = 1.0 if args.model else MAX_SHARE * min(1.0, 2 * done)
-
-        stats = torch.zeros(1 + len(weights), device=args.device)  # the last layer's loss, the exits' agreement
-        pieces = rows.split(max(1, args.micro // context))
-        for i, piece in enumerate(pieces):
-            losses.require_backward_grad_sync = i == len(pieces) - 1  # DDP averages once a step
-            loss, stat = losses(piece.to(args.device), skipped, weights, share)
-            (loss * (len(piece) / local)).backward()
-            stats += stat * (len(piece) / local)
+        total = 0
+        step_pieces = pieces(run.step, done)
+        for i, piece in enumerate(step_pieces):
+            losses.require_backward_grad_sync = i == len(step_pieces) - 1  # DDP averages once a step
+            loss, stats = losses(*piece)
+            (loss / len(step_pieces)).backward()
+            total += stats / len(step_pieces)
         if world > 1:
-            dist.all_reduce(stats)
-        loss, *agreement = (stats / world).tolist()
+            dist.all_reduce(total)
+        loss, *agreement = (total / world).tolist()
         run.update(loss, rate=args.lr * min(1.0, (run.step + 1) / WARM_UP, (1 - done) / DECAY))
 
         speed = args.batch * (run.step - first) / (time.time() - began)
@@ -145,7 +146,32 @@ def loop(args, run, losses, text, held, rank, world) -> None:
     bar.close()
 
 
-class ExitLosses(nn.Module):
+# ---- recipes 1 and 3: every layer learns ---------------------------------------------------------------
+
+
+class LayerSkip:
+    """What each step of recipes 1 and 3 reads: rows of text, layers to skip, exits to train."""
+
+    def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace, rank: int, world: int):
+        self.model, self.text, self.args, self.rank, self.world = model, text, args, rank, world
+
+    def pieces(self, step: int, done: float) -> list[tuple]:
+        """The arguments of LayerSkipLosses, one tuple for each pass of the step, equally many rows in each."""
+        args, exits = self.args, self.model.exits
+        context = args.context * (LONG if step % 6 == 5 else 1)
+        local = max(1, args.batch // context // self.world)  # rows a step for each process
+        rows = batch(self.text, step, local * self.world, context, args.seed)
+        rows = rows[self.rank * local : (self.rank + 1) * local].to(args.device)
+        drop = (MAX_DROP_GIVEN if args.model else MAX_DROP) * (1 - done)
+        skipped, extra = draw_depths(self.model.config.n_layers, exits, drop, step, args.seed)
+        weights = {exit: EXIT_WEIGHT if i else DRAFT_WEIGHT for i, exit in enumerate(exits)}
+        if exits:
+            weights[extra] = EXTRA_WEIGHT
+        share = 1.0 if args.model else MAX_SHARE * min(1.0, 2 * done)
+        return [(piece, skipped, weights, share) for piece in rows.chunk(-(-local * context // args.micro))]
+
+
+class LayerSkipLosses(nn.Module):
     """One pass through the layers, read at every exit asked for.
 
     forward(rows, skipped, weights, share): rows (B, N+1) of token ids; the layers to skip; the loss weight of each
@@ -153,23 +179,21 @@ class ExitLosses(nn.Module):
     without gradient (1 + len(weights),): the last layer's loss, then each exit's agreement with it.
     """
 
-    def __init__(self, model: Llama, original: Llama | None = None, frozen: bool = False):
+    def __init__(self, model: Llama, original: Llama | None = None):
         super().__init__()
         self.model = model
-        self.frozen = frozen
         self.original = [original]  # in a list, so that it is no submodule: nothing to train or to share
 
     def forward(self, rows: Tensor, skipped: frozenset[int], weights: dict[int, float], share: float):
         model, ids, target = self.model, rows[:, :-1], rows[:, 1:].flatten()  # (B, N), (B*N,)
         depth = model.config.n_layers
-        with torch.set_grad_enabled(not self.frozen):
-            h, hidden = model.embed(ids), {}  # (B, N, D)
-            for i in range(depth):
-                if self.frozen or i not in skipped:
-                    h = model.run(h, i, i + 1)
-                if i + 1 in weights:
-                    hidden[i + 1] = h
-            logits = model.logits(h, depth).flatten(0, 1).float()  # (B*N, V)
+        h, hidden = model.embed(ids), {}  # (B, N, D)
+        for i in range(depth):
+            if i not in skipped:
+                h = model.run(h, i, i + 1)
+            if i + 1 in weights:
+                hidden[i + 1] = h
+        logits = model.logits(h, depth).flatten(0, 1).float()  # (B*N, V)
         with torch.no_grad():
             goal, choice = logits.softmax(-1), logits.argmax(-1)
         if self.original[0] is None:
@@ -178,29 +202,19 @@ class ExitLosses(nn.Module):
             with torch.no_grad():
                 kept = self.original[0](ids).flatten(0, 1).float().softmax(-1)
             last = F.cross_entropy(logits, kept)
-        total, stats = torch.zeros_like(last) if self.frozen else last, [last.detach()]
+        total, stats = last, [last.detach()]
         for exit, weight in weights.items():
-            read = model.logits(hidden[exit], exit).flatten(0, 1).float()  # (B*N, V)
+            read = model.logits(model.read(hidden[exit], exit), exit).flatten(0, 1).float()  # (B*N, V)
             stats.append((read.detach().argmax(-1) == choice).float().mean())
-            total = total + weight * exit_loss(read, goal, target, share, vocabulary(model, exit))
+            total = total + weight * exit_loss(read, goal, target, share)
         return total, torch.stack(stats)
 
 
-def exit_loss(logits: Tensor, goal: Tensor, target: Tensor, share: float, vocab: Tensor | None) -> Tensor:
-    """Cross-entropy of logits (M, V) against the text's tokens (M,) and, in a share, the distributions goal (M, V).
-
-    An exit that knows only some tokens learns the goal among those: what it cannot say is not held against it.
-    """
-    if vocab is not None:
-        logits, goal = logits[:, vocab], goal[:, vocab]
-        return F.cross_entropy(logits, goal / goal.sum(-1, keepdim=True).clamp(min=1e-9))
+def exit_loss(logits: Tensor, goal: Tensor, target: Tensor, share: float) -> Tensor:
+    """Cross-entropy of logits (M, V) against the text's tokens (M,) and, in a share, the distributions goal (M, V)."""
     logp = logits.log_softmax(-1)
     soft = -(goal * logp).sum(-1).mean()
     return soft if share == 1 else (1 - share) * F.nll_loss(logp, target) + share * soft
-
-
-def vocabulary(model: Llama, exit: int) -> Tensor | None:
-    return model.exit_heads[str(exit)].vocab if str(exit) in model.exit_heads else None
 
 
 def draw_depths(n_layers: int, exits: tuple, drop: float, step: int, seed: int) -> tuple[frozenset[int], int]:
@@ -213,6 +227,78 @@ def draw_depths(n_layers: int, exits: tuple, drop: float, step: int, seed: int) 
     skipped = (torch.rand(n_layers, generator=rng) < drop * growth).nonzero().flatten().tolist()
     others = [e for e in range(1, n_layers) if e not in exits] or [n_layers - 1]
     return frozenset(skipped), others[torch.randint(len(others), (1,), generator=rng).item()]
+
+
+# ---- recipe 2: the trunk is frozen, heads learn --------------------------------------------------------
+
+
+class FrozenTrunk:
+    """What a frozen trunk makes of the text: computed when a row is first met, kept while there is room."""
+
+    def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace, rank: int, world: int):
+        self.model, self.args, self.rank, self.world = model, args, rank, world
+        length = WHOLE * args.context
+        self.rows = text[: len(text) // length * length].view(-1, length)  # samples are as long: each is one row
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.room = KEPT
+
+    def pieces(self, step: int, done: float) -> list[tuple[Tensor, Tensor]]:
+        """The arguments of HeadLosses, one tuple for each pass of the step, equally many rows in each."""
+        length = self.rows.shape[1]
+        local = max(1, self.args.batch // length // self.world)
+        drawn = range(step * local * self.world + self.rank, (step + 1) * local * self.world, self.world)
+        states, choices = zip(*(self.read(shuffled(i, len(self.rows), self.args.seed)) for i in drawn))
+        n = -(-local * length // self.args.micro)
+        pairs = zip(torch.stack(states).chunk(n), torch.stack(choices).chunk(n), strict=True)
+        return [(s.to(self.args.device), c.to(self.args.device)) for s, c in pairs]
+
+    @torch.no_grad()
+    def read(self, row: int) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, K+1, D) at the exits and the last layer, and the full model's choices (N,).
+
+        One row at a time, so that its last bits do not depend on its neighbours.
+        """
+        if row in self.kept:
+            return self.kept[row]
+        model, first, states = self.model, 0, []
+        h = model.embed(self.rows[None, row].long().to(self.args.device))  # (1, N, D)
+        for depth in (*model.exits, model.config.n_layers):
+            h, first = model.run(h, first, depth), depth
+            states.append(h[0])
+        made = torch.stack(states, 1).cpu(), model.logits(h[0], depth).argmax(-1).cpu()
+        size = sum(t.nbytes for t in made)
+        if size <= self.room:
+            self.kept[row] = made
+            self.room -= size
+        return made
+
+
+class HeadLosses(nn.Module):
+    """forward(states, choices), from FrozenTrunk, in rows: (B, N, K+1, D) and (B, N).
+
+    Returns the mean over the exits of the cross-entropy between the full model's distribution and the exit's, and
+    without gradient (1 + K,): the same, then each exit's agreement with the full model. What an exit cannot say is
+    not held against it: the distributions are those among the tokens it knows.
+    """
+
+    def __init__(self, model: Llama):
+        super().__init__()
+        self.heads = model.exit_heads
+        self.model = [model]  # in a list, so that only the heads are trained and shared
+
+    def forward(self, states: Tensor, choices: Tensor):
+        (model,) = self.model
+        exits, losses, stats = model.exits, [], []
+        *hidden, last = states.unbind(2)  # (B, N, D) each
+        with torch.no_grad():
+            goal = model.logits(last, model.config.n_layers).float()  # (B, N, V)
+        for exit, h in zip(exits, hidden, strict=True):
+            logits, vocab = model.logits(model.read(h, exit), exit).float(), self.heads[str(exit)].vocab
+            stats.append((logits.detach().argmax(-1) == choices).float().mean())
+            known = (logits, goal) if vocab is None else (logits[..., vocab], goal[..., vocab])
+            losses.append(F.cross_entropy(known[0].flatten(0, 1), known[1].softmax(-1).flatten(0, 1)))
+        loss = torch.stack(losses).mean()
+        return loss, torch.stack([loss.detach(), *stats])
 
 
 # ---- the state of a run --------------------------------------------------------------------------------
@@ -295,8 +381,8 @@ class Run:
 
 
 def make_optimizers(names: tuple[str, ...], params: tuple[nn.Parameter, ...]) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside layers and exit heads, AdamW for embeddings, output rows and norms."""
-    inner = [p.ndim == 2 and n.startswith(("layers.", "exit_heads.")) for n, p in zip(names, params)]
+    """Muon for the matrices inside a trunk's layers, AdamW for embeddings, output rows, norms and exit heads."""
+    inner = [p.ndim == 2 and n.startswith("layers.") for n, p in zip(names, params)]
     groups = [[p for p, i in zip(params, inner) if i == wanted] for wanted in (True, False)]
     muon = [torch.optim.Muon(groups[0], weight_decay=0.1, adjust_lr_fn="match_rms_adamw")] if groups[0] else []
     return muon + [torch.optim.AdamW(groups[1], betas=(0.9, 0.95), weight_decay=0.0)]
@@ -305,7 +391,7 @@ def make_optimizers(names: tuple[str, ...], params: tuple[nn.Parameter, ...]) ->
 # ---- model and text ------------------------------------------------------------------------------------
 
 
-def prepare(args) -> tuple[Llama, tiktoken.Encoding | None, Tensor, Tensor]:
+def prepare(args, rank: int, world: int) -> tuple[Llama, tiktoken.Encoding | None, Tensor, Tensor]:
     """The model, what of it is to be trained marked; its tokenizer; tokens (T,) to train on and held out."""
     if args.model:
         model, tokenizer = checkpoints.load(args.model, args.device, torch.float32)
@@ -325,7 +411,7 @@ def prepare(args) -> tuple[Llama, tiktoken.Encoding | None, Tensor, Tensor]:
     model.exits = tuple(exits)
 
     if args.self_distill:
-        text, held = own_samples(model, tokenizer, args)
+        text, held = own_samples(model, tokenizer, args, rank, world)
     else:
         if tokenizer is None:
             raise ValueError(f"{args.model} has no tokenizer: only --self-distill can train it")
@@ -339,11 +425,28 @@ def prepare(args) -> tuple[Llama, tiktoken.Encoding | None, Tensor, Tensor]:
     model.train().requires_grad_(not args.freeze_trunk)
     if args.freeze_trunk:
         vocab = common_choices(model, text, args) if model.config.vocab_size > args.draft_vocab else None
-        heads = {str(exit): ExitHead(model.config, args.width, vocab) for exit in exits}
-        for head in heads.values():
-            head.norm.load_state_dict(model.norm.state_dict())  # start as the shared way out
-        model.exit_heads = nn.ModuleDict(heads).to(args.device)
+        width = model.config.dim if args.width is None else args.width
+        h = model.embed(held_rows(text, WHOLE * args.context, 8).to(args.device))
+        for first, exit in zip((0, *exits), exits):
+            h = model.run(h, first, exit)
+            model.exit_heads[str(exit)] = head = ExitHead(model.config, width, vocab).to(args.device)
+            level(head, h, model.head.weight)
     return model, tokenizer, text, held
+
+
+@torch.no_grad()
+def level(head: ExitHead, h: Tensor, matrix: Tensor) -> None:
+    """Start a head's norms so that all coordinates of h (B, N, D) leave them equally large, and logits of size 1.
+
+    A few coordinates of a trunk's hidden states are tens of times larger than the rest, and would drown them.
+    """
+    scale = F.rms_norm(h, h.shape[-1:]).square().mean((0, 1)).clamp(min=1e-6).rsqrt()  # (D,)
+    head.norm.weight.copy_(scale)
+    if head.block is not None:
+        head.block.attn_norm.weight.copy_(scale)
+        head.block.mlp_norm.weight.copy_(scale)
+    logits = head(h, matrix)
+    head.norm.weight.div_(logits[logits.isfinite()].std())
 
 
 def read_corpus(path: Path | None) -> dict[str, str]:
@@ -381,78 +484,115 @@ def encode(tokenizer: tiktoken.Encoding, documents: dict[str, str]) -> Tensor:
     return torch.tensor(ids, dtype=torch.int32)
 
 
+def shuffled(i: int, n: int, seed: int) -> int:
+    """The i-th of n windows in an order shuffled anew each epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + i // n))[i % n].item()
+
+
 def batch(text: Tensor, step: int, rows: int, context: int, seed: int) -> Tensor:
-    """Rows (rows, context+1) of a step: windows in an order shuffled, and at an offset drawn, anew each epoch."""
+    """Rows (rows, context+1) of a step: windows in a shuffled order, at an offset drawn anew each epoch."""
     windows = (len(text) - 1) // context - 1
     out = []
     for i in range(step * rows, (step + 1) * rows):
         rng = torch.Generator().manual_seed(seed * 1_000_003 + i // windows)
-        order, shift = torch.randperm(windows, generator=rng), torch.randint(context, (1,), generator=rng).item()
-        start = order[i % windows].item() * context + shift
+        start = shuffled(i, windows, seed) * context + torch.randint(context, (1,), generator=rng).item()
         out.append(text[start : start + context + 1])
     return torch.stack(out).long()
 
 
-def own_samples(model: Llama, tokenizer: tiktoken.Encoding | None, args) -> tuple[Tensor, Tensor]:
-    """Tokens (T,) the model itself writes, half of them greedily, half at temperature 1; to train on, held out.
+def own_samples(model: Llama, tokenizer: tiktoken.Encoding | None, args, rank, world) -> tuple[Tensor, Tensor]:
+    """Tokens (T,) the model itself writes, to train on and held out: rows of WHOLE x --context tokens.
 
-    Each sample answers a few words of the corpus, in the model's own chat format if it has one.
+    Half of them greedily, half at temperature 1, in batches shared among the processes. Most answer a question that
+    a chat model has written itself, at temperature 1; the others, and all of other models, a few words of the corpus.
     """
-    rng = torch.Generator().manual_seed(args.seed)
-    length, words = 2 * args.context, None
-    if tokenizer is not None:
-        words = encode(tokenizer, {n: t for n, t in read_corpus(args.corpus).items() if not is_held_out(n)})
-    rows, by_length = [], defaultdict(list)
-    bar = tqdm(total=args.self_distill, desc="the model's own samples", unit=" tokens")
-    while sum(map(len, rows)) * length < args.self_distill:
-        if words is None:
-            opening = torch.randint(model.config.vocab_size, (4,), generator=rng).tolist()
-        else:
-            start = torch.randint(len(words) - 12, (1,), generator=rng).item()
-            opening = chat(tokenizer, [tokenizer.decode(words[start : start + 12].tolist())])
-            opening = [i for i in opening if i < model.config.vocab_size]
-        if len(opening) >= length:
-            raise ValueError(f"samples have 2 x --context = {length} tokens, and an opening already {len(opening)}")
-        ready = by_length[len(opening)]  # rows of a batch start together
-        ready.append(opening)
-        if len(ready) == 32:
-            warm = torch.arange(32) % 2 == 1
-            rows.append(sample(model, torch.tensor(ready), length, warm))
-            ready.clear()
-            bar.update(32 * length)
-    bar.close()
-    rows = torch.cat(rows).int()  # (samples, length)
+    file, length = args.out / "samples.safetensors", WHOLE * args.context
+    kind = {"model": args.model, "tokens": args.self_distill, "length": length, "seed": args.seed, "bf16": args.bf16}
+    if file.exists():
+        with safe_open(file, "pt") as saved:
+            if json.loads(saved.metadata()["run"]) != kind:
+                raise ValueError(f"{file} holds samples of another kind: {saved.metadata()['run']}")
+            rows = saved.get_tensor("rows")
+    else:
+        writer = copy.deepcopy(model).bfloat16() if args.bf16 else model
+        batches = -(-args.self_distill // (SIDE_BY_SIDE * length))
+        mine = []
+        for i in tqdm(range(rank, batches, world), "the model's own samples", disable=rank > 0):
+            rng = torch.Generator().manual_seed(args.seed * 1_000_003 + i)
+            openings, until = make_openings(model, tokenizer, args, i, rng)
+            if openings.shape[1] >= length:
+                raise ValueError(f"samples have {WHOLE} x --context = {length} tokens, their openings already "
+                                 f"{openings.shape[1]}")  # fmt: skip
+            warm = torch.arange(SIDE_BY_SIDE) % 2 == 1
+            mine.append((i, sample(writer, openings, length, warm, rng, until)))
+        parts = [mine]
+        if world > 1:
+            parts = [None] * world
+            dist.all_gather_object(parts, mine)
+        rows = torch.cat([made for _, made in sorted(sum(parts, []), key=lambda pair: pair[0])]).int()
+        if rank == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_whole(file, lambda to: save_file({"rows": rows}, to, metadata={"run": json.dumps(kind)}))
     kept_back = max(16, len(rows) // HELD_OUT)
     return rows[kept_back:].flatten(), rows[:kept_back].flatten()
 
 
+def make_openings(model, tokenizer, args, i: int, rng: torch.Generator) -> tuple[Tensor, tuple[int, ...]]:
+    """Token ids (SIDE_BY_SIDE, P) that samples begin with, and the tokens that end a question left to the model."""
+    V = model.config.vocab_size
+    if tokenizer is None:
+        return torch.randint(V, (SIDE_BY_SIDE, 4), generator=rng), ()
+    turn, other = chat(tokenizer, ["a"]), chat(tokenizer, ["b"])
+    before = next(j for j, pair in enumerate(zip(turn, other)) if pair[0] != pair[1])  # where the user's words belong
+    if before and i % 4:
+        return torch.tensor(turn[:before]).expand(SIDE_BY_SIDE, -1), stop_tokens(tokenizer)
+    words = encode(tokenizer, {n: t for n, t in read_corpus(args.corpus).items() if not is_held_out(n)})
+    words = words[words < V]
+    starts = torch.randint(len(words) - 12, (SIDE_BY_SIDE,), generator=rng).tolist()
+    return torch.tensor([[*turn[:before], *words[s : s + 12].tolist(), *turn[before + 1 :]] for s in starts]), ()
+
+
 @torch.no_grad()
-def sample(model: Llama, openings: Tensor, length: int, warm: Tensor) -> Tensor:
-    """Continue openings (B, P) to (B, length): rows marked in warm (B,) at temperature 1, the others greedily."""
-    device = model.embed.weight.device
-    cache, rows, first = Grown(model.config.n_layers), openings.to(device), 0
-    warm = warm.to(device)
-    while rows.shape[1] < length:
-        h = model.run(model.embed(rows[:, first:]), 0, model.config.n_layers, first, cache)
-        first = rows.shape[1]
+def sample(
+    model: Llama, openings: Tensor, length: int, warm: Tensor, rng: torch.Generator | None = None,
+    until: tuple[int, ...] = (),
+) -> Tensor:  # fmt: skip
+    """Continue openings (B, P) to (B, length): rows marked in warm (B,) at temperature 1, the others greedily.
+
+    With `until`, every row begins at temperature 1 and goes on so through the first of these tokens, or ASK tokens.
+    """
+    (B, P), device = openings.shape, model.embed.weight.device
+    cache, first = SideBySide(model, B, length), 0
+    rows = torch.zeros(B, length, dtype=torch.long, device=device)
+    rows[:, :P] = openings
+    warm, asking = warm.to(device), torch.full((B,), bool(until), device=device)
+    until = torch.tensor(until, dtype=torch.long, device=device)
+    for at in range(P, length):
+        h = model.run(model.embed(rows[:, first:at]), 0, model.config.n_layers, first, cache)
+        first = at
         logits = model.logits(h[:, -1], model.config.n_layers).float()  # (B, V)
-        drawn = torch.multinomial(logits.softmax(-1), 1)  # (B, 1)
-        token = torch.where(warm[:, None], drawn, logits.argmax(-1, keepdim=True))
-        rows = torch.cat([rows, token], 1)
+        below = logits.softmax(-1).cumsum(-1)
+        point = torch.rand(B, 1, generator=rng).to(device) * below[:, -1:]
+        drawn = torch.searchsorted(below, point, right=True).clamp(max=logits.shape[1] - 1).squeeze(1)
+        rows[:, at] = token = torch.where(warm | asking, drawn, logits.argmax(-1))
+        asking &= ~torch.isin(token, until)
+        asking &= at < P + ASK
     return rows.cpu()
 
 
-class Grown:
-    """Keys and values of many sequences sampled side by side; what `Attention` asks of a cache, no more."""
+class SideBySide:
+    """Keys and values of sequences sampled side by side; what `Attention` asks of a cache, no more."""
 
-    def __init__(self, n_layers: int):
-        self.held = [None] * n_layers
+    def __init__(self, model: Llama, rows: int, length: int):
+        c, weight = model.config, model.embed.weight
+        shape = (2, c.n_layers, rows, c.n_kv_heads, length, c.head_dim)
+        self.held = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
 
     def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if start:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.held[layer], (k, v)))  # (B, G, start+N, E)
-        self.held[layer] = k, v
-        return k, v
+        stop = start + k.shape[2]
+        for held, new in zip(self.held[:, layer], (k, v)):
+            held[:, :, start:stop] = new
+        return tuple(self.held[:, layer, :, :, :stop])  # (B, G, stop, E) each
 
     def mask(self, start: int, n: int) -> None:
         return None  # an opening, or one token a row
@@ -488,11 +628,12 @@ def measure(model: Llama, rows: Tensor, start: int = 0, depths: tuple | None = N
         h, states = model.embed(ids.to(model.embed.weight.device)), []
         for i in range(n):
             h = model.run(h, i, i + 1)
-            states.append(h[:, start:])  # (B, N-start, D)
-        full = model.logits(states[-1], n).float()
+            states.append(h)
+        full = model.logits(states[-1][:, start:], n).float()  # (B, N-start, V)
         total += F.cross_entropy(full.flatten(0, 1), target.flatten().to(full.device)).item() * len(piece) / len(rows)
         for exit in range(1, n) if depths is None else depths:
-            same = model.logits(states[exit - 1], exit).argmax(-1) == full.argmax(-1)
+            read = model.read(states[exit - 1], exit)[:, start:]
+            same = model.logits(read, exit).argmax(-1) == full.argmax(-1)
             agree[exit] += same.double().mean().item() * len(piece) / len(rows)
     return total, agree[1:-1].tolist()
 
@@ -551,7 +692,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=8192, help="tokens a step, all processes together")
     add("--micro", type=int, default=2048, help="tokens a pass; gradients add up to a batch")
     add("--context", type=int, default=128, help=f"tokens a row; every sixth step has rows {LONG} times as long")
-    add("--lr", type=float, help="peak learning rate (default 3e-3, 1e-3 for heads, 3e-4 for a given trunk)")
+    add("--lr", type=float, help="peak learning rate (default 3e-3, 2e-3 for heads, 3e-4 for a given trunk)")
     add("--seed", type=int, default=0)
     add("--bf16", action="store_true", help="compute in bfloat16; pays on GPUs, and on CPUs with AVX-512 BF16 or AMX")
     add("--compile", action="store_true", help="fuse each layer's operations; needs a C++ compiler")
@@ -560,13 +701,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, default in dict(layers=32, dim=128, heads=2, kv_heads=1, ffn=384, vocab=2048).items():
         shape.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     heads = p.add_argument_group("the heads made by recipe 2")
-    heads.add_argument("--width", type=int, default=1024, help="inner size of the residual map, 0 for none")
+    heads.add_argument("--width", type=int, help="of the block's SwiGLU (default: the model's), 0 for no block")
     heads.add_argument("--draft-vocab", type=int, default=8192, help="how many tokens an exit may draft")
     args = p.parse_args(argv)
     if args.steps is None and args.minutes is None:
         args.steps = 1000
     if args.lr is None:
-        args.lr = 3e-3 if not args.model else 1e-3 if args.freeze_trunk else 3e-4
+        args.lr = 3e-3 if not args.model else 2e-3 if args.freeze_trunk else 3e-4
     return args
 
 
