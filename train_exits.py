@@ -86,6 +86,9 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
     torch.manual_seed(args.seed)
     check_arguments(args, world)
     model, tokenizer, text, held = prepare(args, rank, world)
+    if args.steps == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        return report(args.out, model.eval(), held, args.context, None)
     names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     # bfloat16 computes in a copy: one step is too small for its 8 bits, so float32 weights add them up
     work = copy.deepcopy(model).bfloat16() if args.bf16 else model
@@ -687,7 +690,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--corpus", type=Path, metavar="PATH", help="a text file, or a folder of them (default: Python's library)")
     add("--exits", type=int, nargs="*", metavar="E", help="exits, shallow to deep (default: M's own, or 1/16 and 1/4 of"
         " the depth; none: no exit losses at all, for comparison)")  # fmt: skip
-    add("--steps", type=int, help="optimizer steps (default 1000 without --minutes)")
+    add("--steps", type=int, help="optimizer steps (default 1000 without --minutes); 0: only measure --model")
     add("--minutes", type=float, help="a budget: the schedule fits itself to the clock, so reruns differ")
     add("--batch", type=int, default=8192, help="tokens a step, all processes together")
     add("--micro", type=int, default=2048, help="tokens a pass; gradients add up to a batch")
@@ -715,7 +718,8 @@ def check_arguments(args: argparse.Namespace, world: int) -> None:
     if (args.freeze_trunk or args.self_distill) and not args.model:
         raise ValueError("--freeze-trunk and --self-distill need a --model to start from")
     for name in ("steps", "minutes", "batch", "micro", "context", "lr"):
-        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+        as_it_is = name == "steps" and args.steps == 0 and args.model and not args.freeze_trunk
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf and not as_it_is:
             raise ValueError(f"--{name} must be above 0, got {value}")
     if not args.model and args.vocab < 257:
         raise ValueError(f"--vocab must be at least 257 (each byte, and the end of a document), got {args.vocab}")

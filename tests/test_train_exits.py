@@ -137,6 +137,13 @@ def test_a_random_folder_without_tokenizer_learns_from_its_own_samples(tmp_path,
     assert generate(model, prompt, 30, exits=(2,), windows=(3,)).tokens == generate(model, prompt, 30).tokens
 
 
+def test_no_steps_only_measure(tmp_path, corpus, trunk):
+    train_exits.main(f"--out {tmp_path / 'run'} --corpus {corpus} --model {trunk} --steps 0 --context 16".split())
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {"agreement.csv", "agreement.png"}
+    lines = (tmp_path / "run" / "agreement.csv").read_text().splitlines()
+    assert lines[0] == "layer,held_out_text,greedy_continuations" and len(lines) == 4
+
+
 def test_a_time_budget_ends_the_run(tmp_path, corpus):
     began = time.time()
     train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --minutes 0.02")
