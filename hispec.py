@@ -60,6 +60,7 @@ def generate(
     *,
     exits: Sequence[int] = (),
     windows: Sequence[int] = (),
+    thresholds: Sequence[float] = (),
     temperature: float = 0.0,
     seed: int | None = None,
     stop: Iterable[int] = (),
@@ -67,12 +68,13 @@ def generate(
     """Continue `prompt` (token ids) by at most max_new_tokens tokens, exactly as the full model would.
 
     exits: depths in layers, ascending, each below the full depth. windows[k]: how many tokens level k is
-    asked for (it drafts or accepts them) before level k+1 verifies. temperature 0 takes the likeliest
-    token (argmax); above 0 it samples, reproducibly if a seed is given. Generation ends after the first
-    token in `stop`, which is kept as the last one, or when prompt and new tokens fill the model's
-    max_seq_len. Raises ValueError, before any work, for arguments out of range.
+    asked for (it drafts or accepts them) before level k+1 verifies. thresholds[k], 0..1: level k stops short
+    of that once its own probability of all it has gathered falls below; none given: never. temperature 0
+    takes the likeliest token (argmax); above 0 it samples, reproducibly if a seed is given. Generation ends
+    after the first token in `stop`, which is kept as the last one, or when prompt and new tokens fill the
+    model's max_seq_len. Raises ValueError, before any work, for arguments out of range.
     """
-    prompt, *others = checked(model.config, prompt, max_new_tokens, exits, windows, temperature, seed, stop)
+    prompt, *others = checked(model.config, prompt, max_new_tokens, exits, windows, thresholds, temperature, seed, stop)
     began = time.perf_counter()
     ladder = Ladder(model, prompt, *others)
     ladder.propose(ladder.top, want=ladder.limit - ladder.length)
@@ -94,6 +96,7 @@ class Ladder:
         max_new_tokens: int,
         exits: tuple[int, ...],
         windows: tuple[int, ...],
+        thresholds: tuple[float, ...],
         temperature: float,
         seed: int | None,
         stop: frozenset[int],
@@ -101,6 +104,7 @@ class Ladder:
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
         self.model, self.windows, self.temperature, self.stop = model, windows, temperature, stop
         self.depths = (*exits, model.config.n_layers)
+        self.thresholds = (*thresholds, 0.0)  # the last level's word is final, however sure it is
         self.top = len(exits)  # the last level: the whole model
         self.stats = [LevelStats(depth) for depth in self.depths]
         self.limit = min(len(prompt) + max_new_tokens, model.config.max_seq_len)  # the sequence never gets longer
@@ -119,14 +123,14 @@ class Ladder:
             self.rng.manual_seed(seed)
 
     def propose(self, k: int, want: int) -> None:
-        """Append at least `want` tokens that level k accepts (fewer only at the end of the text)."""
-        goal = self.length + want
-        while self.length < min(goal, self.limit):
+        """Append at least `want` tokens that level k accepts, or fewer: at the end of the text, or if in doubt."""
+        goal, sure = self.length + want, 1.0  # sure: level k's own probability of what it has appended so far
+        while self.length < min(goal, self.limit) and sure >= self.thresholds[k]:
             base = self.length  # the token before it is level k's latest, and level k has not run it yet
             if k > 0:
                 self.propose(k - 1, min(self.windows[k - 1], goal - base))  # drafts from the level below
             logits = self.predict(k, rows=self.length - base + 1)
-            self.verify(k, base, logits)
+            sure *= self.verify(k, base, logits)
 
     def predict(self, k: int, rows: int) -> Tensor:
         """Run level k on all it has not seen; return its logits (rows, V) at the last `rows` positions.
@@ -138,8 +142,10 @@ class Ladder:
             self.stats[j].positions += self.length - self.cache.lengths[j]
         return step(self.model, self.cache, self.depths, self.tokens, self.length, k, rows)
 
-    def verify(self, k: int, base: int, logits: Tensor) -> None:
+    def verify(self, k: int, base: int, logits: Tensor) -> float:
         """Keep the drafts tokens[base:length] as far as level k agrees, then add level k's own next token.
+
+        Returns level k's probability of these tokens, or 1 if no threshold asks for it.
 
         logits (n+1, V) predict the n drafts and the token after them, so a correction after a rejection
         and a bonus after a full match are the same thing: the first token the drafts do not supply.
@@ -166,6 +172,10 @@ class Ladder:
         if self.temperature > 0 and k < self.top:
             self.probs[k].append(p[: self.length - base])
         self.cache.rollback(min(base + kept, self.length))  # the new token's position has not been run with it
+        if self.thresholds[k] == 0:
+            return 1.0
+        rows = probabilities(logits[: kept + 1], self.temperature or 1.0)
+        return rows.gather(1, choice[: kept + 1, None]).prod().item()
 
     def _end_at_stop(self, base: int, new: list[int]) -> None:
         for i, token in enumerate(new):
@@ -242,7 +252,7 @@ def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
     return (weights / torch.empty_like(weights).exponential_(generator=rng)).argmax()
 
 
-def checked(config: Config, prompt, max_new_tokens, exits, windows, temperature, seed, stop) -> tuple:
+def checked(config: Config, prompt, max_new_tokens, exits, windows, thresholds, temperature, seed, stop) -> tuple:
     """The arguments of `generate` as plain ints, floats and tuples; ValueError with what is wrong and allowed."""
     V, L, T = config.vocab_size, config.n_layers, config.max_seq_len
     prompt, stop = whole_numbers(prompt, "prompt"), whole_numbers(stop, "stop")
@@ -263,13 +273,27 @@ def checked(config: Config, prompt, max_new_tokens, exits, windows, temperature,
         raise ValueError(f"windows needs one length for each of the {len(exits)} exits, got {windows}")
     if any(window < 1 for window in windows):
         raise ValueError(f"windows must be at least 1 each, got {windows}")
+    thresholds = tuple(thresholds) or (0.0,) * len(exits)
+    if len(thresholds) != len(exits):
+        raise ValueError(f"thresholds needs one probability for each of the {len(exits)} exits, got {thresholds}")
+    if any(not isinstance(t, numbers.Real) or not 0 <= t <= 1 for t in thresholds):
+        raise ValueError(f"thresholds must be probabilities, 0 to 1, got {thresholds}")
     if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if seed is not None:
         (seed,) = whole_numbers([seed], "seed")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be None or a whole number in 0..2**63-1, got {seed}")
-    return prompt, max_new_tokens, exits, windows, float(temperature), seed, frozenset(stop)
+    return (
+        prompt,
+        max_new_tokens,
+        exits,
+        windows,
+        tuple(map(float, thresholds)),
+        float(temperature),
+        seed,
+        frozenset(stop),
+    )
 
 
 def whole_numbers(values: Iterable[int], name: str) -> tuple[int, ...]:

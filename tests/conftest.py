@@ -44,10 +44,11 @@ class Case:
     exits: tuple[int, ...]
     windows: tuple[int, ...]
     stop: tuple[int, ...]
+    thresholds: tuple[float, ...] = ()
 
     @property
     def arguments(self) -> dict:
-        return dict(exits=self.exits, windows=self.windows, stop=self.stop)
+        return dict(exits=self.exits, windows=self.windows, thresholds=self.thresholds, stop=self.stop)
 
 
 @st.composite
@@ -80,6 +81,7 @@ def cases(draw, levels=st.integers(1, 4)) -> Case:  # noqa: B008, a strategy is 
         exits=exits,
         windows=tuple(draw(st.integers(1, 5)) for _ in exits),
         stop=tuple(draw(st.sets(tokens, max_size=1))),
+        thresholds=tuple(draw(st.sampled_from([0.0, 0.0, 0.3, 0.9])) for _ in exits),
     )
 
 

@@ -20,13 +20,22 @@ def run(case: Case, temperature: float = 0.0, after_verify=None) -> Ladder:
 
     class Watched(Ladder):
         def verify(self, k, base, logits):
-            super().verify(k, base, logits)
+            sure = super().verify(k, base, logits)
             if after_verify:
                 after_verify(self, k)
+            return sure
 
     with torch.inference_mode():
         ladder = Watched(
-            case.model, case.prompt, case.max_new_tokens, case.exits, case.windows, temperature, 1, frozenset(case.stop)
+            case.model,
+            case.prompt,
+            case.max_new_tokens,
+            case.exits,
+            case.windows,
+            case.thresholds or (0.0,) * len(case.exits),
+            temperature,
+            1,
+            frozenset(case.stop),
         )
         ladder.propose(len(case.exits), case.max_new_tokens)
     return ladder
@@ -97,7 +106,7 @@ def test_each_layer_sees_each_token_once(case, temperature):
 
 
 @given(cases(), st.sampled_from([0.0, 0.8]))
-def test_one_host_read_a_verification_and_none_a_draft(case, temperature):
+def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, temperature):
     reads = Counter()
 
     def counted(name, real):
@@ -107,7 +116,9 @@ def test_one_host_read_a_verification_and_none_a_draft(case, temperature):
         for name in ("tolist", "item", "__bool__", "__int__", "__index__", "__float__", "cpu", "numpy"):
             patch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
         ladder = run(case, temperature)
-    assert reads == Counter(tolist=sum(level.calls for level in ladder.stats[len(case.exits) > 0 :]))
+    verifications = sum(level.calls for level in ladder.stats[len(case.exits) > 0 :])
+    doubts = sum(level.calls for level, threshold in zip(ladder.stats, case.thresholds, strict=False) if threshold > 0)
+    assert reads == Counter(tolist=verifications, item=doubts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -40,6 +40,18 @@ def test_stop_in_the_middle_of_an_accepted_run(case, data):
     assert out.levels[-1].proposed == len(out.tokens)
 
 
+def test_a_level_in_doubt_stops_early():
+    """No probability reaches 1: at threshold 1 each level gathers one token, as if its windows were 1."""
+    model = random_model(3)
+    one = generate(model, [1, 2], 30, exits=(1, 3), windows=(1, 1))
+    doubting = generate(model, [1, 2], 30, exits=(1, 3), windows=(5, 9), thresholds=(1, 1))
+    assert doubting.levels == one.levels
+    between = generate(model, [1, 2], 30, exits=(1, 3), windows=(5, 9), thresholds=(0.5, 0.5))
+    free = generate(model, [1, 2], 30, exits=(1, 3), windows=(5, 9))
+    assert one.levels[2].calls > between.levels[2].calls > 0
+    assert between.levels[0].calls < free.levels[0].calls
+
+
 @pytest.mark.parametrize("ladder", [((), ()), ((2,), (3,)), ((1, 3), (2, 4))])
 def test_the_context_limit_ends_generation(ladder):
     model = random_model(max_seq_len=16)

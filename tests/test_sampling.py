@@ -63,8 +63,10 @@ def table_ladder(monkeypatch, tables):
         return tables[k].log()[tokens[length - rows : length]]
 
     monkeypatch.setattr(hispec, "step", step)
-    return lambda n, windows: (
-        generate(model, [0], n, exits=range(1, L), windows=windows, temperature=1.0, seed=0).tokens
+    return lambda n, windows, thresholds=(): (
+        generate(
+            model, [0], n, exits=range(1, L), windows=windows, thresholds=thresholds, temperature=1.0, seed=0
+        ).tokens
     )
 
 
@@ -91,10 +93,11 @@ def test_two_levels_follow_the_target_exactly(monkeypatch, tables, window):
     assert distance(law, markov_law(tables[-1], 3)) < 1e-12
 
 
+@pytest.mark.parametrize("thresholds", [(), (0.5, 0.0), (0.0, 0.2), (0.5, 0.1)])
 @pytest.mark.parametrize("windows", [(1, 1), (2, 1), (1, 2), (2, 2)])
-def test_three_levels_follow_the_target_exactly(monkeypatch, windows):
+def test_three_levels_follow_the_target_exactly(monkeypatch, windows, thresholds):
     run = table_ladder(monkeypatch, [DRAFT2, MIDDLE2, TARGET2])
-    law = output_law(monkeypatch, lambda: run(3, windows))
+    law = output_law(monkeypatch, lambda: run(3, windows, thresholds))
     assert distance(law, markov_law(TARGET2, 3)) < 1e-12
 
 

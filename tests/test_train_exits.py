@@ -125,9 +125,7 @@ def test_continual_training_keeps_the_original(tmp_path, corpus, trunk, capsys):
 def test_a_random_folder_without_tokenizer_learns_from_its_own_samples(tmp_path, corpus):
     random = random_model(scale=20, vocab_size=50).float()
     checkpoints.save(random, None, tmp_path / "random")
-    options = (
-        f"--model {tmp_path / 'random'} --freeze-trunk --exits 2 --self-distill 20000 --steps 150 --batch 256"
-    )
+    options = f"--model {tmp_path / 'random'} --freeze-trunk --exits 2 --self-distill 20000 --steps 150 --batch 256"
     model, tokenizer = train(tmp_path / "run", corpus, options + " --micro 256 --context 8 --width 512")
     assert tokenizer is None and model.exits == (2,)
     rows = train_exits.sample(random, torch.randint(50, (64, 4)), 32, torch.arange(64) % 2 == 1)
