@@ -48,6 +48,7 @@ class Method:
     exits: tuple[int, ...]
     windows: tuple[int, ...]
     decode: Callable[..., Generation]  # decode(prompt, max_new_tokens, stop=...)
+    thresholds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def main() -> None:
         firsts = {request.category: request.prompt for request in reversed(requests)}.values()
         chosen = tune(model, list(firsts), max_new_tokens, stop)
         save_ladders(header, chosen)
+        print_tuning(chosen)
     ours = ladder_methods(model, chosen)
     methods = ours + (peer_methods(model, exit=ours[1].exits[0]) if args.peers else [])
     for method in methods[1:]:
@@ -114,8 +116,8 @@ def ladder_methods(model: Llama, chosen: dict) -> list[Method]:
     }
     methods = []
     for name, ladder in (ladders | chosen).items():
-        e, w = tuple(ladder["exits"]), tuple(ladder["windows"])
-        methods.append(Method(name, e, w, partial(generate, model, exits=e, windows=w)))
+        e, w, t = (tuple(ladder.get(key, ())) for key in ("exits", "windows", "thresholds"))
+        methods.append(Method(name, e, w, partial(generate, model, exits=e, windows=w, thresholds=t), t))
     return methods
 
 
@@ -214,7 +216,7 @@ def summarise(methods, requests, runs) -> list[dict]:
     categories = list(dict.fromkeys(request.category for request in requests))
     results = []
     for m, method in enumerate(methods):
-        result = {"name": method.name, "exits": list(method.exits), "windows": list(method.windows)}
+        result = {key: getattr(method, key) for key in ("name", "exits", "windows", "thresholds")}
         result.update(figures(methods, requests, runs, m, lambda category: True))
         result["by_category"] = {name: figures(methods, requests, runs, m, name.__eq__) for name in categories}
         results.append(result)
@@ -355,7 +357,7 @@ def print_tables(results: list[dict]) -> None:
     columns = "method, ladder, tokens/s, x greedy, x single, tokens/pass, accepted, time, loop, identical"
     rows = [columns.split(", ")]
     for r in results:
-        ladder = " ".join(f"{e}({w})" for e, w in zip(r["exits"], r["windows"], strict=True)) or "–"
+        ladder = ladder_text(r) or "–"
         rows.append(
             [r["name"], ladder, f"{r['tokens_per_second']:.1f}", f"{r['speedup_vs_greedy']:.2f}"]
             + [f"{r['speedup_vs_single_layer']:.2f}", number(r["tokens_per_target_pass"]), percent(r["acceptance"])]
@@ -363,7 +365,10 @@ def print_tables(results: list[dict]) -> None:
             + [f"{r['identical']}/{r['prompts']}"]
         )
     print_table(rows)
-    print("\nladder: exit(window). accepted, time: by level, shallow to deep. loop: time outside model steps.\n")
+    print(
+        "\nladder: exit(window), stopping below a probability where one is given. accepted, time: by level, shallow to"
+    )
+    print("deep. loop: time outside model steps.\n")
 
     rows = [["tokens/s, x greedy", *(r["name"] for r in results)]]
     for category in results[0]["by_category"]:
@@ -375,6 +380,22 @@ def print_tables(results: list[dict]) -> None:
             pairs = ", ".join(f"{pair} {value:.0%}" for pair, value in r["agreement"].items())
             rejects = f"; false rejects {percent([r['false_rejects']])}" if "false_rejects" in r else ""
             print(f"\n{r['name']}: levels agree on {pairs}{rejects}")
+
+
+def print_tuning(chosen: dict[str, dict]) -> None:
+    """The ladders that tuning ran, with the speed-ups over greedy that it had predicted."""
+    rows = [["tuning", "ladder", "predicted", "measured"]]
+    for name, best in chosen.items():
+        rows += [[name, ladder_text(r), f"{r['predicted']:.2f}x", f"{r['measured']:.2f}x"] for r in best["ran"]]
+    print_table(rows)
+    print()
+
+
+def ladder_text(ladder: dict) -> str:
+    """2(4 <0.3) 8(6): exit 2, window 4, stopping below probability 0.3; exit 8, window 6."""
+    thresholds = ladder["thresholds"] or [0.0] * len(ladder["exits"])
+    levels = zip(ladder["exits"], ladder["windows"], thresholds, strict=True)
+    return " ".join(f"{e}({w} <{t:g})" if t else f"{e}({w})" for e, w, t in levels)
 
 
 def print_table(rows: list[list[str]]) -> None:

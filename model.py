@@ -236,12 +236,15 @@ class ExitHead(nn.Module):
 
     def forward(self, h: Tensor, matrix: Tensor) -> Tensor:
         """Logits (..., V) from h (..., D), as `Llama.read` leaves it, and the model's output matrix (V, D)."""
-        h = self.norm(h)
+        reduced = self.known(h, matrix)
         if self.vocab is None:
-            return F.linear(h, matrix)
-        reduced = F.linear(h, self._gather(matrix))  # (..., len(vocab))
+            return reduced
         full = reduced.new_full((*reduced.shape[:-1], self.vocab_size), -math.inf)
         return full.index_copy(-1, self.vocab, reduced)
+
+    def known(self, h: Tensor, matrix: Tensor) -> Tensor:
+        """Logits (..., len(vocab)) of the tokens the exit may draft."""
+        return F.linear(self.norm(h), matrix if self.vocab is None else self._gather(matrix))
 
     def train(self, mode: bool = True) -> "ExitHead":
         self._rows = None

@@ -293,13 +293,15 @@ class HeadLosses(nn.Module):
         (model,) = self.model
         exits, losses, stats = model.exits, [], []
         *hidden, last = states.unbind(2)  # (B, N, D) each
+        matrix, vocab = model.head.weight, self.heads[str(exits[0])].vocab  # one vocabulary for all exits
         with torch.no_grad():
-            goal = model.logits(last, model.config.n_layers).float()  # (B, N, V)
+            rows = matrix if vocab is None else matrix[vocab]
+            goal = F.linear(model.norm(last), rows).float().softmax(-1).flatten(0, 1)  # (B*N, len(vocab))
         for exit, h in zip(exits, hidden, strict=True):
-            logits, vocab = model.logits(model.read(h, exit), exit).float(), self.heads[str(exit)].vocab
-            stats.append((logits.detach().argmax(-1) == choices).float().mean())
-            known = (logits, goal) if vocab is None else (logits[..., vocab], goal[..., vocab])
-            losses.append(F.cross_entropy(known[0].flatten(0, 1), known[1].softmax(-1).flatten(0, 1)))
+            logits = self.heads[str(exit)].known(model.read(h, exit), matrix).float().flatten(0, 1)
+            best = logits.detach().argmax(-1)
+            stats.append(((best if vocab is None else vocab[best]) == choices.flatten()).float().mean())
+            losses.append(F.cross_entropy(logits, goal))
         loss = torch.stack(losses).mean()
         return loss, torch.stack([loss.detach(), *stats])
 

@@ -1,4 +1,14 @@
-"""Choose what to run: a model's exits and windows, and the number of threads on a CPU.
+"""Choose what to run: a model's exits, windows and thresholds, and the number of threads on a CPU.
+
+Running every ladder would take hours. So each ladder's speed is predicted from measured parts, and only
+the most promising are run:
+
+    seconds  =  sum over steps of  ( sum over the step's segments of  layers * layer_seconds[width]  +  head_seconds )
+
+Which steps a ladder takes is found by replaying the recursion on what every exit predicts along the
+model's own greedy text, and how sure it is. That is exact as long as all drafts are right; where the text
+goes astray it takes the levels to agree as often as on the right path. The width of a segment's pass is the
+number of positions it has not seen.
 
 Both ladders, one draft exit and HiSpec's two, are searched in the same way and equally hard, so that
 neither wins by being the better tuned. The choice is kept in results/ladders.json.
@@ -7,7 +17,10 @@ neither wins by being the better tuned. The choice is kept in results/ladders.js
 import json
 import math
 import os
-from itertools import combinations
+import statistics
+import time
+from dataclasses import dataclass
+from itertools import combinations, product
 from pathlib import Path
 
 import torch
@@ -15,34 +28,174 @@ from tqdm import tqdm
 
 from checkpoints import write_whole
 from hispec import generate
+from kvcache import KVCache
 from model import Llama
 
 LADDERS = Path(__file__).parent / "results" / "ladders.json"  # what was found, by model, dtype and device
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)  # what is tried at each level
+THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 17)  # positions in a timed pass; those between are interpolated
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # exits that are tried where all share the model's head
+CONTEXT = 128  # positions before a timed pass
+RUN = 6  # ladders that are run, of each kind
+
+Ladder = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]  # exits, windows, thresholds
 
 
 def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -> dict[str, dict]:
-    """The fastest single-layer ladder and the fastest HiSpec ladder, found by running them all.
+    """The fastest single-layer ladder and the fastest HiSpec ladder, for the texts that follow these prompts.
 
-    Every exit and pair of exits is tried with every window. After each prompt the slower half drops
-    out, as long as more than three are left. Returns {name: {"exits": ..., "windows": ...}}.
+    All are predicted without thresholds, those of the four most promising sets of exits also with them, and
+    the best RUN of each kind are run. Returns {name: {"exits", "windows", "thresholds", "predicted": speed-up
+    over greedy, "measured": the same, "ran": the ladders that were run with their predicted and measured}}.
     """
     exits = default_exits(model)
-    fields = {
-        "single-layer": [((e,), (w,)) for e in exits for w in WINDOWS],
-        "hispec": [(pair, (n, m)) for pair in combinations(exits, 2) for n in WINDOWS for m in WINDOWS if n <= m],
-    }
+    if not model.exit_heads:
+        exits = tuple(sorted({*exits, *(d for d in DEPTHS if d <= model.config.n_layers // 2)}))
+    costs = measure_costs(model, exits)
+    traces = [trace(model, prompt, max_new_tokens, stop, exits) for prompt in prompts]
+
+    def predicted(ladder: Ladder) -> float:
+        return sum(t.prefill + replay(t, ladder, costs, model.config.n_layers) for t in traces)
+
+    greedy: Ladder = ((), (), ())
     best = {}
-    for name, field in fields.items():
-        seconds = dict.fromkeys(field, 0.0)
-        for prompt in tqdm(prompts, desc=f"tuning {name}", leave=False):
-            for e, w in seconds:
-                seconds[e, w] += generate(model, prompt, max_new_tokens, exits=e, windows=w, stop=stop).seconds
-            fastest = sorted(seconds, key=seconds.get)[: max(3, len(seconds) // 2)]
-            seconds = {ladder: seconds[ladder] for ladder in fastest}
-        e, w = min(seconds, key=seconds.get)
-        best[name] = {"exits": e, "windows": w}
+    for name, levels in (("single-layer", 1), ("hispec", 2)):
+        windows = [w for w in product(WINDOWS, repeat=levels) if list(w) == sorted(w)]
+        never = (0.0,) * levels
+        seconds = {}
+        fields = [(e, w, never) for e in combinations(exits, levels) for w in windows]
+        for ladder in tqdm(fields, f"predicting {name}", leave=False):
+            seconds[ladder] = predicted(ladder)
+        promising = list(dict.fromkeys(e for e, _, _ in sorted(seconds, key=seconds.get)))[:4]
+        fields = [(e, w, t) for e in promising for w in windows for t in product(THRESHOLDS, repeat=levels)]
+        for ladder in tqdm(fields, f"predicting {name} with thresholds", leave=False):
+            seconds[ladder] = predicted(ladder)
+        ranked = sorted(seconds, key=seconds.get)
+        chosen = list(dict.fromkeys([*ranked[: RUN - 2], *[r for r in ranked if r[2] == never][:2]]))
+        took = run([greedy, *chosen], model, prompts, max_new_tokens, stop)
+        ran = [
+            dict(zip(("exits", "windows", "thresholds"), ladder, strict=True))
+            | {"predicted": predicted(greedy) / seconds[ladder], "measured": took[greedy] / took[ladder]}
+            for ladder in chosen
+        ]
+        best[name] = max(ran, key=lambda r: r["measured"]) | {"ran": ran}
     return best
+
+
+def run(ladders: list[Ladder], model: Llama, prompts, max_new_tokens: int, stop) -> dict[Ladder, float]:
+    """Seconds that each ladder takes for all prompts: they take turns on each, and the faster of two turns counts."""
+    seconds = dict.fromkeys(ladders, 0.0)
+    for prompt in tqdm(prompts, "running the most promising", leave=False):
+        for e, w, t in ladders:
+            options = dict(exits=e, windows=w, thresholds=t, stop=stop)
+            seconds[e, w, t] += min(generate(model, prompt, max_new_tokens, **options).seconds for _ in range(2))
+    return seconds
+
+
+# ---- predicting a ladder's speed -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, by the number of positions in a pass (each list as long as WIDTHS)."""
+
+    layer: list[float]  # of one layer of the trunk
+    head: dict[int, list[float]]  # of what comes after an exit: its block, its norm, its output matrix
+    loop: float  # of a step, outside the model
+
+    @staticmethod
+    def at(seconds: list[float], width: int) -> float:
+        """Linear between the measured widths, and beyond them."""
+        i = next((i for i, w in enumerate(WIDTHS[1:-1], 1) if width <= w), len(WIDTHS) - 1)
+        slope = (seconds[i] - seconds[i - 1]) / (WIDTHS[i] - WIDTHS[i - 1])
+        return seconds[i] + slope * (width - WIDTHS[i])
+
+
+@torch.inference_mode()
+def measure_costs(model: Llama, exits: tuple[int, ...]) -> Costs:
+    c, weight = model.config, model.embed.weight
+    context = min(CONTEXT, c.max_seq_len - WIDTHS[-1])
+    cache = KVCache(c, (), context + WIDTHS[-1], weight.device, weight.dtype, model.blocks)
+    ids = torch.zeros(1, WIDTHS[-1], dtype=torch.long, device=weight.device)
+
+    def timed(call) -> float:
+        call()
+        took = []
+        for _ in range(15):
+            began = time.perf_counter()
+            call()
+            if weight.is_cuda:
+                torch.cuda.synchronize()
+            took.append(time.perf_counter() - began)
+        return statistics.median(took)
+
+    states = [model.embed(ids[:, :n]) for n in WIDTHS]
+    layer = [timed(lambda h=h: model.run(h, 0, c.n_layers, context, cache)) / c.n_layers for h in states]
+    head = {
+        e: [timed(lambda h=h, e=e: model.logits(model.read(h, e, context, cache), e).argmax(-1)) for h in states]
+        for e in (*exits, c.n_layers)
+    }
+    known = Costs(layer, head, 0.0)
+    began = generate(model, [0], 24)
+    modelled = sum(known.at(layer, 1) * c.n_layers + known.at(head[c.n_layers], 1) for _ in range(24))
+    return Costs(layer, head, max(0.0, (began.seconds - modelled) / 24))
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What every exit predicts along a greedy text of n tokens: its choices and its probability of each."""
+
+    prefill: float  # seconds to read the prompt
+    choices: dict[int, list[int]]
+    sure: dict[int, list[float]]
+
+
+@torch.inference_mode()
+def trace(model: Llama, prompt: list[int], max_new_tokens: int, stop, exits: tuple[int, ...]) -> Trace:
+    prefill = min(generate(model, prompt, 1).seconds for _ in range(2))
+    text = generate(model, prompt, max_new_tokens, stop=stop).tokens
+    ids = torch.tensor([prompt + text[:-1]], device=model.embed.weight.device)
+    h, first, choices, sure = model.embed(ids), 0, {}, {}
+    for depth in (*exits, model.config.n_layers):
+        h, first = model.run(h, first, depth), depth
+        best = model.logits(model.read(h, depth)[0, len(prompt) - 1 :], depth).float().softmax(-1).max(-1)
+        choices[depth], sure[depth] = best.indices.tolist(), best.values.tolist()
+    choices[depth] = text
+    return Trace(prefill, choices, sure)
+
+
+def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
+    """Seconds after the prompt: hispec's recursion, with recorded choices in place of the model."""
+    exits, windows, thresholds = ladder
+    depths, thresholds = (*exits, n_layers), (*thresholds, 0.0)
+    text, seen, end, seconds = [], [-1] * len(depths), len(trace.choices[n_layers]), 0.0
+
+    def propose(k: int, want: int) -> None:
+        nonlocal seconds
+        depth, goal, probability = depths[k], len(text) + want, 1.0
+        choices, sure = trace.choices[depth], trace.sure[depth]
+        while len(text) < min(goal, end) and probability >= thresholds[k]:
+            base = len(text)
+            if k:
+                propose(k - 1, min(windows[k - 1], goal - base))
+            above = 0
+            for j in range(k + 1):
+                seconds += costs.at(costs.layer, len(text) - seen[j] - 1) * (depths[j] - above)
+                seen[j], above = len(text) - 1, depths[j]
+            seconds += costs.at(costs.head[depth], len(text) - base + 1) + costs.loop
+            kept = base
+            while kept < min(len(text), end - 1) and text[kept] == choices[kept]:
+                kept += 1
+            probability *= math.prod(sure[base : kept + 1])
+            text[kept:] = [choices[kept]]
+            seen[:] = [min(s, kept - 1) for s in seen]
+
+    propose(len(exits), end)
+    return seconds
+
+
+# ---- the rest ------------------------------------------------------------------------------------------
 
 
 def default_exits(model: Llama) -> tuple[int, ...]:
@@ -85,12 +238,14 @@ def saved_ladders(header: dict, model: Llama) -> dict[str, dict]:
             continue
         try:
             exits, windows = found[name]["exits"], found[name]["windows"]
-            fits = len(exits) == len(windows) == length and 0 < exits[0] <= exits[-1] < model.config.n_layers
+            thresholds = found[name].get("thresholds", [0.0] * length)
+            fits = len(exits) == len(windows) == len(thresholds) == length
+            fits = fits and 0 < exits[0] <= exits[-1] < model.config.n_layers
         except (TypeError, KeyError):
             fits = False
         if not fits:
             raise ValueError(f"{LADDERS}: {name} of {_key(header)} does not fit the model: remove it, or run --tune")
-        ladders[name] = {"exits": exits, "windows": windows}
+        ladders[name] = {"exits": exits, "windows": windows, "thresholds": thresholds}
     return ladders
 
 

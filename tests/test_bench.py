@@ -193,7 +193,7 @@ def test_turns_contain_the_answers_before_them(small_bench, monkeypatch):
 
 
 def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
-    def lossy(model, prompt, n, *, exits=(), windows=(), stop=()):
+    def lossy(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=()):
         out = generate(model, prompt, n, exits=exits, windows=windows, stop=stop)
         if len(exits) == 2:
             out.tokens[3] += 1
@@ -210,12 +210,14 @@ def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
 
 
 def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypatch):
-    def clocked(model, prompt, n, *, exits=(), windows=(), stop=()):
-        out = generate(model, prompt, n, exits=exits, windows=windows, stop=stop)
+    def clocked(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=()):
+        out = generate(model, prompt, n, exits=exits, windows=windows, thresholds=thresholds, stop=stop)
         cost = {((2,), (6,)): 1.0, ((1, 2), (3, 3)): 1.0}.get((exits, windows), 2.0)
         return Generation(out.tokens, out.levels, cost)
 
-    monkeypatch.setattr(tune, "WINDOWS", (3, 6, 8))
+    monkeypatch.setattr(tune, "WINDOWS", (3, 6))
+    monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))
+    monkeypatch.setattr(tune, "RUN", 100)
     with monkeypatch.context() as patch:
         patch.setattr(tune, "generate", clocked)
         _, tuned = small_bench("--quick", "--tune")
@@ -295,13 +297,41 @@ def test_no_prompt_that_fits(small_bench, tmp_path):
     ],
 )
 def test_tuning_adds_up_over_the_prompts(monkeypatch, costs, best):
-    def clocked(model, prompt, n, *, exits, windows, stop):
+    def clocked(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=()):
         seconds = costs.get(windows[0], (9, 9))[prompt[0]] if exits == (1,) else 10
-        return Generation([], [], seconds)
+        return Generation([3] * 4, [], seconds)
 
     monkeypatch.setattr(tune, "WINDOWS", (3, 6, 8))
+    monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))
+    monkeypatch.setattr(tune, "RUN", 100)
     monkeypatch.setattr(tune, "generate", clocked)
-    assert tune.tune(random_model(), [[0], [1]], 4)["single-layer"] == {"exits": (1,), "windows": (best,)}
+    chosen = tune.tune(random_model(), [[0], [1]], 4)["single-layer"]
+    assert (chosen["exits"], chosen["windows"]) == ((1,), (best,))
+    assert chosen["measured"] == pytest.approx(20 / sum(costs[best]))
+
+
+ONE_A_PASS = tune.Costs([0.0] * len(tune.WIDTHS), {e: [1.0] * len(tune.WIDTHS) for e in range(1, 9)}, 0.0)
+
+
+def test_a_replay_takes_the_steps_that_a_generation_takes():
+    """Counted in steps, along a text on which one exit is wrong here and there and the other never."""
+    model = random_model(3)
+    text = tune.trace(model, [1, 2], 40, (), (1, 3))
+    for exits, windows in [((), ()), ((1,), (3,)), ((3,), (2,)), ((3,), (6,))]:
+        out = generate(model, [1, 2], 40, exits=exits, windows=windows)
+        steps = tune.replay(text, (exits, windows, (0.0,) * len(exits)), ONE_A_PASS, model.config.n_layers)
+        assert steps == pytest.approx(sum(level.calls for level in out.levels), rel=0.1)
+    # a draft in doubt stops: at threshold 1 after every token, as a window of 1 does
+    doubting = tune.replay(text, ((3,), (6,), (1.0,)), ONE_A_PASS, model.config.n_layers)
+    assert doubting == tune.replay(text, ((3,), (1,), (0.0,)), ONE_A_PASS, model.config.n_layers)
+
+
+def test_costs_between_the_measured_widths_are_interpolated():
+    seconds = [float(w) for w in tune.WIDTHS]
+    assert [tune.Costs.at(seconds, n) for n in (1, 2, 5, 10, 17, 40)] == [1, 2, 5, 10, 17, 40]
+    costs = tune.measure_costs(random_model(), (1, 3))
+    assert costs.head.keys() == {1, 3, 5} and costs.loop >= 0
+    assert all(len(row) == len(tune.WIDTHS) and min(row) > 0 for row in (costs.layer, *costs.head.values()))
 
 
 HEADER = {"model": "m", "dtype": "float32", "device": "cpu", "versions": {}, "command": "python bench.py --tune"}
@@ -311,7 +341,8 @@ def test_ladders_are_kept_by_model_dtype_and_device(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "LADDERS", tmp_path / "results" / "ladders.json")
     model = random_model()
     assert tune.saved_ladders(HEADER, model) == {}
-    one, two = {"hispec": {"exits": [1, 2], "windows": [3, 4]}}, {"single-layer": {"exits": [1], "windows": [2]}}
+    one = {"hispec": {"exits": [1, 2], "windows": [3, 4], "thresholds": [0.5, 0.0]}}
+    two = {"single-layer": {"exits": [1], "windows": [2], "thresholds": [0.1]}}
     tune.save_ladders(HEADER, one)
     for key in ("model", "dtype", "device"):
         other = HEADER | {key: "other"}
