@@ -104,3 +104,15 @@ def test_smollm2_writes_transformers_greedy_text(smollm2):
                 assert row.max() - row[ours] < 1e-3, question
                 break
     torch.set_num_threads(1)
+
+
+def test_smollm2_has_exits_by_name(smollm2):
+    model, tokenizer = smollm2
+    assert model.exits == (4, 8) == model.blocks
+    file = checkpoints.WEIGHTS / "smollm2" / "exits.safetensors"
+    assert file.stat().st_size <= 8e6
+    prompt = chat(tokenizer, ["Name three colours."])
+    plain = hispec.generate(model, prompt, 24, stop=stop_tokens(tokenizer))
+    out = hispec.generate(model, prompt, 24, exits=(4, 8), windows=(2, 3), stop=stop_tokens(tokenizer))
+    assert out.tokens == plain.tokens
+    assert out.levels[-1].calls < len(plain.tokens)  # the blind exits through the shared head save next to nothing
