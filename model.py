@@ -119,7 +119,7 @@ class Llama(nn.Module):
 
         The block attends, so with a cache it must see every position, as the layers do.
         """
-        if exit not in self.blocks:
+        if str(exit) not in self.exit_heads or self.exit_heads[str(exit)].block is None:
             return h
         slot = 0 if cache is None else cache.slots[exit]
         return self.exit_heads[str(exit)].block(h, self._rope(start, start + h.shape[1]), slot, start, cache)

@@ -72,7 +72,8 @@ def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -
         for ladder in tqdm(fields, f"predicting {name} with thresholds", leave=False):
             seconds[ladder] = predicted(ladder)
         ranked = sorted(seconds, key=seconds.get)
-        chosen = list(dict.fromkeys([*ranked[: RUN - 2], *[r for r in ranked if r[2] == never][:2]]))
+        plain = [ladder for ladder in ranked if ladder[2] == never]
+        chosen = list(dict.fromkeys([*ranked[: RUN - 2], *plain[:2], *ranked]))[:RUN]  # as many of either kind
         took = run([greedy, *chosen], model, prompts, max_new_tokens, stop)
         ran = [
             dict(zip(("exits", "windows", "thresholds"), ladder, strict=True))

@@ -221,6 +221,8 @@ def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(tune, "generate", clocked)
         _, tuned = small_bench("--quick", "--tune")
+    kept = next(iter(json.loads(tune.LADDERS.read_text()).values()))
+    assert len(kept["single-layer"]["ran"]) == 4 and len(kept["hispec"]["ran"]) == 3  # all there are
     _, later = small_bench("--quick")
     for result in (tuned, later):
         assert [(m["exits"], m["windows"]) for m in result["methods"]] == [([], []), ([2], [6]), ([1, 2], [3, 3])]
@@ -308,6 +310,14 @@ def test_tuning_adds_up_over_the_prompts(monkeypatch, costs, best):
     chosen = tune.tune(random_model(), [[0], [1]], 4)["single-layer"]
     assert (chosen["exits"], chosen["windows"]) == ((1,), (best,))
     assert chosen["measured"] == pytest.approx(20 / sum(costs[best]))
+
+
+def test_tuning_runs_as_many_ladders_of_either_kind(monkeypatch):
+    monkeypatch.setattr(tune, "RUN", 4)
+    chosen = tune.tune(random_model(), [[1, 2]], 6)
+    for best in chosen.values():
+        assert len({(r["exits"], r["windows"], r["thresholds"]) for r in best["ran"]}) == len(best["ran"]) == 4
+        assert best["measured"] == max(r["measured"] for r in best["ran"])
 
 
 ONE_A_PASS = tune.Costs([0.0] * len(tune.WIDTHS), {e: [1.0] * len(tune.WIDTHS) for e in range(1, 9)}, 0.0)

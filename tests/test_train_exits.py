@@ -161,9 +161,10 @@ def test_same_seed_same_weights_another_seed_others(tmp_path, corpus):
     assert any(not torch.equal(a[name], c[name]) for name in a)
 
 
-@pytest.mark.parametrize("precision", ["", "--bf16"])
-def test_a_killed_run_continues_bit_for_bit(tmp_path, corpus, precision):
-    options = f"{SHAPE} {SPEED} --steps 40 {precision}"
+@pytest.mark.parametrize("recipe", ["", "--bf16", "--freeze-trunk --self-distill 4000"])
+def test_a_killed_run_continues_bit_for_bit(tmp_path, corpus, trunk, recipe):
+    start = f"--model {trunk} --exits 1 2" if "trunk" in recipe else SHAPE
+    options = f"{start} {SPEED} --steps 40 {recipe}"
     train(tmp_path / "whole", corpus, options)
     code = "import sys, train_exits; train_exits.SAVE_EVERY = 0; train_exits.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, "--out", str(tmp_path / "cut"), "--corpus", str(corpus), *options.split()]
