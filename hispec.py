@@ -8,6 +8,7 @@ that level k has beyond level k-1. So
     exits=()      windows=()       plain autoregressive decoding
     exits=(8,)    windows=(4,)     self-speculation with one draft exit (LayerSkip, arXiv 2404.16710)
     exits=(4, 8)  windows=(2, 4)   HiSpec
+    exits=(0, 4, 8) ...            exit 0 is no layer at all: it looks the next tokens up in the text so far
     exits=(2, 4, 8, 16) ...        any ladder: the same code
 
 Whatever the ladder, the output is the full model's own: the same tokens at temperature 0, the same
@@ -22,7 +23,7 @@ import numbers
 import operator
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,19 @@ class Generation:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Event:
+    """One step of one level, as `watch` is told of it: the level judged some drafts and added a token of its own."""
+
+    level: int  # 0 is the shallowest
+    base: int  # position of the first draft, counted from the prompt's first token
+    drafts: list[int]  # what the level below had appended; none for level 0
+    kept: int  # how many of them the level accepts
+    text: list[int]  # the tokens from base on, after the step: the drafts kept, and the level's own
+    positions: list[int]  # that have passed through each segment so far, the prompt's included
+    seconds: float  # since the generation began
+
+
 @torch.inference_mode()
 def generate(
     model: Llama,
@@ -64,23 +78,25 @@ def generate(
     temperature: float = 0.0,
     seed: int | None = None,
     stop: Iterable[int] = (),
+    watch: Callable[[Event], None] | None = None,
 ) -> Generation:
     """Continue `prompt` (token ids) by at most max_new_tokens tokens, exactly as the full model would.
 
-    exits: depths in layers, ascending, each below the full depth. windows[k]: how many tokens level k is
-    asked for (it drafts or accepts them) before level k+1 verifies. thresholds[k], 0..1: level k stops short
-    of that once its own probability of all it has gathered falls below; none given: never. temperature 0
+    exits: depths in layers, ascending, each below the full depth; depth 0 looks drafts up in the text so far.
+    windows[k]: how many tokens level k is asked for (it drafts or accepts them) before level k+1 verifies.
+    thresholds[k], 0..1: level k stops short of that once its own probability of all it has gathered falls
+    below; none given: never (depth 0 never does). temperature 0
     takes the likeliest token (argmax); above 0 it samples, reproducibly if a seed is given. Generation ends
     after the first token in `stop`, which is kept as the last one, or when prompt and new tokens fill the
-    model's max_seq_len. Raises ValueError, before any work, for arguments out of range.
+    model's max_seq_len. watch, if given, is called with an Event after every step that chooses a token. Raises
+    ValueError, before any work, for arguments out of range.
     """
     prompt, *others = checked(model.config, prompt, max_new_tokens, exits, windows, thresholds, temperature, seed, stop)
-    began = time.perf_counter()
-    ladder = Ladder(model, prompt, *others)
+    ladder = Ladder(model, prompt, *others, watch)
     ladder.propose(ladder.top, want=ladder.limit - ladder.length)
     tokens = ladder.tokens[len(prompt) : ladder.length].tolist()
     ladder.stats[-1].proposed = ladder.stats[-1].accepted = len(tokens)
-    return Generation(tokens, ladder.stats, time.perf_counter() - began)
+    return Generation(tokens, ladder.stats, time.perf_counter() - ladder.began)
 
 
 class Ladder:
@@ -100,9 +116,11 @@ class Ladder:
         temperature: float,
         seed: int | None,
         stop: frozenset[int],
+        watch: Callable[[Event], None] | None = None,
     ):
+        self.began = time.perf_counter()
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
-        self.model, self.windows, self.temperature, self.stop = model, windows, temperature, stop
+        self.model, self.windows, self.temperature, self.stop, self.watch = model, windows, temperature, stop, watch
         self.depths = (*exits, model.config.n_layers)
         self.thresholds = (*thresholds, 0.0)  # the last level's word is final, however sure it is
         self.top = len(exits)  # the last level: the whole model
@@ -113,6 +131,7 @@ class Ladder:
         self.tokens = torch.zeros(self.limit + 1, dtype=torch.long, device=device)  # one more: a bonus past the limit
         self.tokens[: len(prompt)] = torch.as_tensor(prompt)
         self.length = len(prompt)
+        self.known = list(prompt)  # tokens[:length] without the latest drafts, where the host can read them for free
         # probs[k]: level k's distributions, rows (V,), one for each token it has proposed and level k+1 not yet
         # judged. Accepted draft, correction or bonus: however it came about, the token is a sample of that row.
         self.probs: list[list[Tensor]] = [[] for _ in self.depths]
@@ -124,6 +143,8 @@ class Ladder:
 
     def propose(self, k: int, want: int) -> None:
         """Append at least `want` tokens that level k accepts, or fewer: at the end of the text, or if in doubt."""
+        if self.depths[k] == 0:
+            return self.draft_by_look_up(want)
         goal, sure = self.length + want, 1.0  # sure: level k's own probability of what it has appended so far
         while self.length < min(goal, self.limit) and sure >= self.thresholds[k]:
             base = self.length  # the token before it is level k's latest, and level k has not run it yet
@@ -151,17 +172,19 @@ class Ladder:
         and a bonus after a full match are the same thing: the first token the drafts do not supply.
         """
         drafts = self.tokens[base : self.length]  # (n,), none for level 0
+        judged = drafts.tolist() if self.watch else []  # before the level's own tokens overwrite them
         if self.temperature == 0:
             choice, accepted = verify_greedy(drafts, logits)
         else:
             p = probabilities(logits, self.temperature)  # (n+1, V)
-            q = torch.cat(self.probs[k - 1]) if k > 0 else p[:0]  # (n, V) what each draft was drawn from
+            q = torch.cat([p[:0], *(self.probs[k - 1] if k > 0 else ())])  # (n, V) what each draft was drawn from
             choice, accepted = verify_sampled(drafts, q, p, self.rng)
         self.tokens[base : self.length + 1] = choice  # what follows the first new token is left over, beyond length
         if 0 == k < self.top:
             kept = 0  # drafting: nothing was judged, so there is nothing for the host to read
         else:
             kept, *new = torch.cat([accepted.view(1), choice]).tolist()  # the one host read of a verification
+            self.known[base:] = new[: kept + 1]
             if k == self.top:
                 self._end_at_stop(base, new[: kept + 1])
         if k > 0:
@@ -172,10 +195,23 @@ class Ladder:
         if self.temperature > 0 and k < self.top:
             self.probs[k].append(p[: self.length - base])
         self.cache.rollback(min(base + kept, self.length))  # the new token's position has not been run with it
+        if self.watch:
+            text, positions = self.tokens[base : self.length].tolist(), [stats.positions for stats in self.stats]
+            self.watch(Event(k, base, judged, kept, text, positions, time.perf_counter() - self.began))
         if self.thresholds[k] == 0:
             return 1.0
         rows = probabilities(logits[: kept + 1], self.temperature or 1.0)
         return rows.gather(1, choice[: kept + 1, None]).prod().item()
+
+    def draft_by_look_up(self, want: int) -> None:
+        """Append up to `want` tokens that followed the latest two where those last occurred (prompt lookup)."""
+        drafts = look_up(self.known, min(want, self.limit - self.length))
+        self.stats[0].calls += 1
+        new = torch.tensor(drafts, dtype=torch.long, device=self.tokens.device)
+        self.tokens[self.length : self.length + len(drafts)] = new
+        self.length += len(drafts)
+        if self.temperature > 0:  # it was sure of each of them
+            self.probs[0].append(torch.nn.functional.one_hot(new, self.model.config.vocab_size).double())
 
     def _end_at_stop(self, base: int, new: list[int]) -> None:
         for i, token in enumerate(new):
@@ -204,6 +240,17 @@ def step(
         above = depth
     # level k had run none of these rows: base-1 is the position of its own latest token
     return model.logits(cache.read[0, length - rows : length], depths[k])
+
+
+def look_up(text: Sequence[int], want: int) -> list[int]:
+    """The `want` tokens that followed the last two of `text` where these two last occurred before; else none.
+
+    Where the copy reaches the end of the text it goes on with its own beginning, as a text in a loop would.
+    """
+    for i in range(len(text) - 1, 1, -1):
+        if text[i - 1] == text[-1] and text[i - 2] == text[-2]:
+            return [text[i + j % (len(text) - i)] for j in range(want)]
+    return []
 
 
 def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,8 +314,8 @@ def checked(config: Config, prompt, max_new_tokens, exits, windows, thresholds, 
             raise ValueError(f"{name} holds token id {outside[0]}, outside the vocabulary 0..{V - 1}")
     if not 0 <= max_new_tokens <= T:
         raise ValueError(f"max_new_tokens must be between 0 and the model's context of {T}, got {max_new_tokens}")
-    if any(not below < exit < L for below, exit in zip((0, *exits), exits, strict=False)):
-        raise ValueError(f"exits must ascend strictly within 1..{L - 1}, got {exits}")
+    if any(not below < exit < L for below, exit in zip((-1, *exits), exits, strict=False)):
+        raise ValueError(f"exits must ascend strictly within 0..{L - 1}, got {exits}")
     if len(windows) != len(exits):
         raise ValueError(f"windows needs one length for each of the {len(exits)} exits, got {windows}")
     if any(window < 1 for window in windows):

@@ -53,10 +53,10 @@ class Case:
 
 @st.composite
 def cases(draw, levels=st.integers(1, 4)) -> Case:  # noqa: B008, a strategy is no mutable default
-    """Random models and ladders of 1 to 4 levels, among them exits with heads of their own."""
+    """Random models and ladders of 1 to 4 levels, among them look-ups (exit 0) and exits with heads of their own."""
     n_levels = draw(levels)
     vocab, layers = draw(st.sampled_from([2, 3, 11, 40])), draw(st.integers(n_levels, 6))
-    exits = tuple(sorted(draw(st.permutations(range(1, layers)))[: n_levels - 1]))
+    exits = tuple(sorted(draw(st.permutations(range(layers)))[: n_levels - 1]))
     model = random_model(
         draw(st.integers(0, 10**6)),
         vocab_size=vocab,
@@ -66,7 +66,7 @@ def cases(draw, levels=st.integers(1, 4)) -> Case:  # noqa: B008, a strategy is 
         max_seq_len=draw(st.sampled_from([24, 64])),
     )
     for exit in exits:
-        if draw(st.booleans()):
+        if exit and draw(st.booleans()):
             ids = draw(st.none() | st.lists(st.integers(0, vocab - 1), min_size=1, unique=True))
             head = ExitHead(model.config, width=draw(st.sampled_from([0, 3])), vocab=ids)
             if head.block is not None:

@@ -60,6 +60,45 @@ def test_the_context_limit_ends_generation(ladder):
         assert len(out.tokens) == 16 - n
 
 
+def test_a_look_up_drafts_what_followed_the_last_two_tokens():
+    assert hispec.look_up([1, 2, 3, 4, 1, 2], 3) == [3, 4, 1]
+    assert hispec.look_up([1, 2, 3, 1, 2, 4, 1, 2], 1) == [4]  # where they occurred last
+    assert hispec.look_up([5, 7, 8, 7, 8], 3) == [7, 8, 7]  # past the end of the text it copies what it has copied
+    for nothing in ([], [1], [1, 1], [1, 2, 3], [2, 1, 1, 3, 2, 3]):
+        assert hispec.look_up(nothing, 4) == []
+
+
+def test_a_look_up_in_a_text_that_repeats_itself_is_accepted():
+    model = random_model(3)
+    text = generate(model, [4, 2], 40).tokens  # a small model soon goes round in circles
+    out = generate(model, [4, 2, *text], 20, exits=(0, 2), windows=(4, 4))
+    assert out.tokens == generate(model, [4, 2, *text], 20).tokens
+    assert out.levels[0].accepted > 0
+
+
+@given(cases(), st.sampled_from([0.0, 1.0]))
+def test_the_events_retell_the_generation(case, temperature):
+    events = []
+    options = case.arguments | dict(temperature=temperature, seed=1)
+    out = generate(case.model, case.prompt, case.max_new_tokens, **options, watch=events.append)
+    text, drafted, kept = list(case.prompt), [0] * len(out.levels), [0] * len(out.levels)
+    for event in events:
+        if case.exits[:1] == (0,) and event.level == 1:
+            text[event.base :] = event.drafts  # a look-up takes no step: its drafts are first seen when judged
+        assert text[event.base :] == event.drafts
+        agreed = min(event.kept, len(event.text))  # a stop token ends the text, whatever was accepted after it
+        assert event.drafts[:agreed] == event.text[:agreed]
+        text[event.base :] = event.text
+        drafted[event.level - 1] += len(event.drafts)
+        kept[event.level - 1] += event.kept
+    assert text[len(case.prompt) :] == out.tokens
+    assert drafted[:-1] == [level.proposed for level in out.levels[:-1]]
+    assert kept[:-1] == [level.accepted for level in out.levels[:-1]]
+    if events:
+        assert events[-1].positions == [level.positions for level in out.levels]
+    assert out.tokens == generate(case.model, case.prompt, case.max_new_tokens, **options).tokens
+
+
 def with_drafts(monkeypatch, corrupt):
     """Give every level but the last the full model's logits, made wrong where corrupt(level, drafts in a row)."""
     real, since = hispec.step, {"drafts": 0}

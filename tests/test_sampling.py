@@ -53,21 +53,22 @@ def distance(law, target) -> float:
 
 
 def table_ladder(monkeypatch, tables):
-    """A ladder whose level k predicts by tables[k] (V, V): row = last token. Returns run(n, windows)."""
+    """A ladder whose exit at depth d predicts by tables[d-1] (V, V): row = last token. Returns run(n, windows)."""
     tables = [torch.tensor(table, dtype=torch.float64) for table in tables]
     V, L = len(tables[0]), len(tables)
     model = Llama(Config(V, 2, L, 1, 1, 2, max_seq_len=16)).double()
 
     def step(model, cache, depths, tokens, length, k, rows):
         cache.lengths[: k + 1] = [length] * (k + 1)
-        return tables[k].log()[tokens[length - rows : length]]
+        return tables[depths[k] - 1].log()[tokens[length - rows : length]]
 
     monkeypatch.setattr(hispec, "step", step)
-    return lambda n, windows, thresholds=(): (
-        generate(
-            model, [0], n, exits=range(1, L), windows=windows, thresholds=thresholds, temperature=1.0, seed=0
-        ).tokens
-    )
+
+    def run(n, windows, thresholds=(), prompt=(0,), look_up=False):
+        options = dict(exits=range(0 if look_up else 1, L), windows=windows, thresholds=thresholds)
+        return generate(model, prompt, n, **options, temperature=1.0, seed=0).tokens
+
+    return run
 
 
 def markov_law(table, n):
@@ -98,6 +99,13 @@ def test_two_levels_follow_the_target_exactly(monkeypatch, tables, window):
 def test_three_levels_follow_the_target_exactly(monkeypatch, windows, thresholds):
     run = table_ladder(monkeypatch, [DRAFT2, MIDDLE2, TARGET2])
     law = output_law(monkeypatch, lambda: run(3, windows, thresholds))
+    assert distance(law, markov_law(TARGET2, 3)) < 1e-12
+
+
+@pytest.mark.parametrize("windows", [(1,), (2,), (3,), (1, 2), (2, 2), (3, 1)])
+def test_a_look_up_below_follows_the_target_exactly(monkeypatch, windows):
+    run = table_ladder(monkeypatch, [MIDDLE2, TARGET2][-len(windows) :])
+    law = output_law(monkeypatch, lambda: run(3, windows, prompt=[0, 1, 0, 0, 1, 0], look_up=True))
     assert distance(law, markov_law(TARGET2, 3)) < 1e-12
 
 
