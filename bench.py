@@ -96,7 +96,7 @@ def main() -> None:
     results = summarise(methods, requests, runs)
     for method, result in zip(ours, results, strict=False):  # peers come after ours, and cannot be looked into
         result.update(time_shares(model, method, requests, max_new_tokens, stop))
-        if method.exits:
+        if any(method.exits):
             result.update(level_agreement(model, method, requests))
     print_tables(results)
     print_divergence(model, methods, requests, runs[-1])
@@ -299,7 +299,7 @@ def level_agreement(model: Llama, method: Method, requests: list[Request]) -> di
     agreement["4-8"] is the share of tokens on which the levels at depths 4 and 8 agree. false_rejects
     is the share of the draft's tokens refused by the level above it that the full model would keep.
     """
-    depths = (*method.exits, model.config.n_layers)
+    depths = (*(exit for exit in method.exits if exit > 0), model.config.n_layers)  # a look-up predicts nothing
     predicted = defaultdict(list)
     for request in requests:
         ids = torch.tensor([request.prompt + request.greedy], device=model.embed.weight.device)
@@ -314,7 +314,7 @@ def level_agreement(model: Llama, method: Method, requests: list[Request]) -> di
     draft, middle, full = choice[depths[0]], choice[depths[1]], choice[depths[-1]]
     refused = draft != middle
     out = {"agreement": {f"{a}-{b}": (choice[a] == choice[b]).double().mean().item() for a, b in pairs}}
-    if len(depths) > 2:
+    if len(depths) > 2:  # the two lowest exits
         out["false_rejects"] = ratio((refused & (draft == full)).sum().item(), refused.sum().item())
     return out
 

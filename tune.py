@@ -10,8 +10,8 @@ model's own greedy text, and how sure it is. That is exact as long as all drafts
 goes astray it takes the levels to agree as often as on the right path. The width of a segment's pass is the
 number of positions it has not seen.
 
-Both ladders, one draft exit and HiSpec's two, are searched in the same way and equally hard, so that
-neither wins by being the better tuned. The choice is kept in results/ladders.json.
+All kinds of ladder, one draft exit, HiSpec's two and those beyond the paper, are searched in the same way and
+equally hard, so that none wins by being the better tuned. The choice is kept in results/ladders.json.
 """
 
 import json
@@ -27,23 +27,31 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import write_whole
-from hispec import generate
+from hispec import generate, look_up
 from kvcache import KVCache
 from model import Llama
 
 LADDERS = Path(__file__).parent / "results" / "ladders.json"  # what was found, by model, dtype and device
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)  # what is tried at each level
+COARSE = (1, 2, 4, 8, 16)  # the same where three levels draft
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 17)  # positions in a timed pass; those between are interpolated
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # exits that are tried where all share the model's head
 CONTEXT = 128  # positions before a timed pass
 RUN = 6  # ladders that are run, of each kind
+KINDS = {  # how many exits below the full model, and whether the first is a look-up in the text
+    "single-layer": (1, False),
+    "hispec": (2, False),
+    "look-up": (1, True),
+    "look-up, exit": (2, True),
+    "three exits": (3, False),
+}
 
 Ladder = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]  # exits, windows, thresholds
 
 
 def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -> dict[str, dict]:
-    """The fastest single-layer ladder and the fastest HiSpec ladder, for the texts that follow these prompts.
+    """The fastest ladder of each kind, for the texts that follow these prompts.
 
     All are predicted without thresholds, those of the four most promising sets of exits also with them, and
     the best RUN of each kind are run. Returns {name: {"exits", "windows", "thresholds", "predicted": speed-up
@@ -60,15 +68,18 @@ def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -
 
     greedy: Ladder = ((), (), ())
     best = {}
-    for name, levels in (("single-layer", 1), ("hispec", 2)):
-        windows = [w for w in product(WINDOWS, repeat=levels) if list(w) == sorted(w)]
-        never = (0.0,) * levels
+    kinds = {name: kind for name, kind in KINDS.items() if kind[0] - kind[1] <= len(exits)}
+    for name, (levels, looks_up) in kinds.items():
+        windows = [w for w in product(COARSE if levels > 2 else WINDOWS, repeat=levels) if list(w) == sorted(w)]
+        never, first = (0.0,) * levels, (0,) * looks_up
         seconds = {}
-        fields = [(e, w, never) for e in combinations(exits, levels) for w in windows]
+        fields = [((*first, *e), w, never) for e in combinations(exits, levels - looks_up) for w in windows]
         for ladder in tqdm(fields, f"predicting {name}", leave=False):
             seconds[ladder] = predicted(ladder)
         promising = list(dict.fromkeys(e for e, _, _ in sorted(seconds, key=seconds.get)))[:4]
-        fields = [(e, w, t) for e in promising for w in windows for t in product(THRESHOLDS, repeat=levels)]
+        doubts = [(0.0,)] * looks_up + [THRESHOLDS] * min(2, levels - looks_up)  # a look-up has none
+        thresholds = [(*t, *never[len(t) :]) for t in product(*doubts)]
+        fields = [(e, w, t) for e in promising for w in windows for t in thresholds]
         for ladder in tqdm(fields, f"predicting {name} with thresholds", leave=False):
             seconds[ladder] = predicted(ladder)
         ranked = sorted(seconds, key=seconds.get)
@@ -147,6 +158,7 @@ def measure_costs(model: Llama, exits: tuple[int, ...]) -> Costs:
 class Trace:
     """What every exit predicts along a greedy text of n tokens: its choices and its probability of each."""
 
+    prompt: list[int]
     prefill: float  # seconds to read the prompt
     choices: dict[int, list[int]]
     sure: dict[int, list[float]]
@@ -163,7 +175,7 @@ def trace(model: Llama, prompt: list[int], max_new_tokens: int, stop, exits: tup
         best = model.logits(model.read(h, depth)[0, len(prompt) - 1 :], depth).float().softmax(-1).max(-1)
         choices[depth], sure[depth] = best.indices.tolist(), best.values.tolist()
     choices[depth] = text
-    return Trace(prefill, choices, sure)
+    return Trace(prompt, prefill, choices, sure)
 
 
 def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
@@ -174,6 +186,8 @@ def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
 
     def propose(k: int, want: int) -> None:
         nonlocal seconds
+        if depths[k] == 0:
+            return text.extend(look_up(trace.prompt + text, min(want, end - len(text))))
         depth, goal, probability = depths[k], len(text) + want, 1.0
         choices, sure = trace.choices[depth], trace.sure[depth]
         while len(text) < min(goal, end) and probability >= thresholds[k]:

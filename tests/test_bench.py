@@ -225,7 +225,10 @@ def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypa
     assert len(kept["single-layer"]["ran"]) == 4 and len(kept["hispec"]["ran"]) == 3  # all there are
     _, later = small_bench("--quick")
     for result in (tuned, later):
-        assert [(m["exits"], m["windows"]) for m in result["methods"]] == [([], []), ([2], [6]), ([1, 2], [3, 3])]
+        ours = [(m["exits"], m["windows"]) for m in result["methods"]]
+        assert ours[:3] == [([], []), ([2], [6]), ([1, 2], [3, 3])]
+    assert [m["name"] for m in tuned["methods"]][3:] == ["look-up", "look-up, exit"]  # beyond the paper: while tuning
+    assert len(ours) == 3
 
 
 def test_stop_tokens_stay_out_of_the_conversation(small_bench, monkeypatch):
@@ -314,7 +317,9 @@ def test_tuning_adds_up_over_the_prompts(monkeypatch, costs, best):
 
 def test_tuning_runs_as_many_ladders_of_either_kind(monkeypatch):
     monkeypatch.setattr(tune, "RUN", 4)
-    chosen = tune.tune(random_model(), [[1, 2]], 6)
+    chosen = tune.tune(random_model(n_layers=6), [[1, 2]], 6)
+    assert list(chosen) == list(tune.KINDS)
+    assert chosen["look-up"]["exits"] == (0,) and len(chosen["three exits"]["exits"]) == 3
     for best in chosen.values():
         assert len({(r["exits"], r["windows"], r["thresholds"]) for r in best["ran"]}) == len(best["ran"]) == 4
         assert best["measured"] == max(r["measured"] for r in best["ran"])
@@ -327,10 +332,10 @@ def test_a_replay_takes_the_steps_that_a_generation_takes():
     """Counted in steps, along a text on which one exit is wrong here and there and the other never."""
     model = random_model(3)
     text = tune.trace(model, [1, 2], 40, (), (1, 3))
-    for exits, windows in [((), ()), ((1,), (3,)), ((3,), (2,)), ((3,), (6,))]:
+    for exits, windows in [((), ()), ((1,), (3,)), ((3,), (2,)), ((3,), (6,)), ((0,), (4,)), ((0, 3), (2, 4))]:
         out = generate(model, [1, 2], 40, exits=exits, windows=windows)
         steps = tune.replay(text, (exits, windows, (0.0,) * len(exits)), ONE_A_PASS, model.config.n_layers)
-        assert steps == pytest.approx(sum(level.calls for level in out.levels), rel=0.1)
+        assert steps == pytest.approx(sum(level.calls for level in out.levels if level.exit > 0), rel=0.1)
     # a draft in doubt stops: at threshold 1 after every token, as a window of 1 does
     doubting = tune.replay(text, ((3,), (6,), (1.0,)), ONE_A_PASS, model.config.n_layers)
     assert doubting == tune.replay(text, ((3,), (1,), (0.0,)), ONE_A_PASS, model.config.n_layers)
