@@ -13,6 +13,7 @@ where it has not been run, the paper's.
 
 import argparse
 import json
+import math
 import os
 import platform
 import shlex
@@ -99,10 +100,12 @@ def main() -> None:
         if any(method.exits):
             result.update(level_agreement(model, method, requests))
     print_tables(results)
+    limit = memory_limit(model)
+    print_limit(limit, results)
     print_divergence(model, methods, requests, runs[-1])
     print(f"\nSample ({requests[0].category}):", tokenizer.decode(requests[0].greedy).strip())
     if args.json:
-        text = json.dumps({**header, "methods": results}, indent=1) + "\n"
+        text = json.dumps({**header, "limit": limit, "methods": results}, indent=1) + "\n"
         write_whole(args.json, lambda to: to.write_text(text, "utf-8"))
 
 
@@ -293,6 +296,26 @@ def time_shares(model, method, requests, max_new_tokens, stop) -> dict:
 
 
 @torch.inference_mode()
+def memory_limit(model: Llama) -> dict:
+    """What the memory allows greedy decoding: each token takes a full pass, and a pass reads each weight once.
+
+    bytes_per_second is the best of five products of a matrix too large for most caches and a vector. A model that
+    fits into the caches can be faster than the limit; keys and values, which a pass reads too, are left out.
+    """
+    weight = model.embed.weight
+    passed = [*model.layers.parameters(), *model.norm.parameters(), model.head.weight]
+    matrix = torch.ones(8192, 8192, device=weight.device, dtype=weight.dtype)
+    fastest = math.inf
+    for _ in range(6):  # the first warms up
+        began = time.perf_counter()
+        (matrix @ matrix[0])[0].item()
+        fastest = min(fastest, time.perf_counter() - began)
+    pass_bytes = sum(p.nbytes for p in passed)
+    speed = matrix.nbytes / fastest
+    return {"bytes_per_second": speed, "pass_bytes": pass_bytes, "greedy_tokens_per_second": speed / pass_bytes}
+
+
+@torch.inference_mode()
 def level_agreement(model: Llama, method: Method, requests: list[Request]) -> dict:
     """How often the levels predict the same token, along the greedy texts.
 
@@ -380,6 +403,15 @@ def print_tables(results: list[dict]) -> None:
             pairs = ", ".join(f"{pair} {value:.0%}" for pair, value in r["agreement"].items())
             rejects = f"; false rejects {percent([r['false_rejects']])}" if "false_rejects" in r else ""
             print(f"\n{r['name']}: levels agree on {pairs}{rejects}")
+
+
+def print_limit(limit: dict, results: list[dict]) -> None:
+    ceiling = limit["greedy_tokens_per_second"]
+    reached = ", ".join(f"{r['name']} {r['tokens_per_second'] / ceiling:.0%}" for r in results)
+    print(
+        f"\nmemory: {limit['bytes_per_second'] / 1e9:.1f} GB/s read, {limit['pass_bytes'] / 1e6:.1f} MB of weights "
+        f"a full pass, so at most {ceiling:.0f} tokens/s by greedy decoding; of that: {reached}"
+    )
 
 
 def print_tuning(chosen: dict[str, dict]) -> None:

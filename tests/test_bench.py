@@ -406,3 +406,11 @@ def test_best_threads_is_the_fewest_of_the_fastest(monkeypatch, seconds, best):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: now.update(threads=n))
     monkeypatch.setattr(tune, "generate", lambda model, prompt, n: Generation([], [], seconds[now["threads"]]))
     assert tune.best_threads(None) == best
+
+
+def test_the_memory_limit_counts_each_weight_of_a_pass_once():
+    model = random_model(vocab_size=11, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=24)  # tied embeddings
+    limit = bench.memory_limit(model)
+    layer = 16 * (16 + 8 + 8) + 16 * 16 + 3 * 16 * 24 + 2 * 16
+    assert limit["pass_bytes"] == 8 * (2 * layer + 16 + 11 * 16)
+    assert limit["greedy_tokens_per_second"] == limit["bytes_per_second"] / limit["pass_bytes"] > 0
