@@ -160,7 +160,7 @@ def small_bench(monkeypatch, tmp_path):
 
 def test_a_whole_run(small_bench, capsys, tmp_path):
     model, result = small_bench("--quick")
-    assert result.keys() == {"device", "threads", "dtype", "model", "versions", "command", "methods"}
+    assert result.keys() == {"device", "threads", "dtype", "model", "versions", "command", "limit", "methods"}
     assert result["dtype"] == "float32"
     assert "bench.py --device cpu" in result["command"]
     greedy, single, ladder = result["methods"]

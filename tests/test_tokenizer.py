@@ -81,7 +81,7 @@ def test_ids_equal_tokenizers_on_hostile_text(pair):
         assert ours.decode(ids) == string
 
 
-@given(TRICKY)
+@given(TRICKY.filter(lambda string: "<|" not in string))  # they would read special tokens out of the text
 def test_ids_equal_tokenizers_on_any_text(pair, string):
     ours, theirs = pair
     assert ours.encode_ordinary(string) == theirs.encode(string).ids
