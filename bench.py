@@ -35,10 +35,12 @@ from tqdm import tqdm
 
 import hispec
 from checkpoints import load, save, write_whole
+from faststep import FixedStep
 from hispec import Generation, generate
+from kvcache import KVCache
 from model import Llama
 from tokenizer import chat, stop_tokens
-from tune import best_threads, default_exits, save_ladders, saved_ladders, tune
+from tune import CONTEXT, Ladder, best_threads, default_exits, save_ladders, saved_ladders, timed, tune
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def main() -> None:
     questions = read_prompts(args.prompts)
     if args.quick:
         questions = list({question["category"]: question for question in reversed(questions)}.values())[::-1]
-    max_new_tokens, repeats = (24, 2) if args.quick else (64, 3)
+    max_new_tokens, repeats = args.max_new_tokens or (24 if args.quick else 64), 2 if args.quick else 3
 
     model, tokenizer = load(args.model, device, dtype)
     if tokenizer is None:
@@ -76,31 +78,36 @@ def main() -> None:
     stop = stop_tokens(tokenizer)
     if device == "cpu":
         torch.set_num_threads(best_threads(model))
-    header = describe(args.model, device, dtype)
+    header = describe(args.model, device, dtype, args.step)
     chosen = saved_ladders(header, model)
     print(header["device"], f"{header['threads']} threads", header["dtype"], header["model"], sep=" · ", flush=True)
 
+    room = most_tokens(model, tokenizer, questions, max_new_tokens)
+    make_decoder = partial(decoder, model, room if args.step == "fixed" else None)
     with tqdm(total=len(questions), desc="warm-up and greedy reference", leave=False) as bar:
-        requests = list(open_requests(model, tokenizer, questions, max_new_tokens, stop, bar))
+        requests = list(open_requests(make_decoder(), tokenizer, questions, max_new_tokens, stop, room, bar))
     if not requests:
         raise ValueError(f"no prompt fits the model's context of {model.config.max_seq_len} tokens")
     if args.tune:
         firsts = {request.category: request.prompt for request in reversed(requests)}.values()
-        chosen = tune(model, list(firsts), max_new_tokens, stop)
+        chosen = tune(model, list(firsts), max_new_tokens, stop, make_decoder, args.step == "fixed")
         save_ladders(header, chosen)
         print_tuning(chosen)
-    ours = ladder_methods(model, chosen)
+    ladders = all_ladders(model, chosen)
+    peaks = [peak_memory(make_decoder, ladder, requests, max_new_tokens) for ladder in ladders.values()]
+    ours = [Method(name, *ladder[:2], make_decoder(*ladder), ladder[2]) for name, ladder in ladders.items()]
     methods = ours + (peer_methods(model, exit=ours[1].exits[0]) if args.peers else [])
     for method in methods[1:]:
         method.decode(requests[0].prompt, max_new_tokens, stop=stop)  # warm-up of the other methods
     runs = measure(methods, requests, max_new_tokens, stop, repeats)
     results = summarise(methods, requests, runs)
-    for method, result in zip(ours, results, strict=False):  # peers come after ours, and cannot be looked into
+    for method, result, peak in zip(ours, results, peaks, strict=False):  # peers come after ours, and stay closed
+        result["peak_bytes"] = peak
         result.update(time_shares(model, method, requests, max_new_tokens, stop))
         if any(method.exits):
             result.update(level_agreement(model, method, requests))
     print_tables(results)
-    limit = memory_limit(model)
+    limit = memory_limit(model) | pass_times(model, args.step == "fixed")
     print_limit(limit, results)
     print_divergence(model, methods, requests, runs[-1])
     print(f"\nSample ({requests[0].category}):", tokenizer.decode(requests[0].greedy).strip())
@@ -109,7 +116,13 @@ def main() -> None:
         write_whole(args.json, lambda to: to.write_text(text, "utf-8"))
 
 
-def ladder_methods(model: Llama, chosen: dict) -> list[Method]:
+def decoder(model: Llama, room: int | None, exits=(), windows=(), thresholds=()) -> Callable[..., Generation]:
+    """generate with this ladder: with a fixed step for sequences of at most `room` tokens, or the plain one."""
+    fast = FixedStep(model, exits, room) if room else None
+    return partial(generate, model, exits=exits, windows=windows, thresholds=thresholds, fast=fast)
+
+
+def all_ladders(model: Llama, chosen: dict) -> dict[str, Ladder]:
     """Greedy, one draft exit, and HiSpec, with the ladders chosen for them or the paper's windows."""
     exits = default_exits(model)
     ladders = {
@@ -117,11 +130,8 @@ def ladder_methods(model: Llama, chosen: dict) -> list[Method]:
         "single-layer": {"exits": exits[:1], "windows": [4]},
         "hispec": {"exits": exits[:2], "windows": [2, 4]},
     }
-    methods = []
-    for name, ladder in (ladders | chosen).items():
-        e, w, t = (tuple(ladder.get(key, ())) for key in ("exits", "windows", "thresholds"))
-        methods.append(Method(name, e, w, partial(generate, model, exits=e, windows=w, thresholds=t), t))
-    return methods
+    keys = ("exits", "windows", "thresholds")
+    return {name: tuple(tuple(ladder.get(key, ())) for key in keys) for name, ladder in (ladders | chosen).items()}
 
 
 def peer_methods(model: Llama, exit: int) -> list[Method]:
@@ -181,17 +191,25 @@ def read_prompts(path: Path) -> list[dict]:
     return questions
 
 
-def open_requests(model, tokenizer, questions, max_new_tokens, stop, bar) -> Iterator[Request]:
+def most_tokens(model, tokenizer, questions, max_new_tokens) -> int:
+    """An upper bound for the longest conversation, answers included; at most the model's context."""
+    asked = [[text for turn in q["turns"] for text in (turn, "")][:-1] for q in questions]
+    # an answer cut from the text and encoded anew may have more tokens than were generated
+    most = max(len(chat(tokenizer, turns)) + 2 * max_new_tokens * len(turns) for turns in asked)
+    return min(most, model.config.max_seq_len)
+
+
+def open_requests(decode, tokenizer, questions, max_new_tokens, stop, room, bar) -> Iterator[Request]:
     """Answer each turn greedily; the answer is the reference, and part of the next turn's prompt."""
     for question in questions:
         conversation: list[str] = []
         for turn in question["turns"]:
             conversation.append(turn)
             prompt = chat(tokenizer, conversation)
-            if len(prompt) + max_new_tokens > model.config.max_seq_len:
+            if len(prompt) + max_new_tokens > room:
                 bar.write(f"left out: {question['category']}, {len(prompt)} tokens, too long for the model's context")
                 break
-            greedy = generate(model, prompt, max_new_tokens, stop=stop).tokens
+            greedy = decode(prompt, max_new_tokens, stop=stop).tokens
             conversation.append(tokenizer.decode([token for token in greedy if token not in stop]))
             yield Request(question["category"], prompt, greedy)
         bar.update()
@@ -267,21 +285,21 @@ def differing_tokens(tokens: list[int], reference: list[int]) -> int:
 @contextmanager
 def timed_steps(depths: tuple[int, ...]):
     """While open, model steps are timed: yields a list with the seconds spent at each level so far."""
-    seconds, real = [0.0] * len(depths), hispec.step
+    seconds, real = [0.0] * len(depths), hispec.Ladder.predict
 
-    def timed(model, cache, depths, tokens, length, k, rows):
+    def timed(ladder, k, rows):
         began = time.perf_counter()
-        logits = real(model, cache, depths, tokens, length, k, rows)
+        logits = real(ladder, k, rows)
         if logits.is_cuda:
             torch.cuda.synchronize()
         seconds[k] += time.perf_counter() - began
         return logits
 
-    hispec.step = timed
+    hispec.Ladder.predict = timed
     try:
         yield seconds
     finally:
-        hispec.step = real
+        hispec.Ladder.predict = real
 
 
 def time_shares(model, method, requests, max_new_tokens, stop) -> dict:
@@ -315,6 +333,31 @@ def memory_limit(model: Llama) -> dict:
     return {"bytes_per_second": speed, "pass_bytes": pass_bytes, "greedy_tokens_per_second": speed / pass_bytes}
 
 
+def peak_memory(make_decoder, ladder: Ladder, requests: list[Request], max_new_tokens: int) -> int | None:
+    """Bytes of GPU memory at most in use, weights included, while the ladder answers the longest prompt; CPU: None."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    make_decoder(*ladder)(max((request.prompt for request in requests), key=len), max_new_tokens)
+    return torch.cuda.max_memory_allocated()
+
+
+@torch.inference_mode()
+def pass_times(model: Llama, fixed: bool) -> dict:
+    """Seconds of a full pass over one position, and of its parts run alone: as many single layers, and the head."""
+    L, weight = model.config.n_layers, model.embed.weight
+    if fixed:
+        whole, single = FixedStep(model, (), CONTEXT), FixedStep(model, (1,), CONTEXT)
+        full, layer, head = lambda: (whole.segments[0](), whole.heads[0]()), single.segments[0], whole.heads[0]
+    else:
+        cache = KVCache(model.config, (), CONTEXT, weight.device, weight.dtype)
+        h, at = model.embed(torch.zeros(1, 1, dtype=torch.long, device=weight.device)), CONTEXT - 1
+        full = lambda: model.logits(model.run(h, 0, L, at, cache), L)  # noqa: E731
+        layer, head = lambda: model.run(h, 0, 1, at, cache), lambda: model.logits(h, L)
+    seconds = {"pass_seconds": timed(full, weight.is_cuda), "layer_seconds": timed(layer, weight.is_cuda)}
+    return seconds | {"layers": L, "head_seconds": timed(head, weight.is_cuda)}
+
+
 @torch.inference_mode()
 def level_agreement(model: Llama, method: Method, requests: list[Request]) -> dict:
     """How often the levels predict the same token, along the greedy texts.
@@ -346,7 +389,7 @@ def level_agreement(model: Llama, method: Method, requests: list[Request]) -> di
 # Reporting
 
 
-def describe(name: str, device: str, dtype: torch.dtype) -> dict:
+def describe(name: str, device: str, dtype: torch.dtype, step: str) -> dict:
     """What a reader needs to know to repeat the measurement."""
     if device.startswith("cuda"):
         hardware = torch.cuda.get_device_name(device)
@@ -364,6 +407,7 @@ def describe(name: str, device: str, dtype: torch.dtype) -> dict:
         "device": hardware,
         "threads": torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
+        "step": step,
         "model": name,
         "versions": versions,
         "command": command,
@@ -411,6 +455,11 @@ def print_limit(limit: dict, results: list[dict]) -> None:
     print(
         f"\nmemory: {limit['bytes_per_second'] / 1e9:.1f} GB/s read, {limit['pass_bytes'] / 1e6:.1f} MB of weights "
         f"a full pass, so at most {ceiling:.0f} tokens/s by greedy decoding; of that: {reached}"
+    )
+    layers = limit["layers"] * limit["layer_seconds"]
+    print(
+        f"a full pass takes {limit['pass_seconds'] * 1e3:.2f} ms; alone, its layers take {layers * 1e3:.2f} ms and its "
+        f"head {limit['head_seconds'] * 1e3:.2f} ms"
     )
 
 
@@ -461,12 +510,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
+    parser.add_argument(
+        "--step", choices=["plain", "fixed"], help="fixed: every pass has one shape, captured on a GPU (default there)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens an answer (default 64; --quick: 24)")
     parser.add_argument("--quick", action="store_true", help="one prompt a category, 24 tokens each, two repeats")
     parser.add_argument("--tune", action="store_true", help="first find the fastest exits and windows, and keep them")
     parser.add_argument("--peers", action="store_true", help="also measure transformers' decoding of the same weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.step = args.step or ("fixed" if args.device.startswith("cuda") else "plain")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:

@@ -15,8 +15,8 @@ Whatever the ladder, the output is the full model's own: the same tokens at temp
 distribution above it. One caveat: how many positions a pass holds can change the last bit of a sum, so
 two logits that are equal to within rounding, which in bfloat16 is not rare, can change places.
 
-`Ladder.propose` is the whole method; the function `step` is the only place that runs the model; the
-cache and its rollback are in kvcache.py.
+`Ladder.propose` is the whole method; the function `step` is the only place that runs the model, and
+faststep.py has a faster one for GPUs; the cache and its rollback are in kvcache.py.
 """
 
 import numbers
@@ -25,12 +25,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kvcache import KVCache
 from model import Config, Llama
+
+if TYPE_CHECKING:
+    from faststep import FixedStep
 
 
 @dataclass
@@ -79,6 +83,7 @@ def generate(
     seed: int | None = None,
     stop: Iterable[int] = (),
     watch: Callable[[Event], None] | None = None,
+    fast: "FixedStep | None" = None,
 ) -> Generation:
     """Continue `prompt` (token ids) by at most max_new_tokens tokens, exactly as the full model would.
 
@@ -88,11 +93,12 @@ def generate(
     below; none given: never (depth 0 never does). temperature 0
     takes the likeliest token (argmax); above 0 it samples, reproducibly if a seed is given. Generation ends
     after the first token in `stop`, which is kept as the last one, or when prompt and new tokens fill the
-    model's max_seq_len. watch, if given, is called with an Event after every step that chooses a token. Raises
-    ValueError, before any work, for arguments out of range.
+    model's max_seq_len. watch, if given, is called with an Event after every step that chooses a token. fast, made
+    for this model and these exits, takes the place of the plain `step`. Raises ValueError, before any work, for
+    arguments out of range.
     """
     prompt, *others = checked(model.config, prompt, max_new_tokens, exits, windows, thresholds, temperature, seed, stop)
-    ladder = Ladder(model, prompt, *others, watch)
+    ladder = Ladder(model, prompt, *others, watch, fast)
     ladder.propose(ladder.top, want=ladder.limit - ladder.length)
     tokens = ladder.tokens[len(prompt) : ladder.length].tolist()
     ladder.stats[-1].proposed = ladder.stats[-1].accepted = len(tokens)
@@ -117,6 +123,7 @@ class Ladder:
         seed: int | None,
         stop: frozenset[int],
         watch: Callable[[Event], None] | None = None,
+        fast: "FixedStep | None" = None,
     ):
         self.began = time.perf_counter()
         device, dtype = model.embed.weight.device, model.embed.weight.dtype
@@ -126,8 +133,11 @@ class Ladder:
         self.top = len(exits)  # the last level: the whole model
         self.stats = [LevelStats(depth) for depth in self.depths]
         self.limit = min(len(prompt) + max_new_tokens, model.config.max_seq_len)  # the sequence never gets longer
-        blocks = tuple(exit for exit in exits if exit in model.blocks)
-        self.cache = KVCache(model.config, exits, self.limit, device, dtype, blocks)
+        if fast is None:
+            blocks = tuple(exit for exit in exits if exit in model.blocks)
+            self.step, self.cache = step, KVCache(model.config, exits, self.limit, device, dtype, blocks)
+        else:
+            self.step, self.cache = fast, fast.open(model, exits, self.limit)
         self.tokens = torch.zeros(self.limit + 1, dtype=torch.long, device=device)  # one more: a bonus past the limit
         self.tokens[: len(prompt)] = torch.as_tensor(prompt)
         self.length = len(prompt)
@@ -161,7 +171,7 @@ class Ladder:
         self.stats[k].calls += 1
         for j in range(k + 1):
             self.stats[j].positions += self.length - self.cache.lengths[j]
-        return step(self.model, self.cache, self.depths, self.tokens, self.length, k, rows)
+        return self.step(self.model, self.cache, self.depths, self.tokens, self.length, k, rows)
 
     def verify(self, k: int, base: int, logits: Tensor) -> float:
         """Keep the drafts tokens[base:length] as far as level k agrees, then add level k's own next token.

@@ -103,18 +103,19 @@ class Llama(nn.Module):
             raise ValueError(f"exit must be between 1 and {self.config.n_layers}, got {exit}")
         return self.logits(self.read(self.run(self.embed(ids), 0, depth), depth), depth)
 
-    def run(self, h: Tensor, first: int, last: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
+    def run(self, h: Tensor, first: int, last: int, start: int | Tensor = 0, cache: KVCache | None = None) -> Tensor:
         """Send h (B, N, D), the input of layer `first` at positions start.., through layers first..last-1.
 
         Without a cache, start must be 0 and attention sees h alone. With one (B = 1), each layer also
-        writes its keys and values at these positions and attends to everything before them.
+        writes its keys and values at these positions and attends to everything before them. start may also
+        be a tensor of all N positions, if the cache takes that.
         """
-        rope = self._rope(start, start + h.shape[1])
+        rope = self._rope(start, h.shape[1])
         for i in range(first, last):
             h = self.layers[i](h, rope, i, start, cache)
         return h
 
-    def read(self, h: Tensor, exit: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
+    def read(self, h: Tensor, exit: int, start: int | Tensor = 0, cache: KVCache | None = None) -> Tensor:
         """Send h (B, N, D), as it leaves layer `exit` at positions start.., through the exit's own block, if any.
 
         The block attends, so with a cache it must see every position, as the layers do.
@@ -122,7 +123,7 @@ class Llama(nn.Module):
         if str(exit) not in self.exit_heads or self.exit_heads[str(exit)].block is None:
             return h
         slot = 0 if cache is None else cache.slots[exit]
-        return self.exit_heads[str(exit)].block(h, self._rope(start, start + h.shape[1]), slot, start, cache)
+        return self.exit_heads[str(exit)].block(h, self._rope(start, h.shape[1]), slot, start, cache)
 
     def logits(self, h: Tensor, exit: int) -> Tensor:
         """Next-token logits (..., V) from h (..., D), as `read` leaves it for this exit."""
@@ -135,13 +136,15 @@ class Llama(nn.Module):
         """The exits whose heads own a block, and so keys and values."""
         return tuple(int(exit) for exit, head in self.exit_heads.items() if head.block is not None)
 
-    def _rope(self, start: int, stop: int) -> Tensor:
-        """cos and sin (2, N, 1, E) for positions start..stop-1, in float32 whatever the weights' dtype."""
+    def _rope(self, start: int | Tensor, n: int) -> Tensor:
+        """cos and sin (2, n, 1, E) for n positions from start on, in float32 whatever the weights' dtype."""
         device = self.embed.weight.device
         if self._rope_table is None or self._rope_table.device != device:
             with torch.inference_mode(False):  # so that training can use a table first built while decoding
                 self._rope_table = rope_table(self.config).to(device)
-        return self._rope_table[:, start:stop]
+        if isinstance(start, Tensor):  # (n,), of which padding may lie past the context
+            return self._rope_table.index_select(1, start.clamp(max=self.config.max_seq_len - 1))
+        return self._rope_table[:, start : start + n]
 
 
 class Layer(nn.Module):
@@ -154,7 +157,9 @@ class Layer(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, h: Tensor, rope: Tensor, slot: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, h: Tensor, rope: Tensor, slot: int, start: int | Tensor = 0, cache: KVCache | None = None
+    ) -> Tensor:
         h = h + self.attn(self.attn_norm(h), rope, slot, start, cache)
         return h + self.mlp(self.mlp_norm(h))
 
@@ -173,7 +178,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
         self.out.ends_branch = True
 
-    def forward(self, x: Tensor, rope: Tensor, slot: int, start: int = 0, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Tensor, slot: int, start: int | Tensor = 0, cache: KVCache | None = None
+    ) -> Tensor:
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
         qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)

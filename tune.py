@@ -19,14 +19,17 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import write_whole
+from faststep import FixedStep
 from hispec import generate, look_up
 from kvcache import KVCache
 from model import Llama
@@ -50,8 +53,12 @@ KINDS = {  # how many exits below the full model, and whether the first is a loo
 Ladder = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]  # exits, windows, thresholds
 
 
-def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -> dict[str, dict]:
+def tune(
+    model: Llama, prompts: list[list[int]], max_new_tokens: int, stop, make_decoder: Callable, fixed: bool
+) -> dict[str, dict]:
     """The fastest ladder of each kind, for the texts that follow these prompts.
+
+    make_decoder(exits, windows, thresholds) gives the function that decodes with a ladder; fixed: by a FixedStep.
 
     All are predicted without thresholds, those of the four most promising sets of exits also with them, and
     the best RUN of each kind are run. Returns {name: {"exits", "windows", "thresholds", "predicted": speed-up
@@ -60,8 +67,9 @@ def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -
     exits = default_exits(model)
     if not model.exit_heads:
         exits = tuple(sorted({*exits, *(d for d in DEPTHS if d <= model.config.n_layers // 2)}))
-    costs = measure_costs(model, exits)
-    traces = [trace(model, prompt, max_new_tokens, stop, exits) for prompt in prompts]
+    decode = make_decoder()
+    costs = measure_costs(model, exits, decode, fixed)
+    traces = [trace(model, prompt, max_new_tokens, stop, exits, decode) for prompt in prompts]
 
     def predicted(ladder: Ladder) -> float:
         return sum(t.prefill + replay(t, ladder, costs, model.config.n_layers) for t in traces)
@@ -85,7 +93,7 @@ def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -
         ranked = sorted(seconds, key=seconds.get)
         plain = [ladder for ladder in ranked if ladder[2] == never]
         chosen = list(dict.fromkeys([*ranked[: RUN - 2], *plain[:2], *ranked]))[:RUN]  # as many of either kind
-        took = run([greedy, *chosen], model, prompts, max_new_tokens, stop)
+        took = run({ladder: make_decoder(*ladder) for ladder in [greedy, *chosen]}, prompts, max_new_tokens, stop)
         ran = [
             dict(zip(("exits", "windows", "thresholds"), ladder, strict=True))
             | {"predicted": predicted(greedy) / seconds[ladder], "measured": took[greedy] / took[ladder]}
@@ -95,13 +103,12 @@ def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -
     return best
 
 
-def run(ladders: list[Ladder], model: Llama, prompts, max_new_tokens: int, stop) -> dict[Ladder, float]:
+def run(decoders: dict[Ladder, Callable], prompts, max_new_tokens: int, stop) -> dict[Ladder, float]:
     """Seconds that each ladder takes for all prompts: they take turns on each, and the faster of two turns counts."""
-    seconds = dict.fromkeys(ladders, 0.0)
+    seconds = dict.fromkeys(decoders, 0.0)
     for prompt in tqdm(prompts, "running the most promising", leave=False):
-        for e, w, t in ladders:
-            options = dict(exits=e, windows=w, thresholds=t, stop=stop)
-            seconds[e, w, t] += min(generate(model, prompt, max_new_tokens, **options).seconds for _ in range(2))
+        for ladder, decode in decoders.items():
+            seconds[ladder] += min(decode(prompt, max_new_tokens, stop=stop).seconds for _ in range(2))
     return seconds
 
 
@@ -110,7 +117,10 @@ def run(ladders: list[Ladder], model: Llama, prompts, max_new_tokens: int, stop)
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, by the number of positions in a pass (each list as long as WIDTHS)."""
+    """Seconds, by the number of positions in a pass (each list as long as WIDTHS).
+
+    A fixed step's are all equal: up to faststep.WIDTH positions, a pass costs the same.
+    """
 
     layer: list[float]  # of one layer of the trunk
     head: dict[int, list[float]]  # of what comes after an exit: its block, its norm, its output matrix
@@ -125,33 +135,43 @@ class Costs:
 
 
 @torch.inference_mode()
-def measure_costs(model: Llama, exits: tuple[int, ...]) -> Costs:
+def measure_costs(model: Llama, exits: tuple[int, ...], decode: Callable, fixed: bool) -> Costs:
     c, weight = model.config, model.embed.weight
     context = min(CONTEXT, c.max_seq_len - WIDTHS[-1])
-    cache = KVCache(c, (), context + WIDTHS[-1], weight.device, weight.dtype, model.blocks)
-    ids = torch.zeros(1, WIDTHS[-1], dtype=torch.long, device=weight.device)
+    if fixed:  # a pass costs the same however few positions it is for
+        layer = timed(FixedStep(model, (), context).segments[0], weight.is_cuda) / c.n_layers
+        costs = [layer] * len(WIDTHS)
+        head = {c.n_layers: [timed(FixedStep(model, (), context).heads[0], weight.is_cuda)] * len(WIDTHS)}
+        for e in exits:
+            step = FixedStep(model, (e,), context)
+            whole = timed(lambda step=step: (step.segments[0](), step.heads[0]()), weight.is_cuda)
+            head[e] = [max(0.0, whole - e * layer)] * len(WIDTHS)
+    else:
+        cache = KVCache(c, (), context + WIDTHS[-1], weight.device, weight.dtype, model.blocks)
+        ids = torch.zeros(1, WIDTHS[-1], dtype=torch.long, device=weight.device)
+        states = [model.embed(ids[:, :n]) for n in WIDTHS]
 
-    def timed(call) -> float:
+        def after(h: Tensor, e: int) -> Tensor:
+            return model.logits(model.read(h, e, context, cache), e).argmax(-1)
+
+        costs = [timed(lambda h=h: model.run(h, 0, c.n_layers, context, cache), weight.is_cuda) for h in states]
+        costs = [seconds / c.n_layers for seconds in costs]
+        head = {e: [timed(lambda h=h, e=e: after(h, e), weight.is_cuda) for h in states] for e in (*exits, c.n_layers)}
+    known = Costs(costs, head, 0.0)
+    modelled = 24 * (known.at(costs, 1) * c.n_layers + known.at(head[c.n_layers], 1))
+    return Costs(costs, head, max(0.0, (decode([0], 24).seconds - modelled) / 24))
+
+
+def timed(call: Callable, on_gpu: bool) -> float:
+    """Seconds of one call: the median of fifteen, after one to warm up."""
+    took = []
+    for _ in range(16):
+        began = time.perf_counter()
         call()
-        took = []
-        for _ in range(15):
-            began = time.perf_counter()
-            call()
-            if weight.is_cuda:
-                torch.cuda.synchronize()
-            took.append(time.perf_counter() - began)
-        return statistics.median(took)
-
-    states = [model.embed(ids[:, :n]) for n in WIDTHS]
-    layer = [timed(lambda h=h: model.run(h, 0, c.n_layers, context, cache)) / c.n_layers for h in states]
-    head = {
-        e: [timed(lambda h=h, e=e: model.logits(model.read(h, e, context, cache), e).argmax(-1)) for h in states]
-        for e in (*exits, c.n_layers)
-    }
-    known = Costs(layer, head, 0.0)
-    began = generate(model, [0], 24)
-    modelled = sum(known.at(layer, 1) * c.n_layers + known.at(head[c.n_layers], 1) for _ in range(24))
-    return Costs(layer, head, max(0.0, (began.seconds - modelled) / 24))
+        if on_gpu:
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[1:])
 
 
 @dataclass(frozen=True)
@@ -165,9 +185,9 @@ class Trace:
 
 
 @torch.inference_mode()
-def trace(model: Llama, prompt: list[int], max_new_tokens: int, stop, exits: tuple[int, ...]) -> Trace:
-    prefill = min(generate(model, prompt, 1).seconds for _ in range(2))
-    text = generate(model, prompt, max_new_tokens, stop=stop).tokens
+def trace(model: Llama, prompt: list[int], max_new_tokens: int, stop, exits: tuple[int, ...], decode) -> Trace:
+    prefill = min(decode(prompt, 1).seconds for _ in range(2))
+    text = decode(prompt, max_new_tokens, stop=stop).tokens
     ids = torch.tensor([prompt + text[:-1]], device=model.embed.weight.device)
     h, first, choices, sure = model.embed(ids), 0, {}, {}
     for depth in (*exits, model.config.n_layers):
@@ -272,7 +292,7 @@ def save_ladders(header: dict, ladders: dict[str, dict]) -> None:
 
 
 def _key(header: dict) -> str:
-    return f"{header['model']}, {header['dtype']}, {header['device']}"
+    return f"{header['model']}, {header['dtype']}, {header['step']} step, {header['device']}"
 
 
 def _read() -> dict[str, dict]:

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 
 import pytest
 import tiktoken
@@ -160,7 +161,7 @@ def small_bench(monkeypatch, tmp_path):
 
 def test_a_whole_run(small_bench, capsys, tmp_path):
     model, result = small_bench("--quick")
-    assert result.keys() == {"device", "threads", "dtype", "model", "versions", "command", "limit", "methods"}
+    assert result.keys() == {"device", "threads", "dtype", "step", "model", "versions", "command", "limit", "methods"}
     assert result["dtype"] == "float32"
     assert "bench.py --device cpu" in result["command"]
     greedy, single, ladder = result["methods"]
@@ -179,6 +180,24 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json"}  # and no half-written file
 
 
+def test_the_fixed_step_answers_alike(small_bench, capsys):
+    _, plain = small_bench("--quick", "--max-new-tokens", "9")
+    _, fixed = small_bench("--quick", "--max-new-tokens", "9", "--step", "fixed")
+    assert (plain["step"], fixed["step"]) == ("plain", "fixed")
+    for ours, theirs in zip(fixed["methods"], plain["methods"]):
+        assert ours["tokens"] == 3 * 9 and ours["differing_tokens"] == 0
+        assert ours["acceptance"] == theirs["acceptance"]
+        assert min(ours["time_share"]) > 0
+    assert all(fixed["limit"][part] > 0 for part in ("pass_seconds", "layer_seconds", "head_seconds"))
+    assert "a full pass takes" in capsys.readouterr().out
+
+
+def test_the_longest_conversation_fits(small_bench):
+    """The bound is taken before any answer is known: no prompt that would fit may be left out."""
+    model, result = small_bench("--max-new-tokens", "30", "--step", "fixed")
+    assert result["methods"][0]["prompts"] == 4
+
+
 def test_what_does_not_fit_the_context_is_left_out(small_bench):
     _, result = small_bench()  # all prompts: only the one of 300 characters does not fit
     assert result["methods"][0]["prompts"] == 4
@@ -186,6 +205,7 @@ def test_what_does_not_fit_the_context_is_left_out(small_bench):
 
 def test_turns_contain_the_answers_before_them(small_bench, monkeypatch):
     asked = []
+    monkeypatch.setattr(bench, "most_tokens", lambda *args: 256)
     monkeypatch.setattr(bench, "chat", lambda tokenizer, turns: asked.append(list(turns)) or [1])
     small_bench("--quick")
     assert [len(turns) for turns in asked[:2]] == [1, 3]
@@ -193,7 +213,7 @@ def test_turns_contain_the_answers_before_them(small_bench, monkeypatch):
 
 
 def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
-    def lossy(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=()):
+    def lossy(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=(), fast=None):
         out = generate(model, prompt, n, exits=exits, windows=windows, stop=stop)
         if len(exits) == 2:
             out.tokens[3] += 1
@@ -210,7 +230,7 @@ def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
 
 
 def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypatch):
-    def clocked(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=()):
+    def clocked(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=(), fast=None):
         out = generate(model, prompt, n, exits=exits, windows=windows, thresholds=thresholds, stop=stop)
         cost = {((2,), (6,)): 1.0, ((1, 2), (3, 3)): 1.0}.get((exits, windows), 2.0)
         return Generation(out.tokens, out.levels, cost)
@@ -219,7 +239,7 @@ def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypa
     monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))
     monkeypatch.setattr(tune, "RUN", 100)
     with monkeypatch.context() as patch:
-        patch.setattr(tune, "generate", clocked)
+        patch.setattr(bench, "generate", clocked)
         _, tuned = small_bench("--quick", "--tune")
     kept = next(iter(json.loads(tune.LADDERS.read_text()).values()))
     assert len(kept["single-layer"]["ran"]) == 4 and len(kept["hispec"]["ran"]) == 3  # all there are
@@ -236,6 +256,7 @@ def test_stop_tokens_stay_out_of_the_conversation(small_bench, monkeypatch):
     stop = first[5]
     asked = []
     monkeypatch.setattr(bench, "stop_tokens", lambda tokenizer: (stop,))
+    monkeypatch.setattr(bench, "most_tokens", lambda *args: 256)
     real = bench.chat
     monkeypatch.setattr(bench, "chat", lambda tokenizer, turns: asked.append(list(turns)) or real(tokenizer, turns))
     small_bench("--quick")
@@ -302,22 +323,26 @@ def test_no_prompt_that_fits(small_bench, tmp_path):
     ],
 )
 def test_tuning_adds_up_over_the_prompts(monkeypatch, costs, best):
-    def clocked(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=()):
-        seconds = costs.get(windows[0], (9, 9))[prompt[0]] if exits == (1,) else 10
-        return Generation([3] * 4, [], seconds)
+    def clocked(exits=(), windows=(), thresholds=()):
+        def decode(prompt, n, *, stop=()):
+            seconds = costs.get(windows[0], (9, 9))[prompt[0]] if exits == (1,) else 10
+            return Generation([3] * 4, [], seconds)
+
+        return decode
 
     monkeypatch.setattr(tune, "WINDOWS", (3, 6, 8))
     monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))
     monkeypatch.setattr(tune, "RUN", 100)
-    monkeypatch.setattr(tune, "generate", clocked)
-    chosen = tune.tune(random_model(), [[0], [1]], 4)["single-layer"]
+    chosen = tune.tune(random_model(), [[0], [1]], 4, (), clocked, False)["single-layer"]
     assert (chosen["exits"], chosen["windows"]) == ((1,), (best,))
     assert chosen["measured"] == pytest.approx(20 / sum(costs[best]))
 
 
-def test_tuning_runs_as_many_ladders_of_either_kind(monkeypatch):
+@pytest.mark.parametrize("fixed", [False, True])
+def test_tuning_runs_as_many_ladders_of_either_kind(monkeypatch, fixed):
     monkeypatch.setattr(tune, "RUN", 4)
-    chosen = tune.tune(random_model(n_layers=6), [[1, 2]], 6)
+    model = random_model(n_layers=6)
+    chosen = tune.tune(model, [[1, 2]], 6, (), partial(bench.decoder, model, 40 if fixed else None), fixed)
     assert list(chosen) == list(tune.KINDS)
     assert chosen["look-up"]["exits"] == (0,) and len(chosen["three exits"]["exits"]) == 3
     for best in chosen.values():
@@ -331,7 +356,7 @@ ONE_A_PASS = tune.Costs([0.0] * len(tune.WIDTHS), {e: [1.0] * len(tune.WIDTHS) f
 def test_a_replay_takes_the_steps_that_a_generation_takes():
     """Counted in steps, along a text on which one exit is wrong here and there and the other never."""
     model = random_model(3)
-    text = tune.trace(model, [1, 2], 40, (), (1, 3))
+    text = tune.trace(model, [1, 2], 40, (), (1, 3), partial(generate, model))
     for exits, windows in [((), ()), ((1,), (3,)), ((3,), (2,)), ((3,), (6,)), ((0,), (4,)), ((0, 3), (2, 4))]:
         out = generate(model, [1, 2], 40, exits=exits, windows=windows)
         steps = tune.replay(text, (exits, windows, (0.0,) * len(exits)), ONE_A_PASS, model.config.n_layers)
@@ -344,12 +369,27 @@ def test_a_replay_takes_the_steps_that_a_generation_takes():
 def test_costs_between_the_measured_widths_are_interpolated():
     seconds = [float(w) for w in tune.WIDTHS]
     assert [tune.Costs.at(seconds, n) for n in (1, 2, 5, 10, 17, 40)] == [1, 2, 5, 10, 17, 40]
-    costs = tune.measure_costs(random_model(), (1, 3))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_costs_are_measured_by_width_or_once_if_it_is_fixed(fixed):
+    model = random_model()
+    costs = tune.measure_costs(model, (1, 3), bench.decoder(model, 64 if fixed else None), fixed)
     assert costs.head.keys() == {1, 3, 5} and costs.loop >= 0
-    assert all(len(row) == len(tune.WIDTHS) and min(row) > 0 for row in (costs.layer, *costs.head.values()))
+    for row in (costs.layer, *costs.head.values()):
+        assert len(row) == len(tune.WIDTHS)
+        assert (len(set(row)) == 1) == fixed
+    assert min(costs.layer) > 0
 
 
-HEADER = {"model": "m", "dtype": "float32", "device": "cpu", "versions": {}, "command": "python bench.py --tune"}
+HEADER = {
+    "model": "m",
+    "dtype": "float32",
+    "step": "plain",
+    "device": "cpu",
+    "versions": {},
+    "command": "python bench.py --tune",
+}
 
 
 def test_ladders_are_kept_by_model_dtype_and_device(monkeypatch, tmp_path):
@@ -374,7 +414,7 @@ def test_ladders_are_kept_by_model_dtype_and_device(monkeypatch, tmp_path):
 def test_a_ladder_that_does_not_fit_is_refused(monkeypatch, tmp_path, ladder):
     monkeypatch.setattr(tune, "LADDERS", tmp_path / "ladders.json")
     tune.save_ladders(HEADER, {"hispec": ladder})
-    with pytest.raises(ValueError, match="ladders.json: hispec of m, float32, cpu does not fit"):
+    with pytest.raises(ValueError, match="ladders.json: hispec of m, float32, plain step, cpu does not fit"):
         tune.saved_ladders(HEADER, random_model())
 
 

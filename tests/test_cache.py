@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import hispec
+from faststep import FixedStep
 from hispec import Ladder
 from kvcache import CHUNK, KVCache
 from model import Config
 
 
-def run(case: Case, temperature: float = 0.0, after_verify=None) -> Ladder:
+def run(case: Case, temperature: float = 0.0, after_verify=None, fast=None) -> Ladder:
     """Generate, calling after_verify(ladder, k) whenever level k has judged, and return the ladder as it ended."""
 
     class Watched(Ladder):
@@ -37,6 +38,7 @@ def run(case: Case, temperature: float = 0.0, after_verify=None) -> Ladder:
             temperature,
             1,
             frozenset(case.stop),
+            fast=fast,
         )
         ladder.propose(len(case.exits), case.max_new_tokens)
     return ladder
@@ -107,9 +109,10 @@ def test_each_layer_sees_each_token_once(case, temperature):
         assert level.positions == sum(times for (layer, _), times in seen.items() if layer == first)
 
 
-@given(cases(), st.sampled_from([0.0, 0.8]))
-def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, temperature):
+@given(cases(), st.sampled_from([0.0, 0.8]), st.booleans())
+def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, temperature, fixed):
     reads = Counter()
+    fast = FixedStep(case.model, case.exits, len(case.prompt) + case.max_new_tokens) if fixed else None
 
     def counted(name, real):
         return lambda self, *args: (reads.update([name]), real(self, *args))[1]
@@ -117,7 +120,7 @@ def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, t
     with pytest.MonkeyPatch.context() as patch:
         for name in ("tolist", "item", "__bool__", "__int__", "__index__", "__float__", "cpu", "numpy"):
             patch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
-        ladder = run(case, temperature)
+        ladder = run(case, temperature, fast=fast)
     verifications = sum(level.calls for level in ladder.stats[len(case.exits) > 0 :])
     doubting = [level for level, threshold in zip(ladder.stats, case.thresholds, strict=False) if threshold > 0]
     doubts = sum(level.calls for level in doubting if level.exit > 0)  # a look-up has no doubts

@@ -1,0 +1,127 @@
+"""The fast step: the same tokens as the plain one, and the same bits whatever else is in a pass."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Case, cases, greedy, random_model
+from hypothesis import given
+
+import bench
+import checkpoints
+import hispec
+from faststep import WIDTH, FixedCache, FixedStep
+from hispec import generate
+from model import ExitHead
+from tokenizer import chat, stop_tokens
+
+
+def fast_for(case: Case) -> FixedStep:
+    return FixedStep(case.model, case.exits, len(case.prompt) + case.max_new_tokens)
+
+
+def run_twice(case: Case, **options):
+    """The plain step's Generation, and the fast one's: the second on a cache that holds an earlier text."""
+    fast = fast_for(case)
+    generate(case.model, case.prompt[::-1], case.max_new_tokens, **case.arguments, **options, fast=fast)
+    plain = generate(case.model, case.prompt, case.max_new_tokens, **case.arguments, **options)
+    return plain, generate(case.model, case.prompt, case.max_new_tokens, **case.arguments, **options, fast=fast)
+
+
+@given(cases())
+def test_it_is_lossless(case):
+    plain, out = run_twice(case)
+    assert out.tokens == greedy(case)
+    assert out.levels == plain.levels  # so each position passes through each segment exactly once
+
+
+@given(cases())
+def test_it_samples_what_the_plain_step_samples(case):
+    plain, out = run_twice(case, temperature=0.9, seed=7)
+    assert out.tokens == plain.tokens and out.levels == plain.levels
+
+
+def test_prompts_and_windows_wider_than_a_pass():
+    case = Case(random_model(5), [3, 1, 4, 1, 5] * 8, 20, (1, 3), (WIDTH + 3, 2 * WIDTH), ())
+    for prompt in (case.prompt, case.prompt[:WIDTH], case.prompt[: WIDTH + 1]):
+        case.prompt = prompt
+        assert run_twice(case)[1].tokens == greedy(case)
+
+
+def bits(model, ids: list[int], exits: tuple[int, ...], sizes: list[int]):
+    """Hidden states, keys, values, and logits of every level at every position, advancing by sizes in turn."""
+    fast = FixedStep(model, exits, len(ids))
+    cache, depths, tokens = fast.open(model, exits, len(ids)), (*exits, model.config.n_layers), torch.tensor(ids)
+    logits, at = [[] for _ in depths], 0
+    with torch.inference_mode():
+        while at < len(ids):
+            n = min(sizes[at % len(sizes)], len(ids) - at)
+            for k in range(len(depths)):
+                logits[k].append(fast(model, cache, depths, tokens, at + n, k, n))
+            at += n
+    kept = [t[..., : len(ids), :] for t in (cache.hidden, cache.keys, cache.values)]
+    return [*kept, *map(torch.cat, logits)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sizes", [[2], [3, 1], [7, 16, 5], [15], [16], [1, 40]])
+def test_a_position_has_the_same_bits_in_any_company(dtype, sizes):
+    model = random_model(2, scale=3, vocab_size=300, dim=64, ffn_dim=160, n_layers=6, max_seq_len=128)
+    model.exit_heads["2"] = ExitHead(model.config, width=16, vocab=list(range(0, 300, 3)))
+    torch.nn.init.normal_(model.exit_heads["2"].block.attn.out.weight)
+    model = model.to(dtype).eval()
+    ids = torch.randint(300, (100,)).tolist()
+    for one_by_one, mine in zip(bits(model, ids, (2, 4), [1]), bits(model, ids, (2, 4), sizes)):
+        assert torch.isfinite(mine[mine > -torch.inf]).all()
+        assert torch.equal(one_by_one, mine)
+
+
+def test_all_ladders_write_the_same_text_in_bfloat16():
+    model, tokenizer = checkpoints.load("tiny", "cpu", torch.bfloat16)
+    questions = bench.read_prompts(Path(bench.__file__).parent / "prompts.jsonl")
+    ladders = [((), ()), ((8,), (6,)), ((2, 8), (2, 6)), ((0, 8), (8, 8)), ((1, 2, 8), (1, 3, 5))]
+    steps = {exits: FixedStep(model, exits, 800) for exits, _ in ladders}
+    for question in {q["category"]: q for q in questions}.values():
+        prompt = chat(tokenizer, question["turns"][:1])
+        texts = [
+            generate(model, prompt, 32, exits=e, windows=w, stop=stop_tokens(tokenizer), fast=steps[e]).tokens
+            for e, w in ladders
+        ]
+        assert all(text == texts[0] for text in texts)
+
+
+def test_it_is_not_used_for_what_it_was_not_made_for():
+    model, other = random_model(1), random_model(2)
+    fast = FixedStep(model, (2,), 20)
+    generate(model, [1, 2], 18, exits=(2,), windows=(3,), fast=fast)
+    with pytest.raises(ValueError, match=r"exits \(2,\) and not \(1, 3\)"):
+        generate(model, [1, 2], 5, exits=(1, 3), windows=(1, 2), fast=fast)
+    with pytest.raises(ValueError, match="another model"):
+        generate(other, [1, 2], 5, exits=(2,), windows=(3,), fast=fast)
+    with pytest.raises(ValueError, match="at most 20 tokens, and this may take 21"):
+        generate(model, [1, 2], 19, exits=(2,), windows=(3,), fast=fast)
+
+
+def test_the_plain_step_is_left_alone(monkeypatch):
+    monkeypatch.setattr(hispec, "step", None)  # to call it would fail
+    model = random_model(1)
+    assert len(generate(model, [1, 2], 10, exits=(2,), windows=(3,), fast=FixedStep(model, (2,), 12)).tokens) == 10
+
+
+def test_a_window_of_the_cache_that_sees_what_lies_ahead_is_caught(monkeypatch):
+    monkeypatch.setattr(FixedCache, "mask", lambda self, start, n: torch.ones_like(self.visible))
+    cases = [Case(random_model(seed), [1, 2, 3], 12, (2, 4), (2, 3), ()) for seed in range(5)]
+    with torch.inference_mode():
+        assert any(run_twice(case)[1].tokens != greedy(case) for case in cases)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captured graphs need CUDA")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_captured_passes_write_the_same_text(dtype):
+    model, tokenizer = checkpoints.load("tiny", "cuda", dtype)
+    prompt = tokenizer.encode("def add(a, b):")
+    texts = [
+        generate(model, prompt, 100, exits=e, windows=w, fast=FixedStep(model, e, 200)).tokens
+        for e, w in [((), ()), ((8,), (6,)), ((2, 8), (2, 6)), ((0, 8), (8, 8))]
+    ]
+    assert all(text == texts[0] for text in texts)
