@@ -130,8 +130,10 @@ def all_ladders(model: Llama, chosen: dict) -> dict[str, Ladder]:
         "single-layer": {"exits": exits[:1], "windows": [4]},
         "hispec": {"exits": exits[:2], "windows": [2, 4]},
     }
-    keys = ("exits", "windows", "thresholds")
-    return {name: tuple(tuple(ladder.get(key, ())) for key in keys) for name, ladder in (ladders | chosen).items()}
+    return {
+        name: (tuple(ladder["exits"]), tuple(ladder["windows"]), tuple(ladder.get("thresholds", ())))
+        for name, ladder in (ladders | chosen).items()
+    }
 
 
 def peer_methods(model: Llama, exit: int) -> list[Method]:
@@ -221,7 +223,7 @@ def open_requests(decode, tokenizer, questions, max_new_tokens, stop, room, bar)
 
 def measure(methods, requests, max_new_tokens, stop, repeats) -> list[list[list[Generation]]]:
     """runs[repeat][method][request]; the methods take turns on each request, in a rotating order."""
-    runs = [[[None] * len(requests) for _ in methods] for _ in range(repeats)]
+    runs: list = [[[None] * len(requests) for _ in methods] for _ in range(repeats)]
     with tqdm(total=repeats * len(requests) * len(methods), desc="measuring", leave=False) as bar:
         for repeat in range(repeats):
             for r, request in enumerate(requests):
@@ -295,11 +297,11 @@ def timed_steps(depths: tuple[int, ...]):
         seconds[k] += time.perf_counter() - began
         return logits
 
-    hispec.Ladder.predict = timed
+    hispec.Ladder.predict = timed  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        hispec.Ladder.predict = real
+        hispec.Ladder.predict = real  # type: ignore[method-assign]
 
 
 def time_shares(model, method, requests, max_new_tokens, stop) -> dict:
@@ -348,12 +350,20 @@ def pass_times(model: Llama, fixed: bool) -> dict:
     L, weight = model.config.n_layers, model.embed.weight
     if fixed:
         whole, single = FixedStep(model, (), CONTEXT), FixedStep(model, (1,), CONTEXT)
-        full, layer, head = lambda: (whole.segments[0](), whole.heads[0]()), single.segments[0], whole.heads[0]
+        layer, head = single.segments[0], whole.heads[0]
+
+        def full() -> None:
+            whole.segments[0]()
+            whole.heads[0]()
+
     else:
         cache = KVCache(model.config, (), CONTEXT, weight.device, weight.dtype)
         h, at = model.embed(torch.zeros(1, 1, dtype=torch.long, device=weight.device)), CONTEXT - 1
-        full = lambda: model.logits(model.run(h, 0, L, at, cache), L)  # noqa: E731
         layer, head = lambda: model.run(h, 0, 1, at, cache), lambda: model.logits(h, L)
+
+        def full() -> None:
+            model.logits(model.run(h, 0, L, at, cache), L)
+
     seconds = {"pass_seconds": timed(full, weight.is_cuda), "layer_seconds": timed(layer, weight.is_cuda)}
     return seconds | {"layers": L, "head_seconds": timed(head, weight.is_cuda)}
 
@@ -379,7 +389,7 @@ def level_agreement(model: Llama, method: Method, requests: list[Request]) -> di
     pairs = [(a, b) for i, a in enumerate(depths) for b in depths[i + 1 :]]
     draft, middle, full = choice[depths[0]], choice[depths[1]], choice[depths[-1]]
     refused = draft != middle
-    out = {"agreement": {f"{a}-{b}": (choice[a] == choice[b]).double().mean().item() for a, b in pairs}}
+    out: dict = {"agreement": {f"{a}-{b}": (choice[a] == choice[b]).double().mean().item() for a, b in pairs}}
     if len(depths) > 2:  # the two lowest exits
         out["false_rejects"] = ratio((refused & (draft == full)).sum().item(), refused.sum().item())
     return out

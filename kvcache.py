@@ -20,7 +20,7 @@ L layers, blocks included:
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class KVCache:
         dtype: torch.dtype | None = None,
         blocks: tuple[int, ...] = (),
     ):
-        kind = {"device": device, "dtype": dtype}
+        kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.max_len = max_len
         self.slots = {exit: config.n_layers + i for i, exit in enumerate(blocks)}  # where exits' own blocks write
         layers = config.n_layers + len(blocks)

@@ -16,6 +16,7 @@ E = head_dim, V = vocab_size.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.nn as nn
@@ -50,7 +51,7 @@ class Config:
     max_seq_len: int = 2048
     tie_embeddings: bool = True
     rope_scaling: RopeScaling | None = None
-    head_dim: int | None = None  # None: dim / n_heads; a few checkpoints choose it freely
+    head_dim: int = 0  # 0: dim / n_heads; a few checkpoints choose it freely
 
     def __post_init__(self):
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"):
@@ -59,7 +60,7 @@ class Config:
         for name in ("rope_theta", "norm_eps"):
             if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
-        if self.head_dim is None:
+        if self.head_dim == 0:
             if self.dim % self.n_heads:
                 raise ValueError(f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})")
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
@@ -67,6 +68,17 @@ class Config:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+
+
+class Cache(Protocol):
+    """What attention asks of a cache: to keep what is new, to hand out all there is, and what not to look at.
+
+    Where a pass begins is a number for most caches, for faststep.FixedCache a tensor.
+    """
+
+    def write(self, layer: int, start: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def mask(self, start: Any, n: int) -> Tensor | None: ...
 
 
 class Llama(nn.Module):
@@ -103,7 +115,7 @@ class Llama(nn.Module):
             raise ValueError(f"exit must be between 1 and {self.config.n_layers}, got {exit}")
         return self.logits(self.read(self.run(self.embed(ids), 0, depth), depth), depth)
 
-    def run(self, h: Tensor, first: int, last: int, start: int | Tensor = 0, cache: KVCache | None = None) -> Tensor:
+    def run(self, h: Tensor, first: int, last: int, start: int | Tensor = 0, cache: Cache | None = None) -> Tensor:
         """Send h (B, N, D), the input of layer `first` at positions start.., through layers first..last-1.
 
         Without a cache, start must be 0 and attention sees h alone. With one (B = 1), each layer also
@@ -120,10 +132,11 @@ class Llama(nn.Module):
 
         The block attends, so with a cache it must see every position, as the layers do.
         """
-        if str(exit) not in self.exit_heads or self.exit_heads[str(exit)].block is None:
+        if exit not in self.blocks:
             return h
+        block: Any = self.exit_heads[str(exit)].block
         slot = 0 if cache is None else cache.slots[exit]
-        return self.exit_heads[str(exit)].block(h, self._rope(start, h.shape[1]), slot, start, cache)
+        return block(h, self._rope(start, h.shape[1]), slot, start, cache)
 
     def logits(self, h: Tensor, exit: int) -> Tensor:
         """Next-token logits (..., V) from h (..., D), as `read` leaves it for this exit."""
@@ -158,7 +171,7 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, h: Tensor, rope: Tensor, slot: int, start: int | Tensor = 0, cache: KVCache | None = None
+        self, h: Tensor, rope: Tensor, slot: int, start: int | Tensor = 0, cache: Cache | None = None
     ) -> Tensor:
         h = h + self.attn(self.attn_norm(h), rope, slot, start, cache)
         return h + self.mlp(self.mlp_norm(h))
@@ -176,10 +189,10 @@ class Attention(nn.Module):
         # one product for queries, keys and values: fewer, larger reads
         self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
-        self.out.ends_branch = True
+        self.out.ends_branch = True  # type: ignore[assignment]
 
     def forward(
-        self, x: Tensor, rope: Tensor, slot: int, start: int | Tensor = 0, cache: KVCache | None = None
+        self, x: Tensor, rope: Tensor, slot: int, start: int | Tensor = 0, cache: Cache | None = None
     ) -> Tensor:
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
@@ -205,7 +218,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)  # gate and up in one product
         self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
-        self.down.ends_branch = True
+        self.down.ends_branch = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -224,6 +237,8 @@ class ExitHead(nn.Module):
 
     Raises ValueError if vocab is empty, repeats an id or leaves the vocabulary.
     """
+
+    vocab: Tensor | None
 
     def __init__(self, config: Config, width: int = 0, vocab: list[int] | None = None):
         super().__init__()

@@ -116,7 +116,7 @@ def from_folder(folder: Path, vocab_size: int) -> tiktoken.Encoding | None:
 def to_json(tokenizer: tiktoken.Encoding, vocab_size: int) -> dict:
     """The tokenizer as the content of a Hugging Face tokenizer.json that gives the same ids."""
     ranks = {token: i for token, i in tokenizer._mergeable_ranks.items() if i < vocab_size}
-    merges = [_pieces(token, ranks) for token in sorted(ranks, key=ranks.get)]
+    merges = [_pieces(token, ranks) for token in sorted(ranks, key=ranks.__getitem__)]
     special = tokenizer._special_tokens
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -181,7 +181,8 @@ def learn_bpe(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
     split = re.compile(r"\d|'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
     pieces = Counter(piece for text in texts for piece in split.findall(text))
     words, counts = [[bytes([b]) for b in piece.encode()] for piece in pieces], list(pieces.values())
-    pairs, where = Counter(), defaultdict(set)  # how often each pair of neighbours occurs, and in which words
+    pairs: Counter = Counter()  # how often each pair of neighbours occurs
+    where: dict[tuple, set[int]] = defaultdict(set)  # and in which words
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pairs[pair] += counts[i]
@@ -298,7 +299,7 @@ def _pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _merged(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    new = []
+    new: list[bytes] = []
     for part in word:
         if new and (new[-1], part) == pair:
             new[-1] = pair[0] + pair[1]

@@ -34,6 +34,7 @@ import sysconfig
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -106,6 +107,7 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
     if args.compile:
         for layer in work.layers:
             layer.compile(dynamic=False)  # rows of two lengths: two programs
+    losses: nn.Module
     if args.freeze_trunk:
         losses, pieces = HeadLosses(work), FrozenTrunk(work, text, args, rank, world).pieces
     else:
@@ -229,7 +231,7 @@ def draw_depths(n_layers: int, exits: tuple, drop: float, step: int, seed: int) 
     growth = torch.exp(torch.arange(n_layers) * math.log(2) / (n_layers - 1)) - 1  # 0 .. 1
     skipped = (torch.rand(n_layers, generator=rng) < drop * growth).nonzero().flatten().tolist()
     others = [e for e in range(1, n_layers) if e not in exits] or [n_layers - 1]
-    return frozenset(skipped), others[torch.randint(len(others), (1,), generator=rng).item()]
+    return frozenset(skipped), others[int(torch.randint(len(others), (1,), generator=rng))]
 
 
 # ---- recipe 2: the trunk is frozen, heads learn --------------------------------------------------------
@@ -286,7 +288,7 @@ class HeadLosses(nn.Module):
 
     def __init__(self, model: Llama):
         super().__init__()
-        self.heads = model.exit_heads
+        self.heads: Any = model.exit_heads
         self.model = [model]  # in a list, so that only the heads are trained and shared
 
     def forward(self, states: Tensor, choices: Tensor):
@@ -376,7 +378,7 @@ class Run:
                 p.copy_(tensors[f"weights.{i}"])
                 w.copy_(p)
         for o, optimizer in enumerate(self.optimizers):
-            states = defaultdict(dict)
+            states: dict[int, dict] = defaultdict(dict)
             for name, value in tensors.items():
                 if name.startswith(f"optimizer.{o}."):
                     i, key = name.split(".")[2:]
@@ -491,7 +493,7 @@ def encode(tokenizer: tiktoken.Encoding, documents: dict[str, str]) -> Tensor:
 
 def shuffled(i: int, n: int, seed: int) -> int:
     """The i-th of n windows in an order shuffled anew each epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + i // n))[i % n].item()
+    return int(torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + i // n))[i % n])
 
 
 def batch(text: Tensor, step: int, rows: int, context: int, seed: int) -> Tensor:
@@ -530,7 +532,7 @@ def own_samples(model: Llama, tokenizer: tiktoken.Encoding | None, args, rank, w
                                  f"{openings.shape[1]}")  # fmt: skip
             warm = torch.arange(SIDE_BY_SIDE) % 2 == 1
             mine.append((i, sample(writer, openings, length, warm, rng, until)))
-        parts = [mine]
+        parts: list = [mine]
         if world > 1:
             parts = [None] * world
             dist.all_gather_object(parts, mine)
@@ -571,7 +573,7 @@ def sample(
     rows = torch.zeros(B, length, dtype=torch.long, device=device)
     rows[:, :P] = openings
     warm, asking = warm.to(device), torch.full((B,), bool(until), device=device)
-    until = torch.tensor(until, dtype=torch.long, device=device)
+    last = torch.tensor(until, dtype=torch.long, device=device)
     for at in range(P, length):
         h = model.run(model.embed(rows[:, first:at]), 0, model.config.n_layers, first, cache)
         first = at
@@ -580,7 +582,7 @@ def sample(
         point = torch.rand(B, 1, generator=rng).to(device) * below[:, -1:]
         drawn = torch.searchsorted(below, point, right=True).clamp(max=logits.shape[1] - 1).squeeze(1)
         rows[:, at] = token = torch.where(warm | asking, drawn, logits.argmax(-1))
-        asking &= ~torch.isin(token, until)
+        asking &= ~torch.isin(token, last)
         asking &= at < P + ASK
     return rows.cpu()
 

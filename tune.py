@@ -84,13 +84,13 @@ def tune(
         fields = [((*first, *e), w, never) for e in combinations(exits, levels - looks_up) for w in windows]
         for ladder in tqdm(fields, f"predicting {name}", leave=False):
             seconds[ladder] = predicted(ladder)
-        promising = list(dict.fromkeys(e for e, _, _ in sorted(seconds, key=seconds.get)))[:4]
+        promising = list(dict.fromkeys(e for e, _, _ in sorted(seconds, key=seconds.__getitem__)))[:4]
         doubts = [(0.0,)] * looks_up + [THRESHOLDS] * min(2, levels - looks_up)  # a look-up has none
         thresholds = [(*t, *never[len(t) :]) for t in product(*doubts)]
         fields = [(e, w, t) for e in promising for w in windows for t in thresholds]
         for ladder in tqdm(fields, f"predicting {name} with thresholds", leave=False):
             seconds[ladder] = predicted(ladder)
-        ranked = sorted(seconds, key=seconds.get)
+        ranked = sorted(seconds, key=seconds.__getitem__)
         plain = [ladder for ladder in ranked if ladder[2] == never]
         chosen = list(dict.fromkeys([*ranked[: RUN - 2], *plain[:2], *ranked]))[:RUN]  # as many of either kind
         took = run({ladder: make_decoder(*ladder) for ladder in [greedy, *chosen]}, prompts, max_new_tokens, stop)
@@ -251,7 +251,7 @@ def best_threads(model: Llama) -> int:
     """
     best, shortest = 1, math.inf
     threads = 1
-    while threads <= os.cpu_count():
+    while threads <= (os.cpu_count() or 1):
         torch.set_num_threads(threads)
         generate(model, [0], 2)
         seconds = min(generate(model, [0], 6).seconds for _ in range(3))
