@@ -335,9 +335,9 @@ def checked(config: Config, prompt, max_new_tokens, exits, windows, thresholds, 
     thresholds = tuple(thresholds) or (0.0,) * len(exits)
     if len(thresholds) != len(exits):
         raise ValueError(f"thresholds needs one probability for each of the {len(exits)} exits, got {thresholds}")
-    if any(not isinstance(t, numbers.Real) or not 0 <= float(t) <= 1 for t in thresholds):
+    if any(not isinstance(t, numbers.Real) or not 0 <= t <= 1 for t in thresholds):  # type: ignore[operator]
         raise ValueError(f"thresholds must be probabilities, 0 to 1, got {thresholds}")
-    if not isinstance(temperature, numbers.Real) or not 0 <= float(temperature) <= sys.float_info.max:
+    if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= sys.float_info.max:  # type: ignore[operator]
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     if seed is not None:
         (seed,) = whole_numbers([seed], "seed")

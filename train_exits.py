@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         train(args, rank, world)
     except ValueError as error:
         raise SystemExit(f"train_exits: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped: --resume continues from the last checkpoint") from None
     finally:
         if world > 1:
             dist.destroy_process_group()
