@@ -51,7 +51,7 @@ class Config:
     max_seq_len: int = 2048
     tie_embeddings: bool = True
     rope_scaling: RopeScaling | None = None
-    head_dim: int = 0  # 0: dim / n_heads; a few checkpoints choose it freely
+    head_dim: int = 0  # 0 or None: dim / n_heads; a few checkpoints choose it freely
 
     def __post_init__(self):
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"):
@@ -60,7 +60,7 @@ class Config:
         for name in ("rope_theta", "norm_eps"):
             if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
-        if self.head_dim == 0:
+        if not self.head_dim:
             if self.dim % self.n_heads:
                 raise ValueError(f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})")
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
