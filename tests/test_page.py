@@ -105,15 +105,16 @@ def test_an_event_in_words(event, depths, said):
 # ---- what a browser shows ------------------------------------------------------------------------------------
 
 COLLECT = """
-<script>
-window.setTimeout = act => act();  // the address, at once
-let tick = null;
+<script type="module">
+document.documentElement.style.width = "390px";  // a phone's; no window gets as narrow
+let link = null, tick = null;
+window.setTimeout = act => { link = act; };
 window.setInterval = act => { tick = act; return 7; };
 window.clearInterval = id => { if (id === 7) tick = null; };
 const at = id => document.getElementById(id), seen = {};
 const inside = (a, b) => a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1 && a.bottom <= b.bottom + 1;
 const look = () => ({
-  count: at("count").textContent, slider: at("slider").value, words: at("words").textContent, hash: location.hash,
+  count: at("count").textContent, slider: at("slider").value, words: at("words").textContent,
   said: at("slider").ariaValueText,
   counts: ["passes", "work", "settled", "greedy-passes", "greedy-work", "greedy-settled"].map(id => at(id).textContent),
   text: [...at("text").querySelectorAll("span, del")].map(e => [e.tagName, e.className, e.dataset.level, e.textContent]),
@@ -123,7 +124,7 @@ const look = () => ({
     .map(e => [e.style.gridColumnStart, e.style.gridRowStart]),
   lead: getComputedStyle(document.querySelector("#lanes .marker")).visibility === "visible" ?
     inside(document.querySelector("#lanes .marker").getBoundingClientRect(), at("lanes").getBoundingClientRect()) : null,
-  wide: document.documentElement.scrollWidth > innerWidth, width: innerWidth,
+  wide: document.body.scrollWidth,
 });
 const press = (key, target = document.body, more = {}) =>
   !target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
@@ -133,6 +134,9 @@ const playing = () => [at("play").ariaLabel, tick !== null];
 
 seen.opened = look();
 seen.dragged = events.map(drag);
+drag(3);
+link();
+seen.address = location.hash;
 seen.back = events.map(n => drag(last - n)).reverse();
 press("Home");
 seen.right = events.map(n => (n && press("ArrowRight", at("slider")), look()));
@@ -187,20 +191,20 @@ def browsed(tmp_path_factory):
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip("no chromium or chrome to open the page in")
-    out, trace = traced(random_model(3), [1, 2] * 5, 40, exits=(0, 1, 3), windows=(3, 2, 4))
+    out, trace = traced(random_model(8), [1, 2] * 5, 40, exits=(0, 1, 3), windows=(3, 2, 4))
     folder = tmp_path_factory.mktemp("browsed")
     page.write(folder / "page.html", trace)
     with (folder / "page.html").open("a", encoding="utf-8") as file:
         file.write(COLLECT)
     command = [
         browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync",
-        f"--user-data-dir={folder / 'profile'}", "--blink-settings=preferredColorScheme=1", "--window-size=390,844",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}", "--blink-settings=preferredColorScheme=1", "--window-size=500,844",
         "--dump-dom", f"{(folder / 'page.html').as_uri()}#12",
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=200)
     found = re.search(r'<pre id="collected">(.*?)</pre>', run.stdout, re.S)
-    assert found, "the page's script failed: " + run.stderr[-2000:]
+    assert found, "the page's script failed: " + "\n".join(re.findall(".*CONSOLE.*", run.stderr))
     return out, trace, json.loads(html.unescape(found[1]))
 
 
@@ -217,7 +221,7 @@ def expected(trace: dict, n: int) -> dict:
     greedy = (trace["prompt_tokens"] + settled - 1) * depths[-1] if settled else 0
     classes = {"settled": "writer", "struck": ""}
     return dict(
-        count=f"{n} / {last}", slider=str(n), hash=f"#{n}", said=f"event {n} of {last}",
+        count=f"{n} / {last}", slider=str(n), said=f"event {n} of {last}",
         words=trace["events"][n - 1]["words"] if n else f"the prompt, {trace['prompt_tokens']} tokens: press play",
         counts=[f"{count:,}" for count in (passes, work, settled, settled, greedy, settled)],
         text=[["SPAN", "prompt", None, trace["prompt"].replace("↵", "↵\n")]] + [
@@ -230,7 +234,7 @@ def expected(trace: dict, n: int) -> dict:
             for cell in cells
         ),
         steps=[[str(i + 2), str(event["level"] + 2)] for i, event in enumerate(trace["events"][:n])],
-        lead=True if n else None, wide=False, width=390,
+        lead=True if n else None, wide=390,
     )  # fmt: skip
 
 
@@ -244,7 +248,6 @@ def test_every_event_looks_as_the_trace_says(browsed):
     for way in ("dragged", "back", "right", "left"):
         for want, got in zip(every, seen[way], strict=True):
             got["cells"].sort()
-            got["text"] = [[tag, kind, level, text] for tag, kind, level, text in got["text"]]
             for name in want:
                 assert got.get(name) == want[name], (way, want["count"], name)
 
@@ -264,6 +267,7 @@ def test_keys_buttons_and_links(browsed):
         last,
         4,
     ]
+    assert seen["address"] == "#3"
     assert seen["taken"] == [True, False, False, False]
     assert seen["plays"] == ["pause", True] and at(seen["played"]) == 2 and seen["pauses"] == ["play", False]
     assert at(seen["again"][0]) == 0 and seen["again"][1] == ["pause", True]
@@ -316,7 +320,7 @@ class Tags(HTMLParser):
 
 
 def test_tokens_and_prompt_are_data_and_never_markup(tmp_path):
-    _, trace = traced(random_model(3), list(range(11)), 20, exits=(1, 3), windows=(2, 4))
+    _, trace = traced(random_model(8), list(range(11)), 20, exits=(1, 3), windows=(2, 4))
     assert any("</script>" in text for text in trace["texts"].values()) and "<!--" in trace["prompt"]
     page.write(tmp_path / "a.html", trace)
     template, written = page.TEMPLATE.read_text("utf-8"), (tmp_path / "a.html").read_text("utf-8")
