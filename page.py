@@ -61,9 +61,10 @@ def words(event: Event, depths: Sequence[int], texts: dict[int, str]) -> str:
         return f"{checks} {min(kept, len(event.text))}, and the text ends there"
     if kept == n:
         return f"{checks} {'all' if n > 1 else 'it'} and adds {own}"
-    nth = f"{kept + 1}{'th' if 10 < (kept + 1) % 100 < 14 else {1: 'st', 2: 'nd', 3: 'rd'}.get((kept + 1) % 10, 'th')}"
-    behind = f" and drops the {n - kept - 1} behind" if kept + 1 < n else ""
-    return f"{checks} {kept or 'none'}, corrects the {nth} to {own}{behind}"
+    at = kept + 1  # the draft corrected, counted from one
+    suffix = "th" if 10 < at % 100 < 14 else {1: "st", 2: "nd", 3: "rd"}.get(at % 10, "th")
+    behind = f" and drops the {n - at} behind it" if at < n else ""
+    return f"{checks} {kept or 'none'}, corrects the {at}{suffix} to {own}{behind}"
 
 
 def visible(text: str) -> str:

@@ -56,7 +56,7 @@ def replay(trace: dict, n: int) -> tuple[list[dict], list[dict]]:
             falls = j >= kept or j >= len(stands)
             cell["state"] = "struck" if falls else "accepted"
             cell["marks"] += "✗" if falls else "✓"
-        kind = "↺" if kept < len(drafts) else "+" if event["level"] else ""
+        kind = "↺" if kept < len(drafts) else "+" if drafts else ""
         own = [
             dict(token=token, level=event["level"], event=i, state="drafted", marks=kind, judged=False)
             for token in stands[kept:]
@@ -92,7 +92,7 @@ def test_the_trace_replays_to_the_generated_tokens(case, temperature):
         (Event(1, 9, [2], 1, [2, 1], [], 0.0), [2, 8, 32], "exit 8 checks 1 draft of exit 2, keeps it and adds '·return'"),
         (Event(2, 9, [2, 2], 2, [2, 2, 1], [], 0.0), [2, 8, 32], "the full model checks 2 drafts of exit 8, keeps all and adds '·return'"),
         (Event(1, 9, [2, 2, 2, 2], 3, [2, 2, 2, 1], [], 0.0), [2, 8, 32], "exit 8 checks 4 drafts of exit 2, keeps 3, corrects the 4th to '·return'"),
-        (Event(1, 9, [2, 2, 2], 0, [1], [], 0.0), [0, 8, 32], "exit 8 checks 3 drafts of the look-up, keeps none, corrects the 1st to '·return' and drops the 2 behind"),
+        (Event(1, 9, [2, 2, 2], 0, [1], [], 0.0), [0, 8, 32], "exit 8 checks 3 drafts of the look-up, keeps none, corrects the 1st to '·return' and drops the 2 behind it"),
         (Event(1, 9, [2] * 12, 11, [2] * 11 + [1], [], 0.0), [2, 8], "the full model checks 12 drafts of exit 2, keeps 11, corrects the 12th to '·return'"),
         (Event(1, 9, [2] * 5, 5, [2, 2], [], 0.0), [2, 8], "the full model checks 5 drafts of exit 2, keeps 2, and the text ends there"),
     ],
@@ -124,6 +124,7 @@ const look = () => ({
     .map(e => [e.style.gridColumnStart, e.style.gridRowStart]),
   lead: getComputedStyle(document.querySelector("#lanes .marker")).visibility === "visible" ?
     inside(document.querySelector("#lanes .marker").getBoundingClientRect(), at("lanes").getBoundingClientRect()) : null,
+  tip: at("text").lastChild.getBoundingClientRect().bottom <= at("text").getBoundingClientRect().bottom + 1,
   wide: document.body.scrollWidth,
 });
 const press = (key, target = document.body, more = {}) =>
@@ -222,7 +223,7 @@ def expected(trace: dict, n: int) -> dict:
     classes = {"settled": "writer", "struck": ""}
     return dict(
         count=f"{n} / {last}", slider=str(n), said=f"event {n} of {last}",
-        words=trace["events"][n - 1]["words"] if n else f"the prompt, {trace['prompt_tokens']} tokens: press play",
+        words=trace["events"][n - 1]["words"] if n else "the prompt alone: press play",
         counts=[f"{count:,}" for count in (passes, work, settled, settled, greedy, settled)],
         text=[["SPAN", "prompt", None, trace["prompt"].replace("↵", "↵\n")]] + [
             ["DEL" if cell["state"] == "struck" else "SPAN", classes.get(cell["state"], "writer tentative"),
@@ -234,7 +235,7 @@ def expected(trace: dict, n: int) -> dict:
             for cell in cells
         ),
         steps=[[str(i + 2), str(event["level"] + 2)] for i, event in enumerate(trace["events"][:n])],
-        lead=True if n else None, wide=390,
+        lead=True if n else None, tip=True, wide=390,
     )  # fmt: skip
 
 
