@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,9 +22,12 @@ from hispec import Event, generate
 
 ROOT = Path(__file__).parent.parent
 NASTY = [
-    "</script><img src=x onerror=\"document.title='broken'\">", " return", "\n    ", "\t", "<!--<script>", "&lt;b&gt;",
+    "<!--<script>", " return", "\n    ", "\t", "</script><img src=x onerror=\"document.title='broken'\">", "&lt;b&gt;",
     "'\"`${1}\\n", b"\xe2\x82".decode("utf-8", "replace"), "日本", "\u202e\u200b\x00", "TRACE_AS_JSON",
 ]  # fmt: skip
+
+# of this and random_model(27) all kinds of events come, and a stop amid drafts that the full model keeps
+EVERYTHING = dict(exits=(0, 1, 3), windows=(3, 2, 4), stop=(8,))
 
 
 def nasty(tokens: list[int]) -> str:
@@ -34,8 +38,8 @@ def traced(model, prompt, n, **options):
     events = []
     out = generate(model, prompt, n, **options, watch=events.append)
     depths = (*options.get("exits", ()), model.config.n_layers)
-    trace = page.trace("random", nasty([0, 1, 2]), prompt, depths, events, nasty)
-    return out, json.loads(json.dumps(trace))  # as the page reads it
+    trace = page.trace("random", nasty([0, 1, 4]), prompt, depths, events, nasty)
+    return out, json.loads(json.dumps(trace)), events  # as the page reads it
 
 
 def replay(trace: dict, n: int) -> tuple[list[dict], list[dict]]:
@@ -72,11 +76,18 @@ def replay(trace: dict, n: int) -> tuple[list[dict], list[dict]]:
 
 @given(cases(), st.sampled_from([0.0, 1.0]))
 def test_the_trace_replays_to_the_generated_tokens(case, temperature):
-    out, trace = traced(case.model, case.prompt, case.max_new_tokens, **case.arguments, temperature=temperature, seed=1)
+    out, trace, told = traced(
+        case.model, case.prompt, case.max_new_tokens, **case.arguments, temperature=temperature, seed=1
+    )
     _, shown = replay(trace, len(trace["events"]))
     assert [cell["token"] for cell in shown if cell["state"] == "settled"] == out.tokens
     assert all(cell["state"] in ("settled", "struck") for cell in shown)
     events = trace["events"]
+    looked_up = [event for event in events if event["level"] == 0 and trace["depths"][0] == 0]
+    whole = [{name: value for name, value in asdict(event).items() if name != "seconds"} for event in told]
+    assert [dict(event, words=None) for event in events if event not in looked_up] == [
+        dict(event, words=None) for event in whole
+    ]
     assert sum(event["level"] == len(out.levels) - 1 for event in events) == out.levels[-1].calls
     assert (events[-1]["positions"] if events else [0] * len(out.levels)) == [level.positions for level in out.levels]
     assert sum(len(event["drafts"]) for event in events) == sum(level.proposed for level in out.levels[:-1])
@@ -192,7 +203,7 @@ def browsed(tmp_path_factory):
     browser = next(filter(None, map(shutil.which, names)), None)
     if browser is None:
         pytest.skip("no chromium or chrome to open the page in")
-    out, trace = traced(random_model(8), [1, 2] * 5, 40, exits=(0, 1, 3), windows=(3, 2, 4))
+    out, trace, _ = traced(random_model(27), [1, 2] * 5, 40, **EVERYTHING)
     folder = tmp_path_factory.mktemp("browsed")
     page.write(folder / "page.html", trace)
     with (folder / "page.html").open("a", encoding="utf-8") as file:
@@ -245,6 +256,7 @@ def test_every_event_looks_as_the_trace_says(browsed):
     kinds = {cell[0] for look in every for cell in look["cells"]} | {
         cell[3] for look in every for cell in look["cells"]
     }
+    assert trace["events"][-1]["kept"] > len(trace["events"][-1]["text"])
     assert kinds >= {"cell drafted", "cell accepted judged", "cell settled", "cell struck judged", "", "+", "↺", "✓✗"}
     for way in ("dragged", "back", "right", "left"):
         for want, got in zip(every, seen[way], strict=True):
@@ -290,7 +302,8 @@ def test_the_last_counters_are_the_statistics(browsed):
 
 def test_no_text_breaks_the_page(browsed):
     _, trace, seen = browsed
-    said = page.visible(nasty([0, 1, 2]))
+    said = page.visible(nasty([0, 1, 4]))
+    assert page.visible(NASTY[4]) in trace["texts"].values()
     assert seen["page"]["question"] == said and seen["page"]["title"] == f"{said} | random"
     assert (seen["page"]["images"], seen["page"]["scripts"], seen["page"]["fetched"]) == (0, 3, 0)
     assert seen["page"]["about"] == "Model random, ladder: look-up → exit 1 → exit 3 → full model, 5 layers"
@@ -321,8 +334,8 @@ class Tags(HTMLParser):
 
 
 def test_tokens_and_prompt_are_data_and_never_markup(tmp_path):
-    _, trace = traced(random_model(8), list(range(11)), 20, exits=(1, 3), windows=(2, 4))
-    assert any("</script>" in text for text in trace["texts"].values()) and "<!--" in trace["prompt"]
+    _, trace, _ = traced(random_model(27), [1, 2] * 5, 40, **EVERYTHING)
+    assert any("</script>" in text for text in trace["texts"].values()) and "<!--" in trace["question"]
     page.write(tmp_path / "a.html", trace)
     template, written = page.TEMPLATE.read_text("utf-8"), (tmp_path / "a.html").read_text("utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
