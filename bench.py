@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 import hispec
-from checkpoints import load, save, write_whole
+from checkpoints import load, must_be_writable, save, write_whole
 from faststep import FixedStep
 from hispec import Generation, generate
 from kvcache import KVCache
@@ -538,13 +538,10 @@ def parse_arguments() -> argparse.Namespace:
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}")
     if args.json:
-        try:  # now, not when everything is measured
-            write_whole(args.json.with_name(f"{args.json.name}.try"), lambda to: to.touch())
-            args.json.with_name(f"{args.json.name}.try").unlink()
-        except (OSError, ValueError) as error:
-            parser.error(f"--json: cannot write there: {error}")
-        if args.json.is_dir():
-            parser.error(f"--json: {args.json} is a folder")
+        try:
+            must_be_writable(args.json)  # now, not when everything is measured
+        except ValueError as error:
+            parser.error(f"--json: {error}")
     if args.peers and find_spec("transformers") is None:
         parser.error("--peers needs transformers: pip install -r requirements-dev.txt")
     return args

@@ -108,6 +108,18 @@ def write_whole(path: Path, fill: Callable[[Path], object] | None) -> None:
         draft.unlink(missing_ok=True)
 
 
+def must_be_writable(path: Path) -> None:
+    """ValueError if `write_whole` cannot put a file there: to be said before long work, not after it."""
+    try:
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft.touch()
+        draft.unlink()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot write to {str(path)!r}: {error}") from None
+    if path.is_dir():
+        raise ValueError(f"cannot write to {str(path)!r}: it is a folder")
+
+
 # ---- weights -------------------------------------------------------------------------------------------
 
 HF = dict(

@@ -3,16 +3,18 @@
 Each token has the colour of the level that wrote it: a draft that every deeper level accepted, the correction or
 bonus of a level in between, the full model's own. Drafts that fell are struck through, in red, where they stood.
 The text appears as the full model settles it; --step waits for Enter before each of its verifications.
-Without a terminal, or with NO_COLOR set, the plain text is printed.
+Without a terminal, or with NO_COLOR set, the plain text is printed. --html also writes a web page that plays it back.
 """
 
 import argparse
 import os
 import sys
+from pathlib import Path
 
 import torch
 
-from checkpoints import load
+import page
+from checkpoints import load, must_be_writable
 from hispec import Event, Generation, generate
 from tokenizer import chat, stop_tokens
 from tune import best_threads, default_exits
@@ -79,6 +81,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--step", action="store_true", help="wait for Enter before each verification by the full model")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="also write a web page that plays the generation back"
+    )
     args = parser.parse_args()
     try:
         show(args)
@@ -93,6 +98,8 @@ def coloured() -> bool:
 
 
 def show(args: argparse.Namespace) -> None:
+    if args.html:
+        must_be_writable(args.html)  # said now, not when everything is generated
     model, tokenizer = load(args.model)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompt is text")
@@ -100,11 +107,13 @@ def show(args: argparse.Namespace) -> None:
         torch.set_num_threads(best_threads(model))
     exits = default_exits(model)[:2] if args.exits is None else tuple(args.exits)
     windows = tuple(2 ** (k + 1) for k in range(len(exits))) if args.windows is None else tuple(args.windows)
-    painter = Painter(exits, tokenizer.decode)
+    prompt = chat(tokenizer, [args.prompt])
+    painter, events = Painter(exits, tokenizer.decode), []
 
     def watch(event: Event) -> None:
+        events.append(event)
         piece = painter.see(event)
-        if piece is None:
+        if piece is None or not coloured():
             return
         if args.step:
             input()
@@ -113,8 +122,12 @@ def show(args: argparse.Namespace) -> None:
     if coloured():
         print(painter.legend())
     out = generate(
-        model, chat(tokenizer, [args.prompt]), args.max_new_tokens, exits=exits, windows=windows,
-        temperature=args.temperature, seed=args.seed, stop=stop_tokens(tokenizer), watch=watch if coloured() else None,
+        model, prompt, args.max_new_tokens, exits=exits, windows=windows, temperature=args.temperature,
+        seed=args.seed, stop=stop_tokens(tokenizer), watch=watch if coloured() or args.html else None,
     )  # fmt: skip
     print("" if coloured() else tokenizer.decode(out.tokens))
     print(statistics(out))
+    if args.html:
+        depths = (*exits, model.config.n_layers)
+        page.write(args.html, page.trace(args.model, args.prompt, prompt, depths, events, tokenizer.decode))
+        print(f"to play it back: {args.html}")
