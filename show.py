@@ -73,13 +73,17 @@ def main() -> None:
     )
     parser.add_argument("prompt", help="what the model is asked")
     parser.add_argument("--model", default="tiny", help="tiny, smollm2, a Hugging Face Llama folder, or a .gguf file")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument(
-        "--exits", type=int, nargs="*", help="the ladder's, 0 for a look-up; default: two of the model's"
+        "--max-new-tokens", type=int, default=64, metavar="N", help="write so many at most (default 64)"
     )
-    parser.add_argument("--windows", type=int, nargs="*", help="tokens gathered at each exit; default: 2, 4, 8, ...")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--seed", type=int)
+    parser.add_argument(
+        "--exits", type=int, nargs="*", metavar="E", help="the ladder's, 0 for a look-up; default: two of the model's"
+    )
+    parser.add_argument(
+        "--windows", type=int, nargs="*", metavar="W", help="tokens gathered at each exit; default: 2, 4, 8, ..."
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    parser.add_argument("--seed", type=int, metavar="S", help="makes sampling repeatable")
     parser.add_argument("--step", action="store_true", help="wait for Enter before each verification by the full model")
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="also write a web page that plays the generation back"
