@@ -24,7 +24,6 @@ The file knows nothing of drafting or verifying: it makes exits agree, hispec.py
 
 import argparse
 import copy
-import csv
 import dataclasses
 import hashlib
 import json
@@ -41,6 +40,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -667,23 +667,20 @@ def report(out: Path, model: Llama, held: Tensor, context: int, original: Llama 
         print(f"kept of the original: agreement {same:.1%}, KL {kl:.4f} nats, "
               f"perplexity {was:.2f} -> {math.exp(loss):.2f}")  # fmt: skip
     layers = range(1, len(on_text) + 1)
-    with open(out / "agreement.csv", "w", newline="") as file:
-        csv.writer(file).writerow(("layer", "held_out_text", "greedy_continuations"))
-        csv.writer(file).writerows(zip(layers, on_text, on_greedy))
-    import matplotlib
-
-    matplotlib.use("Agg")  # a file, no window
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4))
+    lines = [
+        "layer,held_out_text,greedy_continuations",
+        *(f"{i},{a},{b}" for i, a, b in zip(layers, on_text, on_greedy)),
+    ]
+    write_whole(out / "agreement.csv", lambda to: to.write_text("\n".join(lines) + "\n", "utf-8"))
+    figure = Figure((7, 4))
+    axes = figure.subplots()
     axes.plot(layers, on_text, label="held-out text")
     axes.plot(layers, on_greedy, label="greedy continuations")
     for exit in model.exits:
         axes.axvline(exit, color="grey", linestyle=":")
     axes.set(xlabel="exit after layer", ylabel="agreement with the full model", ylim=(0, 1))
     axes.legend()
-    figure.savefig(out / "agreement.png", dpi=150)
-    pyplot.close(figure)
+    write_whole(out / "agreement.png", lambda to: figure.savefig(to, format="png", dpi=150))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
