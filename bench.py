@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import figures as drawn
 import hispec
 from checkpoints import load, save, write_whole
 from hispec import Generation, generate
@@ -107,6 +108,8 @@ def main() -> None:
     if args.json:
         text = json.dumps({**header, "limit": limit, "methods": results}, indent=1) + "\n"
         write_whole(args.json, lambda to: to.write_text(text, "utf-8"))
+    if args.figures:
+        drawn.save(args.figures, drawn.gather(model, requests, results, chosen, max_new_tokens, stop), header)
 
 
 def ladder_methods(model: Llama, chosen: dict) -> list[Method]:
@@ -465,19 +468,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="first find the fastest exits and windows, and keep them")
     parser.add_argument("--peers", action="store_true", help="also measure transformers' decoding of the same weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw seven figures into DIR, as PNG and SVG")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}")
-    if args.json:
+    for option, path in (("--json", args.json), ("--figures", args.figures and args.figures / "figure")):
+        if not path:
+            continue
         try:  # now, not when everything is measured
-            write_whole(args.json.with_name(f"{args.json.name}.try"), lambda to: to.touch())
-            args.json.with_name(f"{args.json.name}.try").unlink()
+            if path != args.json:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path.with_name(f"{path.name}.try"), lambda to: to.touch())
+            path.with_name(f"{path.name}.try").unlink()
         except (OSError, ValueError) as error:
-            parser.error(f"--json: cannot write there: {error}")
-        if args.json.is_dir():
+            parser.error(f"{option}: cannot write there: {error}")
+        if path == args.json and path.is_dir():
             parser.error(f"--json: {args.json} is a folder")
     if args.peers and find_spec("transformers") is None:
         parser.error("--peers needs transformers: pip install -r requirements-dev.txt")

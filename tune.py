@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoints import write_whole
-from hispec import generate, look_up
+from hispec import Generation, generate, look_up
 from kvcache import KVCache
 from model import Llama
 
@@ -85,7 +85,8 @@ def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -
         ranked = sorted(seconds, key=seconds.get)
         plain = [ladder for ladder in ranked if ladder[2] == never]
         chosen = list(dict.fromkeys([*ranked[: RUN - 2], *plain[:2], *ranked]))[:RUN]  # as many of either kind
-        took = run([greedy, *chosen], model, prompts, max_new_tokens, stop)
+        made = run([greedy, *chosen], model, prompts, max_new_tokens, stop)
+        took = {ladder: sum(g.seconds for g in made[ladder]) for ladder in made}
         ran = [
             dict(zip(("exits", "windows", "thresholds"), ladder, strict=True))
             | {"predicted": predicted(greedy) / seconds[ladder], "measured": took[greedy] / took[ladder]}
@@ -95,14 +96,17 @@ def tune(model: Llama, prompts: list[list[int]], max_new_tokens: int, stop=()) -
     return best
 
 
-def run(ladders: list[Ladder], model: Llama, prompts, max_new_tokens: int, stop) -> dict[Ladder, float]:
-    """Seconds that each ladder takes for all prompts: they take turns on each, and the faster of two turns counts."""
-    seconds = dict.fromkeys(ladders, 0.0)
-    for prompt in tqdm(prompts, "running the most promising", leave=False):
-        for e, w, t in ladders:
-            options = dict(exits=e, windows=w, thresholds=t, stop=stop)
-            seconds[e, w, t] += min(generate(model, prompt, max_new_tokens, **options).seconds for _ in range(2))
-    return seconds
+def run(ladders: list[Ladder], model: Llama, prompts, max_new_tokens: int, stop) -> dict[Ladder, list[Generation]]:
+    """Each ladder's generation for each prompt: they take turns on it, and the faster of two turns counts."""
+    made = {ladder: [] for ladder in ladders}
+    for prompt in tqdm(prompts, "running ladders", leave=False):
+        turns = [
+            [generate(model, prompt, max_new_tokens, exits=e, windows=w, thresholds=t, stop=stop) for e, w, t in made]
+            for _ in range(2)
+        ]
+        for ladder, *two in zip(made, *turns):
+            made[ladder].append(min(two, key=lambda g: g.seconds))
+    return made
 
 
 # ---- predicting a ladder's speed -----------------------------------------------------------------------
@@ -143,10 +147,11 @@ def measure_costs(model: Llama, exits: tuple[int, ...]) -> Costs:
         return statistics.median(took)
 
     states = [model.embed(ids[:, :n]) for n in WIDTHS]
-    layer = [timed(lambda h=h: model.run(h, 0, c.n_layers, context, cache)) / c.n_layers for h in states]
+    bar = tqdm(states, "timing layers", leave=False)
+    layer = [timed(lambda h=h: model.run(h, 0, c.n_layers, context, cache)) / c.n_layers for h in bar]
     head = {
         e: [timed(lambda h=h, e=e: model.logits(model.read(h, e, context, cache), e).argmax(-1)) for h in states]
-        for e in (*exits, c.n_layers)
+        for e in tqdm((*exits, c.n_layers), "timing heads", leave=False)
     }
     known = Costs(layer, head, 0.0)
     began = generate(model, [0], 24)

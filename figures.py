@@ -1,0 +1,384 @@
+"""Seven figures of one run of the bench: what a level costs, where levels agree, and when drafting pays.
+
+    python bench.py --figures DIR
+
+`gather` measures and predicts, the `plot_...` functions only draw, and `save` writes each figure as PNG and SVG.
+Nothing is drawn that was not measured in the same run, on the same machine, or predicted from what was: ladders
+too many to run are replayed on measured costs and recorded texts (tune.py), and the figure says so.
+"""
+
+import statistics
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations, product
+from math import ceil
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from tqdm import tqdm
+
+from checkpoints import write_whole
+from model import Llama
+from train_exits import measure
+from tune import DEPTHS, THRESHOLDS, WINDOWS, Costs, Ladder, default_exits, measure_costs, replay, run, trace
+
+N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
+FEW = 4  # prompts they are run on, each of another category
+RATES = np.linspace(0.3, 0.98, 35)  # acceptance rates in the figure of the formula
+LONGEST = (12, 24)  # windows that the formula is tuned over: N_d and N_i, or a single layer's
+GREEDY: Ladder = ((), (), ())
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito
+STYLE = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
+    "lines.linewidth": 2,
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "figures",  # the same figure is the same file
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the figures show. Speed-ups are over greedy decoding; agreement is with the full model, 0..1."""
+
+    n_layers: int
+    ladder: Ladder  # HiSpec's in this run
+    costs: Costs
+    agreement: tuple[list[float], list[float]]  # of exits 1..n_layers-1: on the prompts, on the greedy answers
+    speed: dict[Ladder, float]  # tokens/s of greedy, the grid of windows, and last the one with thresholds
+    identical: bool  # whether all of these wrote greedy's texts
+    pairs: dict[tuple[int, ...], float]  # predicted speed-up of one or two exits, with the best windows
+    compared: dict[str, list[tuple[float, float]]]  # predicted and measured speed-ups, by kind of ladder
+    rates: dict[str, tuple[float, float]]  # by category: p, draft and intermediate agree; q, intermediate and full do
+    results: list[dict]  # the bench's, one a method
+
+
+# ---- gathering ------------------------------------------------------------------------------------------
+
+
+def gather(model: Llama, requests: list, results: list[dict], tuned: dict, max_new_tokens: int, stop) -> Data:
+    """Measure and predict all that the figures show.
+
+    requests: the bench's, each with category, prompt and greedy answer. results: its dict for each method. tuned: by
+    kind of ladder, with the ladders that tuning ran if it was part of this run.
+    """
+    n = model.config.n_layers
+    methods = {r["name"]: as_ladder(r) for r in results}
+    ladder = methods["hispec"]
+    depths = sorted({*ladder[0], *default_exits(model), *paper_exits(n), *(d for d in DEPTHS if d <= n // 2)})
+    read = tuple(sorted({*depths, *(e for exits, _, _ in methods.values() for e in exits if e > 0)}))
+    costs = measure_costs(model, read)
+    bar = tqdm(requests, "recording what each exit predicts", leave=False)
+    traces = [trace(model, r.prompt, max_new_tokens, stop, read) for r in bar]
+    firsts = {r.category: i for i, r in reversed(list(enumerate(requests)))}
+    few = sorted(firsts.values())[:FEW]
+
+    def predicted(fields: list[Ladder], chosen, what: str) -> dict[Ladder, float]:
+        """Speed-ups over greedy on the chosen requests."""
+        seconds = {
+            x: sum(traces[i].prefill + replay(traces[i], x, costs, n) for i in chosen)
+            for x in tqdm([GREEDY, *fields], f"predicting {what}", leave=False)
+        }
+        return {x: seconds[GREEDY] / seconds[x] for x in fields}
+
+    windows = [w for w in product(N_D, N_I) if w[0] <= w[1]]
+    adaptive = ladder
+    if not any(ladder[2]):  # not tuned, or without success: what the replay finds best
+        doubts = [(ladder[0], w, t) for w in windows for t in product(THRESHOLDS, repeat=2) if any(t)]
+        seen = predicted(doubts, few, "thresholds")
+        adaptive = max(seen, key=seen.get)
+    ladders = [(ladder[0], w, (0.0, 0.0)) for w in windows] + [adaptive]
+    made = run([GREEDY, *ladders], model, [requests[i].prompt for i in few], max_new_tokens, stop)
+    seconds = {x: sum(g.seconds for g in made[x]) for x in made}
+
+    sets = [exits for k in (1, 2) for exits in combinations(depths, k)]
+    fields = [(e, w, (0.0,) * len(e)) for e in sets for w in product(WINDOWS, repeat=len(e)) if list(w) == sorted(w)]
+    best = dict.fromkeys(sets, 0.0)
+    for x, speed_up in predicted(fields, range(len(traces)), "pairs of exits").items():
+        best[x[0]] = max(best[x[0]], speed_up)
+
+    compared = {
+        f"tuning: {kind}": [(r["predicted"], r["measured"]) for r in t.get("ran", ())] for kind, t in tuned.items()
+    }
+    compared["grid of windows"] = [
+        (p, seconds[GREEDY] / seconds[x]) for x, p in predicted(ladders, few, "grid").items()
+    ]
+    guess = predicted(list(methods.values()), range(len(traces)), "methods")
+    compared["all prompts"] = [(guess[methods[r["name"]]], r["speedup_vs_greedy"]) for r in results if any(r["exits"])]
+    texts = [requests[i].greedy for i in few]
+    return Data(
+        n_layers=n,
+        ladder=ladder,
+        costs=costs,
+        agreement=agreement(model, requests),
+        speed={x: sum(len(g.tokens) for g in made[x]) / seconds[x] for x in made},
+        identical=all([g.tokens for g in made[x]] == texts for x in made),
+        pairs=best,
+        compared={kind: points for kind, points in compared.items() if points},
+        rates={
+            category: rates([t for t, r in zip(traces, requests) if category in ("all", r.category)], ladder[0], n)
+            for category in ("all", *firsts)
+        },
+        results=results,
+    )
+
+
+def as_ladder(r: dict) -> Ladder:
+    return tuple(r["exits"]), tuple(r["windows"]), tuple(r["thresholds"]) or (0.0,) * len(r["exits"])
+
+
+def paper_exits(n_layers: int) -> tuple[int, int]:
+    """An eighth and a quarter of the depth."""
+    return ceil(n_layers / 8), max(ceil(n_layers / 4), ceil(n_layers / 8) + 1)
+
+
+def agreement(model: Llama, requests: list) -> tuple[list[float], list[float]]:
+    """How often exits 1..n_layers-1 choose the full model's token: on the prompts, and on the greedy answers."""
+    sums, counts = np.zeros((2, model.config.n_layers - 1)), [0, 0]
+    for r in tqdm(requests, "agreement by layer", leave=False):
+        ids, first = torch.tensor([r.prompt + r.greedy]), len(r.prompt)
+        for k, (row, start) in enumerate([(ids[:, :first], 0), (ids, first - 1)]):
+            if n := row.shape[1] - 1 - start:  # predictions: a token each after the first, or in the answer
+                sums[k] += n * np.array(measure(model, row, start)[1])
+                counts[k] += n
+    return tuple((s / n if n else s).tolist() for s, n in zip(sums, counts))
+
+
+def rates(traces: list, exits: tuple[int, int], n_layers: int) -> tuple[float, float]:
+    """p and q along the greedy texts: draft and intermediate exit choose the same token, intermediate and full model."""
+    draft, middle, full = ([c for t in traces for c in t.choices[e]] for e in (*exits, n_layers))
+    return tuple(statistics.fmean(a == b for a, b in zip(*pair)) for pair in ((draft, middle), (middle, full)))
+
+
+def step_seconds(costs: Costs, depth: int, width: int = 1, below: int = 0) -> float:
+    """A step of the level at this depth over `width` positions, of which all but one passed the layers `below` before.
+
+    The one is the level's own latest token, which no level has run: it takes all layers, by itself the lower ones.
+    """
+    layers = costs.at(costs.layer, 1) * below + costs.at(costs.layer, width) * (depth - below)
+    return layers + costs.at(costs.head[depth], width) + costs.loop
+
+
+def speed_up_by_rates(d: float, i: float, p, q, full: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Speed-ups over greedy by a formula: of a single layer and of HiSpec, each with its best windows.
+
+    p, q: how often the draft exit chooses as the intermediate does, and that as the full model does (arrays, below 1),
+    for each token independently. d, i: a step of either exit, in steps of the full model. A round of n drafts gives r
+    tokens with probability p^(r-1) (1-p) for r <= n and p^n for r = n+1, for n d + i. After m >= N_i tokens one full
+    verification, for `full`, keeps (1 - q^(m+1)) / (1 - q) of them, its own included. A single layer that is right
+    with probability a, pq at the draft exit and q at the intermediate, gives (1 - a^(k+1)) / (1 - a) for k steps and
+    one of the full model.
+    """
+    p, q = np.broadcast_arrays(np.asarray(p, float), q)
+    exits, longest = ((p * q, d), (q, i)), sum(LONGEST)
+    single = np.max([(1 - a ** (k + 1)) / (1 - a) / (k * c + 1) for a, c in exits for k in range(1, longest)], axis=0)
+    hispec = np.zeros(p.shape)
+    for n in range(1, LONGEST[0] + 1):
+        chances = [p ** (r - 1) * (1 - p) for r in range(1, n + 1)] + [p**n]
+        reached = [np.ones_like(p)]  # how likely it is that some round ends at so many tokens
+        for m in range(1, LONGEST[1]):
+            reached.append(sum(reached[m - r] * c for r, c in enumerate(chances, 1) if r <= m))
+        for N in range(1, LONGEST[1] + 1):
+            ends = [
+                sum(reached[m - r] * c for r, c in enumerate(chances, 1) if 0 <= m - r < N) for m in range(N, N + n + 1)
+            ]
+            tokens = sum(end * (1 - q ** (m + 1)) / (1 - q) for m, end in enumerate(ends, N))
+            hispec = np.maximum(hispec, tokens / (sum(reached[:N]) * (n * d + i) + full))
+    return single, hispec
+
+
+# ---- drawing --------------------------------------------------------------------------------------------
+
+
+def plot_wall(figure: Figure, data: Data) -> str:
+    (draft, middle), (n_d, n_i), _ = data.ladder
+    n, costs = data.n_layers, data.costs
+    drafted = {e: 1e3 * step_seconds(costs, e) for e in costs.head}
+    checked = {e: 1e3 * step_seconds(costs, e, n_d + 1, draft) / (n_d + 1) for e in costs.head if e > draft}
+    full = 1e3 * step_seconds(costs, n, n_i + 1, middle) / (n_i + 1)
+    axes = figure.subplots()
+    axes.plot(*zip(*sorted(drafted.items())), "o-", label="drafted: 1 position a step")
+    axes.plot(*zip(*sorted(checked.items())), "s-", label=f"verified above exit {draft}: {n_d + 1} positions a step")
+    axes.plot(n, full, "D", color=COLOURS[4], markersize=9, label=f"verified in full: {n_i + 1} positions a step")
+    ladder = [(draft, drafted[draft], 0), (middle, checked[middle], 1), (n, full, 4), (n, drafted[n], 0)]
+    for depth, ms, colour in ladder:
+        axes.annotate(f"{ms:.2f}", (depth, ms), (0, 9), textcoords="offset points", ha="center", color=COLOURS[colour])
+    axes.set(xlabel="depth of the level (layers)", ylabel="milliseconds a token", ylim=(0, 1.12 * drafted[n]))
+    axes.set_title(f"A draft costs {drafted[draft]:.1f} ms, a token of the full model alone {drafted[n]:.1f} ms")
+    axes.legend()
+    return f"Measured seconds of layers, heads and loop. HiSpec here: exits {draft} and {middle}, N_d {n_d}, N_i {n_i}."
+
+
+def plot_agreement(figure: Figure, data: Data) -> str:
+    axes, exits = figure.subplots(), data.ladder[0]
+    layers = range(1, data.n_layers)
+    for share, label, style in zip(data.agreement, ("prompts' own text", "greedy answers"), ("o-", "s-")):
+        axes.plot(layers, [100 * a for a in share], style, markersize=5, label=label)
+    for exit in exits:
+        axes.axvline(exit, color="0.5", linestyle=":")
+    axes.set(xlabel="exit after layer", ylabel="same token as the full model (%)", ylim=(0, 102))
+    seen = " and ".join(f"exit {exit} on {data.agreement[1][exit - 1]:.0%}" for exit in exits)
+    axes.set_title(f"On greedy answers the full model agrees with {seen}")
+    axes.legend(loc="lower right")
+    return "Teacher-forced: every layer reads the same text. Dotted: HiSpec's exits in this run."
+
+
+def plot_windows(figure: Figure, data: Data) -> str:
+    axes = figure.subplots()
+    *grid, (_, most, thresholds) = (x for x in data.speed if x != GREEDY)
+    for k, n_d in enumerate(N_D):
+        line = {n_i: data.speed[x] for x in grid for n_i in x[1][1:] if x[1][0] == n_d}
+        colour = matplotlib.colormaps["viridis"](k / len(N_D))
+        axes.plot(*zip(*line.items()), marker="osD^vP"[k], color=colour, label=f"N_d = {n_d}")
+    adaptive, greedy = list(data.speed.values())[-1], data.speed[GREEDY]
+    doubts = " and ".join(f"{t:g}" for t in thresholds)
+    axes.axhline(
+        adaptive, color=COLOURS[4], linestyle="--", label=f"thresholds {doubts},\nat most {most[0]} and {most[1]}"
+    )
+    axes.axhline(greedy, color="0.4", linestyle=":", label="greedy")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(N_I, N_I)
+    axes.minorticks_off()
+    axes.set(xlabel="N_i: tokens before a full verification", ylabel="tokens/s", ylim=(0, None))
+    best = max(grid, key=data.speed.get)
+    gains = f"{data.speed[best] / greedy:.2f}x with N_d {best[1][0]}, N_i {best[1][1]}; {adaptive / greedy:.2f}x with thresholds"
+    axes.set_title(f"Over greedy: {gains}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    same = "Every text is greedy's." if data.identical else "Not every text is greedy's."
+    return f"Measured, {FEW} prompts at most, the faster of two turns; exits {data.ladder[0][0]} and {data.ladder[0][1]}. {same}"
+
+
+def plot_exits(figure: Figure, data: Data) -> str:
+    axes, paper = figure.subplots(), paper_exits(data.n_layers)
+    pairs = {e: s for e, s in data.pairs.items() if len(e) == 2}
+    drafts, middles = (sorted({e[k] for e in pairs}) for k in (0, 1))
+    table = np.full((len(drafts), len(middles)), np.nan)
+    for (d, i), speed_up in pairs.items():
+        table[drafts.index(d), middles.index(i)] = speed_up
+    image = axes.imshow(table, cmap="cividis", origin="lower", aspect="auto")
+    dark = np.nanmin(table) + 0.6 * np.nanmax(table - np.nanmin(table))
+    for (row, column), speed_up in np.ndenumerate(table):
+        if speed_up == speed_up:
+            axes.text(column, row, f"{speed_up:.2f}", ha="center", va="center", color="wk"[int(speed_up > dark)])
+    for exits, colour, grow, label in (
+        (paper, "#D55E00", 0.47, "the paper's 1/8 and 1/4"),
+        (data.ladder[0], "#CC79A7", 0.4, "this run's"),
+    ):
+        corner = middles.index(exits[1]) - grow, drafts.index(exits[0]) - grow
+        axes.add_patch(Rectangle(corner, 2 * grow, 2 * grow, fill=False, edgecolor=colour, linewidth=4, label=label))
+    axes.set_xticks(range(len(middles)), middles)
+    axes.set_yticks(range(len(drafts)), drafts)
+    axes.set(xlabel="intermediate exit (layer)", ylabel="draft exit (layer)")
+    figure.colorbar(image, label="speed-up over greedy")
+    best = max(pairs, key=pairs.get)
+    axes.set_title(
+        f"Exits {best[0]} and {best[1]} promise {pairs[best]:.2f}x, the paper's {paper[0]} and {paper[1]} {pairs[paper]:.2f}x"
+    )
+    axes.legend(loc="upper left")
+    single = max((e for e in data.pairs if len(e) == 1), key=data.pairs.get)
+    return (
+        "Predicted by replaying the recursion on measured costs and recorded texts, the best windows for each pair, no "
+        f"thresholds. Best single layer by the same prediction: exit {single[0]}, {data.pairs[single]:.2f}x."
+    )
+
+
+def plot_categories(figure: Figure, data: Data) -> str:
+    axes = figure.subplots()
+    groups = {"all": None} | data.results[0]["by_category"]
+    width = 0.8 / len(data.results)
+    for k, result in enumerate(data.results):
+        values = [(result["by_category"] | {"all": result})[group]["speedup_vs_greedy"] for group in groups]
+        places = np.arange(len(groups)) + (k - (len(data.results) - 1) / 2) * width
+        axes.bar(places, values, 0.92 * width, color=COLOURS[k % len(COLOURS)], label=result["name"])
+    axes.axhline(1, color="0.4", linestyle=":")
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set(ylabel="speed-up over greedy")
+    hispec = next(r for r in data.results if r["name"] == "hispec")
+    by = {name: c["speedup_vs_greedy"] for name, c in hispec["by_category"].items()}
+    low, high = min(by, key=by.get), max(by, key=by.get)
+    axes.set_title(f"HiSpec: {by[low]:.2f}x ({low}) to {by[high]:.2f}x ({high}) over greedy")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), ncols=4)
+    return "Measured; medians of ratios within a repeat."
+
+
+def plot_predictions(figure: Figure, data: Data) -> str:
+    axes = figure.subplots()
+    for k, (kind, points) in enumerate(data.compared.items()):
+        axes.plot(
+            *zip(*points), "osD^vP*X"[k % 8], color=COLOURS[k % 8], alpha=0.8, label=kind, markeredgecolor="white"
+        )
+    every = [pair for points in data.compared.values() for pair in points]
+    ends = 0.95 * min(map(min, every)), 1.05 * max(map(max, every))
+    axes.plot(ends, ends, color="0.4", linestyle=":", label="as predicted")
+    axes.set(xlabel="predicted speed-up over greedy", ylabel="measured speed-up over greedy", aspect="equal")
+    off = statistics.median(abs(p / m - 1) for p, m in every)
+    axes.set_title(f"Half of {len(every)} predictions are within {off:.0%}")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return "A prediction replays the recursion on measured costs and recorded texts (tune.py)."
+
+
+def plot_where(figure: Figure, data: Data) -> str:
+    whole = step_seconds(data.costs, data.n_layers)
+    here = tuple(step_seconds(data.costs, exit) / whole for exit in data.ladder[0])
+    panels = [
+        (here, f"here: d = {here[0]:.2f}, i = {here[1]:.2f}"),
+        ((1 / 8, 1 / 4), "d = 1/8, i = 1/4"),
+        ((1 / 32, 1 / 8), "d = 1/32, i = 1/8"),
+    ]
+    row = figure.subplots(1, len(panels), sharey=True)
+    levels = np.arange(0.6, 4.01, 0.2)
+    for axes, ((d, i), title) in zip(row, panels):
+        single, hispec = speed_up_by_rates(d, i, RATES[:, None], RATES)  # rows p, columns q
+        filled = axes.contourf(RATES, RATES, hispec, levels, cmap="cividis", extend="both")
+        axes.contour(RATES, RATES, hispec, [1], colors="white", linewidths=2.5)
+        axes.contour(RATES, RATES, hispec / single, [1], colors="white", linestyles="--", linewidths=2)
+        axes.set(xlabel="q: intermediate right", title=title)
+    row[0].set_ylabel("p: draft as intermediate")
+    for category, (p, q) in data.rates.items():
+        size = 15 if category == "all" else 6
+        row[0].plot(q, p, "*" if category == "all" else "o", color="#D55E00", markeredgecolor="white", markersize=size)
+    figure.colorbar(filled, ax=row, label="HiSpec over greedy")
+    p, q = data.rates["all"]
+    single, hispec = speed_up_by_rates(*here, p, q)
+    measured = next(r for r in data.results if r["name"] == "hispec")["speedup_vs_greedy"]
+    figure.suptitle(f"At p = {p:.2f}, q = {q:.2f} the formula gives {hispec:.2f}x; measured {measured:.2f}x")
+    return (
+        "By formula, both windows tuned, no thresholds, width free. Solid: as fast as greedy; dashed: as fast as the best "
+        "single layer, HiSpec wins to the right. Star: all prompts of this run, dots: by category. d, i: a step of an exit with its head."
+    )
+
+
+PLOTS: dict[str, Callable[[Figure, Data], str]] = {
+    "verification-wall": plot_wall,
+    "agreement": plot_agreement,
+    "windows": plot_windows,
+    "exits": plot_exits,
+    "categories": plot_categories,
+    "predictions": plot_predictions,
+    "where-it-pays": plot_where,
+}
+
+
+def save(folder: Path, data: Data, header: dict) -> None:
+    """Write each figure as PNG and SVG, with what its plot says of it and where and how it was measured below."""
+    versions = ", ".join(f"{package} {version}" for package, version in header["versions"].items())
+    machine = f"{header['model']}, {header['dtype']}, {header['device']}, {header['threads']} threads; {versions}"
+    for name, plot in PLOTS.items():
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(9.6, 5.6), layout="constrained")
+            lines = [plot(figure, data), machine, header["command"]]
+            caption = "\n".join(line for text in lines for line in textwrap.wrap(text, 125))
+            figure.supxlabel(caption, x=0.01, ha="left", fontsize=9, color="0.3")
+            for suffix, about in (("png", None), ("svg", {"Date": None})):
+                options = dict(format=suffix, dpi=150, metadata=about)
+                write_whole(folder / f"{name}.{suffix}", lambda to, f=figure, o=options: f.savefig(to, **o))
