@@ -28,8 +28,9 @@ from train_exits import measure
 from tune import DEPTHS, THRESHOLDS, WINDOWS, Costs, Ladder, default_exits, measure_costs, replay, run, trace
 
 N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
-FEW = 4  # prompts they are run on, each of another category
-RATES = np.linspace(0.3, 0.98, 35)  # acceptance rates in the figure of the formula
+FEW = 6  # prompts they are run on, each of another category
+RATES = np.linspace(0.3, 1, 36)  # acceptance rates in the figure of the formula
+LEVELS = (0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4)  # speed-ups told apart there
 LONGEST = (12, 24)  # windows that the formula is tuned over: N_d and N_i, or a single layer's
 GREEDY: Ladder = ((), (), ())
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito
@@ -42,6 +43,7 @@ STYLE = {
     "lines.linewidth": 2,
     "legend.frameon": False,
     "legend.fontsize": 11,
+    "hatch.color": "white",
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "figures",  # the same figure is the same file
 }
@@ -155,7 +157,7 @@ def agreement(model: Llama, requests: list) -> tuple[list[float], list[float]]:
 
 
 def rates(traces: list, exits: tuple[int, int], n_layers: int) -> tuple[float, float]:
-    """p and q along the greedy texts: draft and intermediate exit choose the same token, intermediate and full model."""
+    """p and q along the greedy texts: how often draft and intermediate agree, and intermediate and full model."""
     draft, middle, full = ([c for t in traces for c in t.choices[e]] for e in (*exits, n_layers))
     return tuple(statistics.fmean(a == b for a, b in zip(*pair)) for pair in ((draft, middle), (middle, full)))
 
@@ -172,14 +174,14 @@ def step_seconds(costs: Costs, depth: int, width: int = 1, below: int = 0) -> fl
 def speed_up_by_rates(d: float, i: float, p, q, full: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Speed-ups over greedy by a formula: of a single layer and of HiSpec, each with its best windows.
 
-    p, q: how often the draft exit chooses as the intermediate does, and that as the full model does (arrays, below 1),
+    p, q: how often the draft exit chooses as the intermediate does, and that as the full model does (arrays, 0..1),
     for each token independently. d, i: a step of either exit, in steps of the full model. A round of n drafts gives r
     tokens with probability p^(r-1) (1-p) for r <= n and p^n for r = n+1, for n d + i. After m >= N_i tokens one full
     verification, for `full`, keeps (1 - q^(m+1)) / (1 - q) of them, its own included. A single layer that is right
     with probability a, pq at the draft exit and q at the intermediate, gives (1 - a^(k+1)) / (1 - a) for k steps and
     one of the full model.
     """
-    p, q = np.broadcast_arrays(np.asarray(p, float), q)
+    p, q = np.broadcast_arrays(p, np.minimum(q, 1 - 1e-6))  # at 1 the sums below would be 0 / 0
     exits, longest = ((p * q, d), (q, i)), sum(LONGEST)
     single = np.max([(1 - a ** (k + 1)) / (1 - a) / (k * c + 1) for a, c in exits for k in range(1, longest)], axis=0)
     hispec = np.zeros(p.shape)
@@ -202,30 +204,35 @@ def speed_up_by_rates(d: float, i: float, p, q, full: float = 1.0) -> tuple[np.n
 
 def plot_wall(figure: Figure, data: Data) -> str:
     (draft, middle), (n_d, n_i), _ = data.ladder
-    n, costs = data.n_layers, data.costs
-    drafted = {e: 1e3 * step_seconds(costs, e) for e in costs.head}
-    checked = {e: 1e3 * step_seconds(costs, e, n_d + 1, draft) / (n_d + 1) for e in costs.head if e > draft}
+    n, costs, axes = data.n_layers, data.costs, figure.subplots()
+    drafted = {e: 1e3 * step_seconds(costs, e) for e in sorted(costs.head)}
+    checked = {e: 1e3 * step_seconds(costs, e, n_d + 1, draft) / (n_d + 1) for e in drafted if e > draft}
     full = 1e3 * step_seconds(costs, n, n_i + 1, middle) / (n_i + 1)
-    axes = figure.subplots()
-    axes.plot(*zip(*sorted(drafted.items())), "o-", label="drafted: 1 position a step")
-    axes.plot(*zip(*sorted(checked.items())), "s-", label=f"verified above exit {draft}: {n_d + 1} positions a step")
+    axes.plot(*zip(*drafted.items()), "o-", label="drafted: 1 position a step")
+    axes.plot(*zip(*checked.items()), "s-", label=f"verified above exit {draft}: {n_d + 1} positions a step")
     axes.plot(n, full, "D", color=COLOURS[4], markersize=9, label=f"verified in full: {n_i + 1} positions a step")
-    ladder = [(draft, drafted[draft], 0), (middle, checked[middle], 1), (n, full, 4), (n, drafted[n], 0)]
-    for depth, ms, colour in ladder:
-        axes.annotate(f"{ms:.2f}", (depth, ms), (0, 9), textcoords="offset points", ha="center", color=COLOURS[colour])
+    marks = [(draft, drafted[draft], 0), (middle, checked[middle], 1), (n, full, 4), (n, drafted[n], 0)]
+    for depth, ms, colour in marks:
+        text = f"{ms:.1f}" if ms < drafted[n] else f"greedy {ms:.1f}"
+        axes.annotate(text, (depth, ms), (2, 8), textcoords="offset points", ha="right", color=COLOURS[colour])
     axes.set(xlabel="depth of the level (layers)", ylabel="milliseconds a token", ylim=(0, 1.12 * drafted[n]))
-    axes.set_title(f"A draft costs {drafted[draft]:.1f} ms, a token of the full model alone {drafted[n]:.1f} ms")
+    axes.set_title(
+        f"A token takes {drafted[draft]:.1f} ms to draft, {checked[middle]:.1f} to check at exit {middle}, "
+        f"{full:.1f} to verify in full"
+    )
     axes.legend()
-    return f"Measured seconds of layers, heads and loop. HiSpec here: exits {draft} and {middle}, N_d {n_d}, N_i {n_i}."
+    return (
+        f"From measured seconds of layers, heads and loop. HiSpec here: exits {draft} and {middle}, windows {n_d} and "
+        f"{n_i}. A verification reads its drafts and one token of its own, and starts where the exit below ended."
+    )
 
 
 def plot_agreement(figure: Figure, data: Data) -> str:
-    axes, exits = figure.subplots(), data.ladder[0]
-    layers = range(1, data.n_layers)
+    axes, exits, layers = figure.subplots(), data.ladder[0], range(1, data.n_layers)
     for share, label, style in zip(data.agreement, ("prompts' own text", "greedy answers"), ("o-", "s-")):
         axes.plot(layers, [100 * a for a in share], style, markersize=5, label=label)
     for exit in exits:
-        axes.axvline(exit, color="0.5", linestyle=":")
+        axes.axvline(exit, color="0.5", linestyle=":", zorder=0)
     axes.set(xlabel="exit after layer", ylabel="same token as the full model (%)", ylim=(0, 102))
     seen = " and ".join(f"exit {exit} on {data.agreement[1][exit - 1]:.0%}" for exit in exits)
     axes.set_title(f"On greedy answers the full model agrees with {seen}")
@@ -234,127 +241,126 @@ def plot_agreement(figure: Figure, data: Data) -> str:
 
 
 def plot_windows(figure: Figure, data: Data) -> str:
-    axes = figure.subplots()
-    *grid, (_, most, thresholds) = (x for x in data.speed if x != GREEDY)
+    axes, greedy = figure.subplots(), data.speed[GREEDY]
+    *grid, adaptive = (x for x in data.speed if x != GREEDY)
     for k, n_d in enumerate(N_D):
-        line = {n_i: data.speed[x] for x in grid for n_i in x[1][1:] if x[1][0] == n_d}
+        line = [(x[1][1], data.speed[x]) for x in grid if x[1][0] == n_d]
         colour = matplotlib.colormaps["viridis"](k / len(N_D))
-        axes.plot(*zip(*line.items()), marker="osD^vP"[k], color=colour, label=f"N_d = {n_d}")
-    adaptive, greedy = list(data.speed.values())[-1], data.speed[GREEDY]
-    doubts = " and ".join(f"{t:g}" for t in thresholds)
-    axes.axhline(
-        adaptive, color=COLOURS[4], linestyle="--", label=f"thresholds {doubts},\nat most {most[0]} and {most[1]}"
-    )
+        axes.plot(*zip(*line), marker="osD^vP"[k], color=colour, label=f"$N_d$ = {n_d}")
+    label = "thresholds {:g} and {:g},\nwindows at most {} and {}".format(*adaptive[2], *adaptive[1])
+    axes.axhline(data.speed[adaptive], color=COLOURS[4], linestyle="--", label=label)
     axes.axhline(greedy, color="0.4", linestyle=":", label="greedy")
     axes.set_xscale("log", base=2)
     axes.set_xticks(N_I, N_I)
     axes.minorticks_off()
-    axes.set(xlabel="N_i: tokens before a full verification", ylabel="tokens/s", ylim=(0, None))
+    axes.set(xlabel="$N_i$: tokens gathered before a full verification", ylabel="tokens/s")
     best = max(grid, key=data.speed.get)
-    gains = f"{data.speed[best] / greedy:.2f}x with N_d {best[1][0]}, N_i {best[1][1]}; {adaptive / greedy:.2f}x with thresholds"
-    axes.set_title(f"Over greedy: {gains}")
+    axes.set_title(
+        f"Over greedy: {data.speed[best] / greedy:.2f}x with the best windows {best[1]}, "
+        f"{data.speed[adaptive] / greedy:.2f}x with thresholds"
+    )
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    same = "Every text is greedy's." if data.identical else "Not every text is greedy's."
-    return f"Measured, {FEW} prompts at most, the faster of two turns; exits {data.ladder[0][0]} and {data.ladder[0][1]}. {same}"
+    same = "Every text" if data.identical else "Not every text"
+    draft, middle = data.ladder[0]
+    return (
+        f"Measured at exits {draft} and {middle}, on one prompt of each category ({FEW} at most), the faster of two "
+        f"turns. {same} is greedy's, token for token."
+    )
 
 
 def plot_exits(figure: Figure, data: Data) -> str:
     axes, paper = figure.subplots(), paper_exits(data.n_layers)
-    pairs = {e: s for e, s in data.pairs.items() if len(e) == 2}
-    drafts, middles = (sorted({e[k] for e in pairs}) for k in (0, 1))
+    pairs = {exits: speed_up for exits, speed_up in data.pairs.items() if len(exits) == 2}
+    drafts, middles = (sorted({exits[k] for exits in pairs}) for k in (0, 1))
     table = np.full((len(drafts), len(middles)), np.nan)
-    for (d, i), speed_up in pairs.items():
-        table[drafts.index(d), middles.index(i)] = speed_up
-    image = axes.imshow(table, cmap="cividis", origin="lower", aspect="auto")
-    dark = np.nanmin(table) + 0.6 * np.nanmax(table - np.nanmin(table))
-    for (row, column), speed_up in np.ndenumerate(table):
-        if speed_up == speed_up:
-            axes.text(column, row, f"{speed_up:.2f}", ha="center", va="center", color="wk"[int(speed_up > dark)])
-    for exits, colour, grow, label in (
-        (paper, "#D55E00", 0.47, "the paper's 1/8 and 1/4"),
-        (data.ladder[0], "#CC79A7", 0.4, "this run's"),
-    ):
-        corner = middles.index(exits[1]) - grow, drafts.index(exits[0]) - grow
-        axes.add_patch(Rectangle(corner, 2 * grow, 2 * grow, fill=False, edgecolor=colour, linewidth=4, label=label))
+    low, high = min(pairs.values()), max(pairs.values())
+    for (draft, middle), speed_up in pairs.items():
+        row, column = drafts.index(draft), middles.index(middle)
+        table[row, column] = speed_up
+        colour = "black" if speed_up > low + 0.6 * (high - low) else "white"
+        axes.text(column, row, f"{speed_up:.2f}", ha="center", va="center", color=colour)
+    figure.colorbar(axes.imshow(table, cmap="cividis", origin="lower", aspect="auto"), label="speed-up over greedy")
+    marks = (
+        (paper, COLOURS[4], 0.47, "the paper's 1/8 and 1/4"),
+        (data.ladder[0], COLOURS[3], 0.4, "this run's HiSpec"),
+    )
+    for (draft, middle), colour, r, label in marks:
+        corner = middles.index(middle) - r, drafts.index(draft) - r
+        axes.add_patch(Rectangle(corner, 2 * r, 2 * r, fill=False, edgecolor=colour, linewidth=4, label=label))
     axes.set_xticks(range(len(middles)), middles)
     axes.set_yticks(range(len(drafts)), drafts)
     axes.set(xlabel="intermediate exit (layer)", ylabel="draft exit (layer)")
-    figure.colorbar(image, label="speed-up over greedy")
     best = max(pairs, key=pairs.get)
-    axes.set_title(
-        f"Exits {best[0]} and {best[1]} promise {pairs[best]:.2f}x, the paper's {paper[0]} and {paper[1]} {pairs[paper]:.2f}x"
-    )
+    axes.set_title(f"Predicted: {high:.2f}x with the best exits {best}, {pairs[paper]:.2f}x with the paper's {paper}")
     axes.legend(loc="upper left")
-    single = max((e for e in data.pairs if len(e) == 1), key=data.pairs.get)
+    (single,) = max((exits for exits in data.pairs if len(exits) == 1), key=data.pairs.get)
     return (
         "Predicted by replaying the recursion on measured costs and recorded texts, the best windows for each pair, no "
-        f"thresholds. Best single layer by the same prediction: exit {single[0]}, {data.pairs[single]:.2f}x."
+        f"thresholds. The best single layer by the same prediction: exit {single}, {data.pairs[single,]:.2f}x."
     )
 
 
 def plot_categories(figure: Figure, data: Data) -> str:
-    axes = figure.subplots()
-    groups = {"all": None} | data.results[0]["by_category"]
-    width = 0.8 / len(data.results)
-    for k, result in enumerate(data.results):
-        values = [(result["by_category"] | {"all": result})[group]["speedup_vs_greedy"] for group in groups]
-        places = np.arange(len(groups)) + (k - (len(data.results) - 1) / 2) * width
-        axes.bar(places, values, 0.92 * width, color=COLOURS[k % len(COLOURS)], label=result["name"])
-    axes.axhline(1, color="0.4", linestyle=":")
+    axes, drafting = figure.subplots(), [r for r in data.results if r["name"] != "greedy"]
+    groups = ["all", *drafting[0]["by_category"]]
+    width = 0.84 / len(drafting)
+    axes.axhline(1, color="0.4", linestyle=":", label="greedy")
+    for k, r in enumerate(drafting):
+        values = [(r["by_category"] | {"all": r})[group]["speedup_vs_greedy"] for group in groups]
+        places = np.arange(len(groups)) + (k - (len(drafting) - 1) / 2) * width
+        exits = f" ({', '.join(map(str, r['exits']))})" if r["exits"] else ""
+        bars = axes.bar(places, values, 0.92 * width, color=COLOURS[k % len(COLOURS)], label=r["name"] + exits)
+        axes.bar_label(bars, fmt="%.2f", fontsize=10, rotation=90, padding=3)
     axes.set_xticks(range(len(groups)), groups)
+    axes.margins(y=0.12)
     axes.set(ylabel="speed-up over greedy")
-    hispec = next(r for r in data.results if r["name"] == "hispec")
-    by = {name: c["speedup_vs_greedy"] for name, c in hispec["by_category"].items()}
-    low, high = min(by, key=by.get), max(by, key=by.get)
-    axes.set_title(f"HiSpec: {by[low]:.2f}x ({low}) to {by[high]:.2f}x ({high}) over greedy")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), ncols=4)
-    return "Measured; medians of ratios within a repeat."
+    hispec = next(r for r in drafting if r["name"] == "hispec")["by_category"]
+    low, *_, high = sorted([(c["speedup_vs_greedy"], name) for name, c in hispec.items()] * 2)
+    axes.set_title(f"HiSpec over greedy: {low[0]:.2f}x ({low[1]}) to {high[0]:.2f}x ({high[1]})")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4)
+    return "Measured; medians over the repeats of ratios within a repeat. In brackets: exits."
 
 
 def plot_predictions(figure: Figure, data: Data) -> str:
     axes = figure.subplots()
     for k, (kind, points) in enumerate(data.compared.items()):
-        axes.plot(
-            *zip(*points), "osD^vP*X"[k % 8], color=COLOURS[k % 8], alpha=0.8, label=kind, markeredgecolor="white"
-        )
-    every = [pair for points in data.compared.values() for pair in points]
+        axes.plot(*zip(*points), "osD^vP*X"[k % 8], color=COLOURS[k % 8], label=kind, markeredgecolor="white")
+    every = [point for points in data.compared.values() for point in points]
     ends = 0.95 * min(map(min, every)), 1.05 * max(map(max, every))
     axes.plot(ends, ends, color="0.4", linestyle=":", label="as predicted")
     axes.set(xlabel="predicted speed-up over greedy", ylabel="measured speed-up over greedy", aspect="equal")
-    off = statistics.median(abs(p / m - 1) for p, m in every)
-    axes.set_title(f"Half of {len(every)} predictions are within {off:.0%}")
+    off = statistics.median(abs(predicted / measured - 1) for predicted, measured in every)
+    axes.set_title(f"Half of {len(every)} predictions are within {off:.0%} of what was measured")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    return "A prediction replays the recursion on measured costs and recorded texts (tune.py)."
+    return "Each point is a ladder. A prediction replays the recursion on measured costs and recorded texts."
 
 
 def plot_where(figure: Figure, data: Data) -> str:
     whole = step_seconds(data.costs, data.n_layers)
     here = tuple(step_seconds(data.costs, exit) / whole for exit in data.ladder[0])
-    panels = [
-        (here, f"here: d = {here[0]:.2f}, i = {here[1]:.2f}"),
-        ((1 / 8, 1 / 4), "d = 1/8, i = 1/4"),
-        ((1 / 32, 1 / 8), "d = 1/32, i = 1/8"),
-    ]
-    row = figure.subplots(1, len(panels), sharey=True)
-    levels = np.arange(0.6, 4.01, 0.2)
-    for axes, ((d, i), title) in zip(row, panels):
+    panels = {"this run: d = {:.2f}, i = {:.2f}".format(*here): here}
+    panels |= {"d = 1/8, i = 1/4": (1 / 8, 1 / 4), "d = 1/32, i = 1/8": (1 / 32, 1 / 8)}
+    row = figure.subplots(1, len(panels), sharex=True, sharey=True)
+    for axes, (title, (d, i)) in zip(row, panels.items()):
         single, hispec = speed_up_by_rates(d, i, RATES[:, None], RATES)  # rows p, columns q
-        filled = axes.contourf(RATES, RATES, hispec, levels, cmap="cividis", extend="both")
-        axes.contour(RATES, RATES, hispec, [1], colors="white", linewidths=2.5)
-        axes.contour(RATES, RATES, hispec / single, [1], colors="white", linestyles="--", linewidths=2)
-        axes.set(xlabel="q: intermediate right", title=title)
-    row[0].set_ylabel("p: draft as intermediate")
+        filled = axes.contourf(RATES, RATES, hispec, LEVELS, cmap="cividis", extend="both")
+        axes.contour(RATES, RATES, hispec, [1], colors="white", linewidths=3)
+        axes.contourf(RATES, RATES, single / hispec, [1, np.inf], colors="none", hatches=["//"])
+        axes.set_title(title, fontsize=13)
+        axes.set(xlabel="q: intermediate = full", xlim=(RATES[0], 1), ylim=(RATES[0], 1))
+    row[0].set_ylabel("p: draft = intermediate")
     for category, (p, q) in data.rates.items():
-        size = 15 if category == "all" else 6
-        row[0].plot(q, p, "*" if category == "all" else "o", color="#D55E00", markeredgecolor="white", markersize=size)
-    figure.colorbar(filled, ax=row, label="HiSpec over greedy")
+        style = dict(marker="*", markersize=16) if category == "all" else dict(marker="o", markersize=7)
+        row[0].plot(q, p, color=COLOURS[4], markeredgecolor="white", clip_on=False, zorder=3, **style)
+    figure.colorbar(filled, ax=row, label="HiSpec's speed-up over greedy", ticks=LEVELS)
     p, q = data.rates["all"]
-    single, hispec = speed_up_by_rates(*here, p, q)
     measured = next(r for r in data.results if r["name"] == "hispec")["speedup_vs_greedy"]
-    figure.suptitle(f"At p = {p:.2f}, q = {q:.2f} the formula gives {hispec:.2f}x; measured {measured:.2f}x")
+    formula = float(speed_up_by_rates(*here, p, q)[1])
+    figure.suptitle(f"At p = {p:.2f} and q = {q:.2f} the formula gives {formula:.2f}x, measured {measured:.2f}x")
     return (
-        "By formula, both windows tuned, no thresholds, width free. Solid: as fast as greedy; dashed: as fast as the best "
-        "single layer, HiSpec wins to the right. Star: all prompts of this run, dots: by category. d, i: a step of an exit with its head."
+        "By formula: windows tuned, no thresholds, tokens independent, no prompt, a wide step as dear as a narrow one. "
+        "d, i: cost of a step of either exit, head included, over the full model's. White line: as fast as greedy. "
+        "Hatched: the best single layer is faster. Star: all prompts of this run; dots: its categories."
     )
 
 
@@ -370,15 +376,16 @@ PLOTS: dict[str, Callable[[Figure, Data], str]] = {
 
 
 def save(folder: Path, data: Data, header: dict) -> None:
-    """Write each figure as PNG and SVG, with what its plot says of it and where and how it was measured below."""
+    """Write each figure as PNG and SVG; below it what its plot says of it, then how and where it was measured."""
     versions = ", ".join(f"{package} {version}" for package, version in header["versions"].items())
-    machine = f"{header['model']}, {header['dtype']}, {header['device']}, {header['threads']} threads; {versions}"
+    where = "{model}, {dtype}, {device}, threads: {threads}; ".format(**header) + versions
     for name, plot in PLOTS.items():
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(9.6, 5.6), layout="constrained")
-            lines = [plot(figure, data), machine, header["command"]]
-            caption = "\n".join(line for text in lines for line in textwrap.wrap(text, 125))
-            figure.supxlabel(caption, x=0.01, ha="left", fontsize=9, color="0.3")
-            for suffix, about in (("png", None), ("svg", {"Date": None})):
-                options = dict(format=suffix, dpi=150, metadata=about)
-                write_whole(folder / f"{name}.{suffix}", lambda to, f=figure, o=options: f.savefig(to, **o))
+            lines = [
+                line for text in (plot(figure, data), where, header["command"]) for line in textwrap.wrap(text, 125)
+            ]
+            figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color="0.3")
+            for kind, about in (("png", None), ("svg", {"Date": None})):
+                options = dict(format=kind, dpi=150, metadata=about)
+                write_whole(folder / f"{name}.{kind}", lambda to, f=figure, o=options: f.savefig(to, **o))
