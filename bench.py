@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import figures as drawn
 import hispec
 from checkpoints import load, must_be_writable, save, write_whole
 from faststep import FixedStep
@@ -114,12 +115,18 @@ def main() -> None:
     if args.json:
         text = json.dumps({**header, "limit": limit, "methods": results}, indent=1) + "\n"
         write_whole(args.json, lambda to: to.write_text(text, "utf-8"))
+    if args.figures:
+        data = drawn.gather(model, requests, results, chosen, max_new_tokens, stop, make_decoder, args.step == "fixed")
+        drawn.save(args.figures, data, header)
 
 
 def decoder(model: Llama, room: int | None, exits=(), windows=(), thresholds=()) -> Callable[..., Generation]:
     """generate with this ladder: with a fixed step for sequences of at most `room` tokens, or the plain one."""
-    fast = FixedStep(model, exits, room) if room else None
+    fast = fixed_step(model, exits, room) if room else None
     return partial(generate, model, exits=exits, windows=windows, thresholds=thresholds, fast=fast)
+
+
+fixed_step = cache(FixedStep)  # ladders that differ in their windows only can share one
 
 
 def all_ladders(model: Llama, chosen: dict) -> dict[str, Ladder]:
@@ -339,6 +346,7 @@ def peak_memory(make_decoder, ladder: Ladder, requests: list[Request], max_new_t
     """Bytes of GPU memory at most in use, weights included, while the ladder answers the longest prompt; CPU: None."""
     if not torch.cuda.is_available():
         return None
+    fixed_step.cache_clear()  # what other ladders' steps hold is not this one's
     torch.cuda.reset_peak_memory_stats()
     make_decoder(*ladder)(max((request.prompt for request in requests), key=len), max_new_tokens)
     return torch.cuda.max_memory_allocated()
@@ -528,6 +536,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="first find the fastest exits and windows, and keep them")
     parser.add_argument("--peers", action="store_true", help="also measure transformers' decoding of the same weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw seven figures into DIR, as PNG and SVG")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.step = args.step or ("fixed" if args.device.startswith("cuda") else "plain")
@@ -537,11 +546,15 @@ def parse_arguments() -> argparse.Namespace:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
         parser.error(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}")
-    if args.json:
-        try:
-            must_be_writable(args.json)  # now, not when everything is measured
-        except ValueError as error:
-            parser.error(f"--json: {error}")
+    for option, path in (("--json", args.json), ("--figures", args.figures and args.figures / "agreement.png")):
+        if path is None:
+            continue
+        try:  # now, not when everything is measured
+            if option == "--figures":
+                args.figures.mkdir(parents=True, exist_ok=True)
+            must_be_writable(path)
+        except (OSError, ValueError) as error:
+            parser.error(f"{option}: cannot write there: {error}")
     if args.peers and find_spec("transformers") is None:
         parser.error("--peers needs transformers: pip install -r requirements-dev.txt")
     return args

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from checkpoints import write_whole
 from faststep import FixedStep
-from hispec import generate, look_up
+from hispec import Generation, generate, look_up
 from kvcache import KVCache
 from model import Llama
 
@@ -93,7 +93,8 @@ def tune(
         ranked = sorted(seconds, key=seconds.__getitem__)
         plain = [ladder for ladder in ranked if ladder[2] == never]
         chosen = list(dict.fromkeys([*ranked[: RUN - 2], *plain[:2], *ranked]))[:RUN]  # as many of either kind
-        took = run({ladder: make_decoder(*ladder) for ladder in [greedy, *chosen]}, prompts, max_new_tokens, stop)
+        made = run({ladder: make_decoder(*ladder) for ladder in [greedy, *chosen]}, prompts, max_new_tokens, stop)
+        took = {ladder: sum(g.seconds for g in made[ladder]) for ladder in made}
         ran = [
             dict(zip(("exits", "windows", "thresholds"), ladder, strict=True))
             | {"predicted": predicted(greedy) / seconds[ladder], "measured": took[greedy] / took[ladder]}
@@ -103,13 +104,14 @@ def tune(
     return best
 
 
-def run(decoders: dict[Ladder, Callable], prompts, max_new_tokens: int, stop) -> dict[Ladder, float]:
-    """Seconds that each ladder takes for all prompts: they take turns on each, and the faster of two turns counts."""
-    seconds = dict.fromkeys(decoders, 0.0)
-    for prompt in tqdm(prompts, "running the most promising", leave=False):
-        for ladder, decode in decoders.items():
-            seconds[ladder] += min(decode(prompt, max_new_tokens, stop=stop).seconds for _ in range(2))
-    return seconds
+def run(decoders: dict[Ladder, Callable], prompts, max_new_tokens: int, stop) -> dict[Ladder, list[Generation]]:
+    """Each ladder's generation for each prompt: they take turns on it, and the faster of two turns counts."""
+    made: dict[Ladder, list[Generation]] = {ladder: [] for ladder in decoders}
+    for prompt in tqdm(prompts, "running ladders", leave=False):
+        turns = [[decode(prompt, max_new_tokens, stop=stop) for decode in decoders.values()] for _ in range(2)]
+        for ladder, *two in zip(made, *turns):
+            made[ladder].append(min(two, key=lambda g: g.seconds))
+    return made
 
 
 # ---- predicting a ladder's speed -----------------------------------------------------------------------
