@@ -1,7 +1,7 @@
 """Choose what to run: a model's exits, windows and thresholds, and the number of threads on a CPU.
 
 Running every ladder would take hours. So each ladder's speed is predicted from measured parts, and only
-the most promising are run:
+the most promising are run, and what lies next to the fastest of them:
 
     seconds  =  sum over steps of  ( sum over the step's segments of  layers * layer_seconds[width]  +  head_seconds )
 
@@ -17,7 +17,6 @@ equally hard, so that none wins by being the better tuned. The choice is kept in
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,9 +59,9 @@ def tune(
 
     make_decoder(exits, windows, thresholds) gives the function that decodes with a ladder; fixed: by a FixedStep.
 
-    All are predicted without thresholds, those of the four most promising sets of exits also with them, and
-    the best RUN of each kind are run. Returns {name: {"exits", "windows", "thresholds", "predicted": speed-up
-    over greedy, "measured": the same, "ran": the ladders that were run with their predicted and measured}}.
+    All are predicted without thresholds, those of the four most promising sets of exits also with them. The best RUN
+    of each kind are run, then those next to the fastest. Returns {name: {"exits", "windows", "thresholds",
+    "predicted": speed-up over greedy, "measured": the same, "ran": all that were run, with their speed-ups}}.
     """
     exits = default_exits(model)
     if not model.exit_heads:
@@ -93,15 +92,31 @@ def tune(
         ranked = sorted(seconds, key=seconds.__getitem__)
         plain = [ladder for ladder in ranked if ladder[2] == never]
         chosen = list(dict.fromkeys([*ranked[: RUN - 2], *plain[:2], *ranked]))[:RUN]  # as many of either kind
-        made = run({ladder: make_decoder(*ladder) for ladder in [greedy, *chosen]}, prompts, max_new_tokens, stop)
-        took = {ladder: sum(g.seconds for g in made[ladder]) for ladder in made}
+        measured: dict[Ladder, float] = {}
+        while chosen:  # the most promising, then the neighbours of the fastest, until none is faster
+            made = run({ladder: make_decoder(*ladder) for ladder in [greedy, *chosen]}, prompts, max_new_tokens, stop)
+            took = {ladder: sum(g.seconds for g in made[ladder]) for ladder in made}
+            measured |= {ladder: took[greedy] / took[ladder] for ladder in chosen}
+            fastest = max(measured, key=measured.__getitem__)
+            chosen = [near for near in neighbours(fastest) if near not in measured]
         ran = [
             dict(zip(("exits", "windows", "thresholds"), ladder, strict=True))
-            | {"predicted": predicted(greedy) / seconds[ladder], "measured": took[greedy] / took[ladder]}
-            for ladder in chosen
+            | {"predicted": predicted(greedy) / predicted(ladder), "measured": speed}
+            for ladder, speed in measured.items()
         ]
         best[name] = max(ran, key=lambda r: r["measured"]) | {"ran": ran}
     return best
+
+
+def neighbours(ladder: Ladder) -> list[Ladder]:
+    """The same ladder with one of its windows a step longer or shorter."""
+    exits, windows, thresholds = ladder
+    near = []
+    for k, i in product(range(len(windows)), (-1, 1)):
+        at = WINDOWS.index(windows[k]) + i
+        if 0 <= at < len(WINDOWS):
+            near.append((exits, (*windows[:k], WINDOWS[at], *windows[k + 1 :]), thresholds))
+    return [n for n in near if list(n[1]) == sorted(n[1])]
 
 
 def run(decoders: dict[Ladder, Callable], prompts, max_new_tokens: int, stop) -> dict[Ladder, list[Generation]]:
@@ -165,15 +180,15 @@ def measure_costs(model: Llama, exits: tuple[int, ...], decode: Callable, fixed:
 
 
 def timed(call: Callable, on_gpu: bool) -> float:
-    """Seconds of one call: the median of fifteen, after one to warm up."""
+    """Seconds of one call: the fastest of twenty, since whatever else the machine does can only add to them."""
     took = []
-    for _ in range(16):
+    for _ in range(20):
         began = time.perf_counter()
         call()
         if on_gpu:
             torch.cuda.synchronize()
         took.append(time.perf_counter() - began)
-    return statistics.median(took[1:])
+    return min(took)
 
 
 @dataclass(frozen=True)
