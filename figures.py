@@ -37,7 +37,7 @@ RATES = np.linspace(0.3, 1, 36)  # acceptance rates in the figure of the formula
 LEVELS = (0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4)  # speed-ups told apart there
 LONGEST = (12, 24)  # windows that the formula is tuned over: N_d and N_i, or a single layer's
 GREEDY: Ladder = ((), (), ())
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")  # Okabe and Ito
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito
 STYLE: dict[Any, Any] = {
     "font.size": 13,
     "axes.titlesize": 15,
@@ -333,7 +333,8 @@ def plot_categories(figure: Figure, data: Data) -> str:
 def plot_predictions(figure: Figure, data: Data) -> str:
     axes = figure.subplots()
     for k, (kind, points) in enumerate(data.compared.items()):
-        axes.plot(*zip(*points), "osD^vP*X"[k % 8], color=COLOURS[k % 8], label=kind, markeredgecolor="white")
+        style = dict(color=COLOURS[k % 8], markersize=9, markeredgecolor="white", markeredgewidth=0.6)
+        axes.plot(*zip(*points), "osD^vP*X"[k % 8], label=kind, **style)
     every = [point for points in data.compared.values() for point in points]
     ends = 0.95 * min(map(min, every)), 1.05 * max(map(max, every))
     axes.plot(ends, ends, color="0.4", linestyle=":", label="as predicted")
