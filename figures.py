@@ -333,7 +333,7 @@ def plot_categories(figure: Figure, data: Data) -> str:
 def plot_predictions(figure: Figure, data: Data) -> str:
     axes = figure.subplots()
     for k, (kind, points) in enumerate(data.compared.items()):
-        style = dict(color=COLOURS[k % 8], markersize=9, markeredgecolor="white", markeredgewidth=0.6)
+        style: dict[str, Any] = dict(color=COLOURS[k % 8], markersize=9, markeredgecolor="white", markeredgewidth=0.6)
         axes.plot(*zip(*points), "osD^vP*X"[k % 8], label=kind, **style)
     every = [point for points in data.compared.values() for point in points]
     ends = 0.95 * min(map(min, every)), 1.05 * max(map(max, every))
