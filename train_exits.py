@@ -58,7 +58,7 @@ WHOLE = 4  # samples, and the rows a frozen trunk reads, have so many times --co
 KEPT = 4 * 2**30  # bytes of a frozen trunk's hidden states that are kept for the next epoch
 SIDE_BY_SIDE = 64  # samples written at once
 ASK = 64  # a question of the model's own has at most so many tokens
-DRAFT_WEIGHT, EXIT_WEIGHT = 0.3, 1.0  # loss weights of the first exit and of those above it; the last layer's is 1
+DRAFT_WEIGHT, EXIT_WEIGHT = 0.3, 1.0  # loss weights of a new model's first exit, of other exits; the last layer's is 1
 EXTRA_WEIGHT = 0.1  # loss weight of the one depth outside the ladder that each step trains
 MAX_DROP, MAX_DROP_GIVEN = 0.6, 0.1  # how often the deepest layer is skipped at first: a new trunk's, a trained one's
 MAX_SHARE = 0.8  # of the last layer's distribution, against the text, in what an exit learns
@@ -171,7 +171,8 @@ class LayerSkip:
         rows = rows[self.rank * local : (self.rank + 1) * local].to(args.device)
         drop = (MAX_DROP_GIVEN if args.model else MAX_DROP) * (1 - done)
         skipped, extra = draw_depths(self.model.config.n_layers, exits, drop, step, args.seed)
-        weights = {exit: EXIT_WEIGHT if i else DRAFT_WEIGHT for i, exit in enumerate(exits)}
+        # a given model knows its text already: its first exit may weigh as much as the others
+        weights = {exit: EXIT_WEIGHT if i or args.model else DRAFT_WEIGHT for i, exit in enumerate(exits)}
         if exits:
             weights[extra] = EXTRA_WEIGHT
         share = 1.0 if args.model else MAX_SHARE * min(1.0, 2 * done)
