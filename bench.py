@@ -7,7 +7,7 @@ it, several times, and every speed-up is the median over those repeats of a rati
 Times are wall-clock seconds of whole generations, prompt included. The last step, outside the timed
 runs, is to time the parts of a generation and to compare the levels' predictions on the greedy text.
 
-Exits and windows are those that --tune last found for the model, device and dtype (results/ladders.json);
+Exits and windows are those that --tune last found for the model, device, dtype and step (results/ladders.json);
 where it has not been run, the paper's.
 """
 
@@ -41,7 +41,7 @@ from hispec import Generation, generate
 from kvcache import KVCache
 from model import Llama
 from tokenizer import chat, stop_tokens
-from tune import CONTEXT, Ladder, best_threads, default_exits, save_ladders, saved_ladders, timed, tune
+from tune import CONTEXT, Rungs, best_threads, default_exits, save_ladders, saved_ladders, timed, tune
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def decoder(model: Llama, room: int | None, exits=(), windows=(), thresholds=())
 fixed_step = cache(FixedStep)  # ladders that differ in their windows only can share one
 
 
-def all_ladders(model: Llama, chosen: dict) -> dict[str, Ladder]:
+def all_ladders(model: Llama, chosen: dict) -> dict[str, Rungs]:
     """Greedy, one draft exit, and HiSpec, with the ladders chosen for them or the paper's windows."""
     exits = default_exits(model)
     ladders = {
@@ -296,7 +296,7 @@ def timed_steps(depths: tuple[int, ...]):
     """While open, model steps are timed: yields a list with the seconds spent at each level so far."""
     seconds, real = [0.0] * len(depths), hispec.Ladder.predict
 
-    def timed(ladder, k, rows):
+    def predict(ladder, k, rows):
         began = time.perf_counter()
         logits = real(ladder, k, rows)
         if logits.is_cuda:
@@ -304,7 +304,7 @@ def timed_steps(depths: tuple[int, ...]):
         seconds[k] += time.perf_counter() - began
         return logits
 
-    hispec.Ladder.predict = timed  # type: ignore[method-assign]
+    hispec.Ladder.predict = predict  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
@@ -342,7 +342,7 @@ def memory_limit(model: Llama) -> dict:
     return {"bytes_per_second": speed, "pass_bytes": pass_bytes, "greedy_tokens_per_second": speed / pass_bytes}
 
 
-def peak_memory(make_decoder, ladder: Ladder, requests: list[Request], max_new_tokens: int) -> int | None:
+def peak_memory(make_decoder, ladder: Rungs, requests: list[Request], max_new_tokens: int) -> int | None:
     """Bytes of GPU memory at most in use, weights included, while the ladder answers the longest prompt; CPU: None."""
     if not torch.cuda.is_available():
         return None

@@ -29,14 +29,14 @@ from tqdm import tqdm
 from checkpoints import write_whole
 from model import Llama
 from train_exits import measure
-from tune import DEPTHS, THRESHOLDS, WINDOWS, Costs, Ladder, default_exits, measure_costs, replay, run, trace
+from tune import DEPTHS, THRESHOLDS, WINDOWS, Costs, Rungs, default_exits, measure_costs, replay, run, trace
 
 N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
 FEW = 6  # prompts they are run on, each of another category
 RATES = np.linspace(0.3, 1, 36)  # acceptance rates in the figure of the formula
 LEVELS = (0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4)  # speed-ups told apart there
 LONGEST = (12, 24)  # windows that the formula is tuned over: N_d and N_i, or a single layer's
-GREEDY: Ladder = ((), (), ())
+GREEDY: Rungs = ((), (), ())
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito
 STYLE: dict[Any, Any] = {
     "font.size": 13,
@@ -58,10 +58,10 @@ class Data:
     """What the figures show. Speed-ups are over greedy decoding; agreement is with the full model, 0..1."""
 
     n_layers: int
-    ladder: Ladder  # HiSpec's in this run
+    ladder: Rungs  # HiSpec's in this run
     costs: Costs
     agreement: tuple[list[float], list[float]]  # of exits 1..n_layers-1: on the prompts, on the greedy answers
-    speed: dict[Ladder, float]  # tokens/s of greedy, the grid of windows, and last the one with thresholds
+    speed: dict[Rungs, float]  # tokens/s of greedy, the grid of windows, and last the one with thresholds
     identical: bool  # whether all of these wrote greedy's texts
     pairs: dict[tuple[int, ...], float]  # predicted speed-up of one or two exits, with the best windows
     compared: dict[str, list[tuple[float, float]]]  # predicted and measured speed-ups, by kind of ladder
@@ -93,7 +93,7 @@ def gather(
     firsts = {r.category: i for i, r in reversed(list(enumerate(requests)))}
     few = sorted(firsts.values())[:FEW]
 
-    def predicted(fields: list[Ladder], chosen, what: str) -> dict[Ladder, float]:
+    def predicted(fields: list[Rungs], chosen, what: str) -> dict[Rungs, float]:
         """Speed-ups over greedy on the chosen requests."""
         seconds = {
             x: sum(traces[i].prefill + replay(traces[i], x, costs, n) for i in chosen)
@@ -104,7 +104,7 @@ def gather(
     windows = [w for w in product(N_D, N_I) if w[0] <= w[1]]
     adaptive = ladder
     if not any(ladder[2]):  # not tuned, or without success: what the replay finds best
-        doubts: list[Ladder] = [(ladder[0], w, t) for w in windows for t in product(THRESHOLDS, repeat=2) if any(t)]
+        doubts: list[Rungs] = [(ladder[0], w, t) for w in windows for t in product(THRESHOLDS, repeat=2) if any(t)]
         seen = predicted(doubts, few, "thresholds")
         adaptive = max(seen, key=seen.__getitem__)
     ladders = [(ladder[0], w, (0.0, 0.0)) for w in windows] + [adaptive]
@@ -144,7 +144,7 @@ def gather(
     )
 
 
-def as_ladder(r: dict) -> Ladder:
+def as_ladder(r: dict) -> Rungs:
     return tuple(r["exits"]), tuple(r["windows"]), tuple(r["thresholds"]) or (0.0,) * len(r["exits"])
 
 
@@ -174,10 +174,10 @@ def rates(traces: list, exits: tuple[int, ...], n_layers: int) -> tuple[float, f
 def step_seconds(costs: Costs, depth: int, width: int = 1, below: int = 0) -> float:
     """A step of the level at this depth over `width` positions, of which all but one passed the layers `below` before.
 
-    The one is the level's own latest token, which no level has run: it takes all layers, by itself the lower ones.
+    The one is the last draft, which the level below has written but not run: it takes all layers, the lower ones alone.
     """
-    layers = costs.at(costs.layer, 1) * below + costs.at(costs.layer, width) * (depth - below)
-    return layers + costs.at(costs.head[depth], width) + costs.loop
+    layers = costs.trunk[below][1] + costs.trunk[depth][width] - costs.trunk[below][width]
+    return layers + costs.head[depth][width] + costs.loop
 
 
 def speed_up_by_rates(d: float, i: float, p, q, full: float = 1.0) -> tuple[np.ndarray, np.ndarray]:

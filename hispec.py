@@ -89,13 +89,13 @@ def generate(
 
     exits: depths in layers, ascending, each below the full depth; depth 0 looks drafts up in the text so far.
     windows[k]: how many tokens level k is asked for (it drafts or accepts them) before level k+1 verifies.
-    thresholds[k], 0..1: level k stops short of that once its own probability of all it has gathered falls
-    below; none given: never (depth 0 never does). temperature 0
-    takes the likeliest token (argmax); above 0 it samples, reproducibly if a seed is given. Generation ends
-    after the first token in `stop`, which is kept as the last one, or when prompt and new tokens fill the
-    model's max_seq_len. watch, if given, is called with an Event after every step that chooses a token. fast, made
-    for this model and these exits, takes the place of the plain `step`. Raises ValueError, before any work, for
-    arguments out of range.
+    thresholds[k], 0..1: level k stops short of that once the product of its own probabilities of the tokens it
+    has gathered since it was asked falls below (at temperature 0 those of temperature 1); none given: never.
+    Depth 0 never does. temperature 0 takes the likeliest token (argmax); above 0 it samples, reproducibly if a
+    seed is given. Generation ends after the first token in `stop`, which is kept as the last one, or when prompt
+    and new tokens fill the model's max_seq_len. watch, if given, is called with an Event after every step that
+    chooses a token. fast, made for this model and these exits, takes the place of the plain `step`. Raises
+    ValueError, before any work, for arguments out of range.
     """
     inputs = checked(model.config, prompt, max_new_tokens, exits, windows, thresholds, temperature, seed, stop)
     ladder = Ladder(model, *inputs, watch=watch, fast=fast)
@@ -192,7 +192,7 @@ class Ladder:
             q = torch.cat([p[:0], *(self.probs[k - 1] if k > 0 else ())])  # (n, V) what each draft was drawn from
             choice, accepted = verify_sampled(drafts, q, p, self.rng)
         self.tokens[base : self.length + 1] = choice  # what follows the first new token is left over, beyond length
-        if 0 == k < self.top:
+        if k == 0 and self.top > 0:
             kept = 0  # drafting: nothing was judged, so there is nothing for the host to read
         else:
             kept, *new = torch.cat([accepted.view(1), choice]).tolist()  # the one host read of a verification

@@ -6,12 +6,14 @@
 
 1 is LayerSkip's recipe (arXiv 2404.16710): layers are skipped at random, deep ones more often, and the exits are
 read through the shared norm and output matrix. Every step trains the ladder's exits and one more depth. An exit
-learns the text and, in a share that grows to 4/5, the last layer's distribution. Two changes: skipping fades out
-instead of in, which is cheap while the deep layers know little, and matrices are trained with Muon. The text is
-Python's own standard library; its vocabulary is learned, and whole files are held out to measure on.
+learns the text and, in a share that grows to 4/5 by half-way, the last layer's distribution; the first exit weighs
+0.3 in the loss, the others as much as the last layer. Two more changes: skipping fades out instead of in, which is
+cheap while the deep layers know little, and matrices are trained with Muon. The text is Python's own standard
+library; its vocabulary is learned, and whole files are held out to measure on.
 2 distils the full model into ExitHeads: one light block, a norm, the output rows of the tokens M uses most. The
 trunk never changes, so it reads each row once; after that only the heads are computed.
-3 trains the trunk as 1 does, but the last layer learns the original's distribution and the exits the last layer's.
+3 trains the trunk as 1 does, but the last layer learns the original's distribution and the exits the last layer's,
+the first with full weight too.
 
 --self-distill trains 2 and 3 on M's own writing, which is what decoding will meet: a chat model is shown the mark
 that begins a user's turn and writes the question too (Magpie, arXiv 2406.08464). torchrun --nproc_per_node=N shares
@@ -324,7 +326,7 @@ class Run:
         self.kind = {  # what a checkpoint must share to be continued
             "config": dataclasses.asdict(model.config), "exits": list(model.exits),
             "trained": [list(p.shape) for p in params],
-            **{key: getattr(args, key) for key in ("freeze_trunk", "bf16", "batch", "context", "seed")},
+            **{key: getattr(args, key) for key in ("model", "freeze_trunk", "bf16", "batch", "context", "seed")},
         }  # fmt: skip
 
     def progress(self, world: int = 1) -> float:
@@ -440,12 +442,12 @@ def prepare(args, rank: int, world: int) -> tuple[Llama, tiktoken.Encoding | Non
         for first, exit in zip((0, *exits), exits):
             h = model.run(h, first, exit)
             model.exit_heads[str(exit)] = head = ExitHead(model.config, width, vocab).to(args.device)
-            level(head, h, model.head.weight)
+            equalise_norms(head, h, model.head.weight)
     return model, tokenizer, text, held
 
 
 @torch.no_grad()
-def level(head: ExitHead, h: Tensor, matrix: Tensor) -> None:
+def equalise_norms(head: ExitHead, h: Tensor, matrix: Tensor) -> None:
     """Start a head's norms so that all coordinates of h (B, N, D) leave them equally large, and logits of size 1.
 
     A few coordinates of a trunk's hidden states are tens of times larger than the rest, and would drown them.

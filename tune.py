@@ -3,7 +3,8 @@
 Running every ladder would take hours. So each ladder's speed is predicted from measured parts, and only
 the most promising are run, and what lies next to the fastest of them:
 
-    seconds  =  sum over steps of  ( sum over the step's segments of  layers * layer_seconds[width]  +  head_seconds )
+    seconds  =  prefill  +  sum over steps of  ( sum over the step's segments of segment_seconds[width]
+                                                 +  head_seconds[width]  +  loop_seconds )
 
 Which steps a ladder takes is found by replaying the recursion on what every exit predicts along the
 model's own greedy text, and how sure it is. That is exact as long as all drafts are right; where the text
@@ -20,15 +21,17 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import write_whole
-from faststep import FixedStep
+from faststep import WIDTH, FixedStep
 from hispec import Generation, generate, look_up
 from kvcache import KVCache
 from model import Llama
@@ -37,7 +40,7 @@ LADDERS = Path(__file__).parent / "results" / "ladders.json"  # what was found, 
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)  # what is tried at each level
 COARSE = (1, 2, 4, 8, 16)  # the same where three levels draft
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
-WIDTHS = (1, 2, 3, 4, 6, 8, 12, 17)  # positions in a timed pass; those between are interpolated
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 20)  # positions in a timed pass, up to more than any ladder takes; others in between
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # exits that are tried where all share the model's head
 CONTEXT = 128  # positions before a timed pass
 RUN = 6  # ladders that are run, of each kind
@@ -49,7 +52,7 @@ KINDS = {  # how many exits below the full model, and whether the first is a loo
     "three exits": (3, False),
 }
 
-Ladder = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]  # exits, windows, thresholds
+Rungs = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]  # exits, windows, thresholds
 
 
 def tune(
@@ -70,10 +73,10 @@ def tune(
     costs = measure_costs(model, exits, decode, fixed)
     traces = [trace(model, prompt, max_new_tokens, stop, exits, decode) for prompt in prompts]
 
-    def predicted(ladder: Ladder) -> float:
+    def predicted(ladder: Rungs) -> float:
         return sum(t.prefill + replay(t, ladder, costs, model.config.n_layers) for t in traces)
 
-    greedy: Ladder = ((), (), ())
+    greedy: Rungs = ((), (), ())
     best = {}
     kinds = {name: kind for name, kind in KINDS.items() if kind[0] - kind[1] <= len(exits)}
     for name, (levels, looks_up) in kinds.items():
@@ -92,7 +95,7 @@ def tune(
         ranked = sorted(seconds, key=seconds.__getitem__)
         plain = [ladder for ladder in ranked if ladder[2] == never]
         chosen = list(dict.fromkeys([*ranked[: RUN - 2], *plain[:2], *ranked]))[:RUN]  # as many of either kind
-        measured: dict[Ladder, float] = {}
+        measured: dict[Rungs, float] = {}
         while chosen:  # the most promising, then the neighbours of the fastest, until none is faster
             made = run({ladder: make_decoder(*ladder) for ladder in [greedy, *chosen]}, prompts, max_new_tokens, stop)
             took = {ladder: sum(g.seconds for g in made[ladder]) for ladder in made}
@@ -108,7 +111,7 @@ def tune(
     return best
 
 
-def neighbours(ladder: Ladder) -> list[Ladder]:
+def neighbours(ladder: Rungs) -> list[Rungs]:
     """The same ladder with one of its windows a step longer or shorter."""
     exits, windows, thresholds = ladder
     near = []
@@ -119,9 +122,9 @@ def neighbours(ladder: Ladder) -> list[Ladder]:
     return [n for n in near if list(n[1]) == sorted(n[1])]
 
 
-def run(decoders: dict[Ladder, Callable], prompts, max_new_tokens: int, stop) -> dict[Ladder, list[Generation]]:
+def run(decoders: dict[Rungs, Callable], prompts, max_new_tokens: int, stop) -> dict[Rungs, list[Generation]]:
     """Each ladder's generation for each prompt: they take turns on it, and the faster of two turns counts."""
-    made: dict[Ladder, list[Generation]] = {ladder: [] for ladder in decoders}
+    made: dict[Rungs, list[Generation]] = {ladder: [] for ladder in decoders}
     for prompt in tqdm(prompts, "running ladders", leave=False):
         turns = [[decode(prompt, max_new_tokens, stop=stop) for decode in decoders.values()] for _ in range(2)]
         for ladder, *two in zip(made, *turns):
@@ -134,49 +137,48 @@ def run(decoders: dict[Ladder, Callable], prompts, max_new_tokens: int, stop) ->
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds, by the number of positions in a pass (each list as long as WIDTHS).
+    """Seconds, listed by the number of positions in a pass: 0 .. WIDTHS[-1].
 
-    A fixed step's are all equal: up to faststep.WIDTH positions, a pass costs the same.
+    A segment is charged the difference of two depths: a level that drafts runs the same few layers over and over,
+    which stay in the processor's caches, so that its layers are cheaper than a full pass's.
     """
 
-    layer: list[float]  # of one layer of the trunk
+    trunk: dict[int, list[float]]  # of the layers down to each depth, 0 included
     head: dict[int, list[float]]  # of what comes after an exit: its block, its norm, its output matrix
     loop: float  # of a step, outside the model
-
-    @staticmethod
-    def at(seconds: list[float], width: int) -> float:
-        """Linear between the measured widths, and beyond them."""
-        i = next((i for i, w in enumerate(WIDTHS[1:-1], 1) if width <= w), len(WIDTHS) - 1)
-        slope = (seconds[i] - seconds[i - 1]) / (WIDTHS[i] - WIDTHS[i - 1])
-        return seconds[i] + slope * (width - WIDTHS[i])
 
 
 @torch.inference_mode()
 def measure_costs(model: Llama, exits: tuple[int, ...], decode: Callable, fixed: bool) -> Costs:
     c, weight = model.config, model.embed.weight
-    context = min(CONTEXT, c.max_seq_len - WIDTHS[-1])
+    depths, context = (*exits, c.n_layers), min(CONTEXT, c.max_seq_len - WIDTHS[-1])
+    trunk, head = {0: [0.0] * (WIDTHS[-1] + 1)}, {}
     if fixed:  # a pass costs the same however few positions it is for
+        passes = [math.ceil(width / WIDTH) for width in range(WIDTHS[-1] + 1)]
         layer = timed(FixedStep(model, (), context).segments[0], weight.is_cuda) / c.n_layers
-        costs = [layer] * len(WIDTHS)
-        head = {c.n_layers: [timed(FixedStep(model, (), context).heads[0], weight.is_cuda)] * len(WIDTHS)}
-        for e in exits:
-            step = FixedStep(model, (e,), context)
+        for e in depths:
+            step = FixedStep(model, (e,) if e < c.n_layers else (), context)
             whole = timed(lambda step=step: (step.segments[0](), step.heads[0]()), weight.is_cuda)
-            head[e] = [max(0.0, whole - e * layer)] * len(WIDTHS)
+            trunk[e], head[e] = ([n * seconds for n in passes] for seconds in (e * layer, max(0.0, whole - e * layer)))
     else:
         cache = KVCache(c, (), context + WIDTHS[-1], weight.device, weight.dtype, model.blocks)
         ids = torch.zeros(1, WIDTHS[-1], dtype=torch.long, device=weight.device)
         states = [model.embed(ids[:, :n]) for n in WIDTHS]
 
-        def after(h: Tensor, e: int) -> Tensor:
+        def run_down_to(e: int, h: Tensor) -> Tensor:
+            return model.run(h, 0, e, context, cache)
+
+        def choose_at(e: int, h: Tensor) -> Tensor:
             return model.logits(model.read(h, e, context, cache), e).argmax(-1)
 
-        costs = [timed(lambda h=h: model.run(h, 0, c.n_layers, context, cache), weight.is_cuda) for h in states]
-        costs = [seconds / c.n_layers for seconds in costs]
-        head = {e: [timed(lambda h=h, e=e: after(h, e), weight.is_cuda) for h in states] for e in (*exits, c.n_layers)}
-    known = Costs(costs, head, 0.0)
-    modelled = 24 * (known.at(costs, 1) * c.n_layers + known.at(head[c.n_layers], 1))
-    return Costs(costs, head, max(0.0, (decode([0], 24).seconds - modelled) / 24))
+        def by_width(call: Callable, e: int) -> list[float]:
+            seconds = [timed(partial(call, e, h), weight.is_cuda) for h in states]
+            return [0.0, *np.interp(range(1, WIDTHS[-1] + 1), WIDTHS, seconds).tolist()]
+
+        trunk |= {e: by_width(run_down_to, e) for e in depths}
+        head |= {e: by_width(choose_at, e) for e in depths}
+    modelled = 24 * (trunk[c.n_layers][1] + head[c.n_layers][1])
+    return Costs(trunk, head, max(0.0, (decode([0], 24).seconds - modelled) / 24))
 
 
 def timed(call: Callable, on_gpu: bool) -> float:
@@ -215,7 +217,7 @@ def trace(model: Llama, prompt: list[int], max_new_tokens: int, stop, exits: tup
     return Trace(prompt, prefill, choices, sure)
 
 
-def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
+def replay(trace: Trace, ladder: Rungs, costs: Costs, n_layers: int) -> float:
     """Seconds after the prompt: hispec's recursion, with recorded choices in place of the model."""
     exits, windows, thresholds = ladder
     depths, thresholds = (*exits, n_layers), (*thresholds, 0.0)
@@ -233,9 +235,10 @@ def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
                 propose(k - 1, min(windows[k - 1], goal - base))
             above = 0
             for j in range(k + 1):
-                seconds += costs.at(costs.layer, len(text) - seen[j] - 1) * (depths[j] - above)
+                width = len(text) - seen[j] - 1
+                seconds += costs.trunk[depths[j]][width] - costs.trunk[above][width]
                 seen[j], above = len(text) - 1, depths[j]
-            seconds += costs.at(costs.head[depth], len(text) - base + 1) + costs.loop
+            seconds += costs.head[depth][len(text) - base + 1] + costs.loop
             kept = base
             while kept < min(len(text), end - 1) and text[kept] == choices[kept]:
                 kept += 1

@@ -362,7 +362,10 @@ def test_tuning_runs_as_many_ladders_of_either_kind(monkeypatch, fixed):
         assert best["measured"] == max(r["measured"] for r in best["ran"])
 
 
-ONE_A_PASS = tune.Costs([0.0] * len(tune.WIDTHS), {e: [1.0] * len(tune.WIDTHS) for e in range(1, 9)}, 0.0)
+EVERY_WIDTH = range(tune.WIDTHS[-1] + 1)
+ONE_A_PASS = tune.Costs(
+    {e: [0.0 for _ in EVERY_WIDTH] for e in range(9)}, {e: [1.0 for _ in EVERY_WIDTH] for e in range(1, 9)}, 0.0
+)
 
 
 def test_a_replay_takes_the_steps_that_a_generation_takes():
@@ -378,20 +381,37 @@ def test_a_replay_takes_the_steps_that_a_generation_takes():
     assert doubting == tune.replay(text, ((3,), (1,), (0.0,)), ONE_A_PASS, model.config.n_layers)
 
 
-def test_costs_between_the_measured_widths_are_interpolated():
-    seconds = [float(w) for w in tune.WIDTHS]
-    assert [tune.Costs.at(seconds, n) for n in (1, 2, 5, 10, 17, 40)] == [1, 2, 5, 10, 17, 40]
+def test_a_replay_charges_each_segment_the_difference_of_its_depths():
+    """All drafts right, two a step: level 0 runs layers 0..2, the full model 3..7, a head each."""
+    trunk = {e: [e**2 * w for w in EVERY_WIDTH] for e in (0, 2, 7)}
+    costs = tune.Costs(trunk, {2: [0.5 for _ in EVERY_WIDTH], 7: [3.0 for _ in EVERY_WIDTH]}, 0.25)
+    text = tune.Trace([1], 0.0, {2: [5] * 6, 7: [5] * 6}, {2: [1.0] * 6, 7: [1.0] * 6})
+    drafts, checks = 4, 2  # the second round begins with the full model's own token, which level 0 has not run
+    layers = 4 * 5 + (49 - 4) * 5  # five positions in all: the first round's drafts and token, then two drafts
+    assert tune.replay(text, ((2,), (2,), (0.0,)), costs, 7) == layers + drafts * 0.75 + checks * 3.25
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_costs_are_measured_by_width_or_once_if_it_is_fixed(fixed):
+def test_costs_are_measured_by_width_or_by_the_pass_if_it_is_fixed(monkeypatch, fixed):
+    monkeypatch.setattr(tune, "timed", lambda call, on_gpu: 1.0)
     model = random_model()
     costs = tune.measure_costs(model, (1, 3), bench.decoder(model, 64 if fixed else None), fixed)
-    assert costs.head.keys() == {1, 3, 5} and costs.loop >= 0
-    for row in (costs.layer, *costs.head.values()):
-        assert len(row) == len(tune.WIDTHS)
-        assert (len(set(row)) == 1) == fixed
-    assert min(costs.layer) > 0
+    assert costs.trunk.keys() == {0, 1, 3, 5} and costs.head.keys() == {1, 3, 5} and costs.loop >= 0
+    assert set(costs.trunk[0]) == {0}
+    for row in costs.trunk[5], *costs.head.values():
+        assert len(row) == len(EVERY_WIDTH) and row[0] == 0
+    # each timing takes a second: the fixed step needs two passes for more than sixteen positions
+    assert costs.trunk[5][1:] == [1 + (fixed and w > 16) for w in EVERY_WIDTH[1:]]
+    assert costs.trunk[3][1] == pytest.approx(3 / 5 if fixed else 1)
+
+
+def test_costs_between_the_timed_widths_are_interpolated(monkeypatch):
+    model = random_model()
+    run = lambda h, first, last, start=0, cache=None: h  # noqa: E731
+    monkeypatch.setattr(model, "run", run)
+    monkeypatch.setattr(tune, "timed", lambda call, on_gpu: float(call().shape[1]) if call().ndim == 3 else 1.0)
+    costs = tune.measure_costs(model, (1, 3), lambda prompt, n: Generation([3] * n, [], 1.0), False)
+    assert costs.trunk[3] == pytest.approx([float(w) for w in EVERY_WIDTH])
 
 
 HEADER = {

@@ -238,8 +238,8 @@ def test_pairs_of_exits_are_predicted_with_their_best_windows(few_windows, monke
 
 
 def test_a_step_takes_its_layers_its_head_and_the_loop():
-    widths = np.array(tune.WIDTHS, float)
-    costs = tune.Costs(list(2 + widths), {8: list(10 * widths)}, 0.5)
+    widths = np.arange(tune.WIDTHS[-1] + 1)
+    costs = tune.Costs({e: list(e * (2.0 + widths)) for e in (0, 2, 8)}, {8: list(10 * widths)}, 0.5)
     assert figures.step_seconds(costs, 8) == 8 * 3 + 10 + 0.5
     assert figures.step_seconds(costs, 8, 4, below=2) == 2 * 3 + 6 * 6 + 40 + 0.5
 
@@ -279,8 +279,9 @@ def test_the_formula_is_what_the_recursion_takes_when_width_is_free(p, q):
     draft = [m if rng.random() < p else 2 for m in middle]
     choices = {2: draft, 8: middle, 32: [0] * n}
     text = tune.Trace([], 0.0, choices, {e: [1.0] * n for e in choices})
-    flat = [1 / 32] * len(tune.WIDTHS)
-    costs = tune.Costs(flat, {e: [0.0] * len(flat) for e in choices}, 0.0)
+    widths = range(tune.WIDTHS[-1] + 1)
+    free = {e: [0.0 for _ in widths] for e in choices}
+    costs = tune.Costs({e: [e / 32 for _ in widths] for e in (0, *choices)}, free, 0.0)
 
     def best(exits, windows):
         return max(n / tune.replay(text, (exits, w, (0.0,) * len(exits)), costs, 32) for w in windows)
@@ -317,8 +318,9 @@ def drawn(plot, data):
 
 
 def test_the_wall_shows_milliseconds_of_a_token(data):
-    layer = [0.001 * w for w in tune.WIDTHS]
-    costs = tune.Costs(layer, {e: [0.01] * len(layer) for e in (1, 2, 4, 9)}, 0.002)
+    widths = range(tune.WIDTHS[-1] + 1)
+    trunk = {e: [0.001 * e * w for w in widths] for e in (0, 1, 2, 4, 9)}
+    costs = tune.Costs(trunk, {e: [0.01 for _ in widths] for e in (1, 2, 4, 9)}, 0.002)
     (axes,) = drawn(figures.plot_wall, dataclasses.replace(data, costs=costs))
     drafted, checked, full = ({x: y for x, y in zip(*line.get_data(), strict=True)} for line in axes.lines)
     assert drafted == pytest.approx({e: e + 12 for e in (1, 2, 4, 9)})
@@ -387,7 +389,7 @@ def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):
 
     monkeypatch.setattr(figures, "speed_up_by_rates", watched)
     first, *_ = drawn(figures.plot_where, data)
-    steps = [sum([e * data.costs.layer[0], data.costs.head[e][0], data.costs.loop]) for e in (2, 4, 9)]
+    steps = [data.costs.trunk[e][1] + data.costs.head[e][1] + data.costs.loop for e in (2, 4, 9)]
     here = steps[0] / steps[2], steps[1] / steps[2]
     fractions = [here, (1 / 8, 1 / 4), (1 / 32, 1 / 8), here]
     assert [x[:2] for x in asked] == [pytest.approx(x) for x in fractions]
