@@ -267,7 +267,7 @@ def figures(methods, requests, runs, m: int, chosen) -> dict:
 
     last = [runs[-1][m][r] for r in picked]  # decoding is deterministic: the counts are those of every repeat
     levels = list(zip(*(generation.levels for generation in last), strict=True))
-    tokens = sum(len(generation.tokens) for generation in last)
+    tokens, prompts = sum(len(generation.tokens) for generation in last), sum(len(requests[r].prompt) for r in picked)
     differing = [differing_tokens(runs[-1][m][r].tokens, requests[r].greedy) for r in picked]
     return {
         "tokens_per_second": statistics.median(rate(repeat, m) for repeat in runs),
@@ -275,6 +275,7 @@ def figures(methods, requests, runs, m: int, chosen) -> dict:
         "speedup_vs_single_layer": speedup_over("single-layer"),
         "tokens_per_target_pass": tokens / sum(s.calls for s in levels[-1]) if levels else None,
         "acceptance": [ratio(sum(s.accepted for s in level), sum(s.proposed for s in level)) for level in levels[:-1]],
+        "positions": [(sum(s.positions for s in level) - prompts) / tokens for level in levels],
         "identical": differing.count(0),
         "prompts": len(picked),
         "tokens": tokens,
@@ -536,7 +537,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="first find the fastest exits and windows, and keep them")
     parser.add_argument("--peers", action="store_true", help="also measure transformers' decoding of the same weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw seven figures into DIR, as PNG and SVG")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw nine figures into DIR, as PNG and SVG")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.step = args.step or ("fixed" if args.device.startswith("cuda") else "plain")

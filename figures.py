@@ -1,4 +1,4 @@
-"""Seven figures of one run of the bench: what a level costs, where levels agree, and when drafting pays.
+"""Nine figures of one run of the bench: what a pass and a level cost, where levels agree, when drafting pays.
 
     python bench.py --figures DIR
 
@@ -29,7 +29,20 @@ from tqdm import tqdm
 from checkpoints import write_whole
 from model import Llama
 from train_exits import measure
-from tune import DEPTHS, THRESHOLDS, WINDOWS, Costs, Rungs, default_exits, measure_costs, replay, run, trace
+from tune import (
+    CONTEXT,
+    DEPTHS,
+    THRESHOLDS,
+    WIDTHS,
+    WINDOWS,
+    Costs,
+    Rungs,
+    default_exits,
+    measure_costs,
+    replay,
+    run,
+    trace,
+)
 
 N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
 FEW = 6  # prompts they are run on, each of another category
@@ -211,6 +224,19 @@ def speed_up_by_rates(d: float, i: float, p, q, full: float = 1.0) -> tuple[np.n
 # ---- drawing --------------------------------------------------------------------------------------------
 
 
+def plot_pass(figure: Figure, data: Data) -> str:
+    axes, n, widths = figure.subplots(), data.n_layers, np.arange(1, WIDTHS[-1] + 1)
+    whole = 1e3 * (np.array(data.costs.trunk[n]) + data.costs.head[n])[1:]
+    axes.plot(widths, widths * whole[0], color="0.4", linestyle=":", label="as many passes over one")
+    axes.plot(widths, whole, label="one pass over all")
+    axes.plot(widths, whole / widths, label="of it, for each position")
+    axes.set(xlabel="positions in a pass", ylabel="milliseconds", xlim=(1, widths[-1]), ylim=(0, 1.5 * whole[-1]))
+    axes.set_xticks([1, *range(4, WIDTHS[-1] + 1, 4)])
+    axes.set_title(f"A pass over 8 positions takes {whole[7] / whole[0]:.1f} times as long as a pass over one")
+    axes.legend()
+    return f"The full model, {CONTEXT} positions into a text. Measured at {', '.join(map(str, WIDTHS))} positions."
+
+
 def plot_wall(figure: Figure, data: Data) -> str:
     (draft, middle), (n_d, n_i), _ = data.ladder
     n, costs, axes = data.n_layers, data.costs, figure.subplots()
@@ -247,6 +273,31 @@ def plot_agreement(figure: Figure, data: Data) -> str:
     axes.set_title(f"On greedy answers the full model agrees with {seen}")
     axes.legend(loc="lower right")
     return "Teacher-forced: every layer reads the same text. Dotted: HiSpec's exits in this run."
+
+
+def plot_reuse(figure: Figure, data: Data) -> str:
+    axes, ours = figure.subplots(), [r for r in data.results if r["positions"]]
+    totals = {}
+    for x, r in enumerate(ours):
+        depths, bottom = (0, *r["exits"], data.n_layers), 0.0
+        for k, (positions, above, depth) in enumerate(zip(r["positions"], depths, depths[1:])):
+            colour = COLOURS[len(r["positions"]) - 1 - k]  # the full model's is the same for all
+            axes.bar(x, positions * (depth - above), 0.6, bottom, color=colour, edgecolor="white")
+            bottom += positions * (depth - above)
+        alone = sum(positions * depth for positions, depth in zip(r["positions"], depths[1:]))
+        axes.plot(x, alone, "_k", markersize=40, markeredgewidth=3)
+        axes.annotate(f"{bottom:.0f}", (x, bottom / 2), ha="center", va="center", color="white", weight="bold")
+        axes.annotate(f"{alone:.0f}", (x, alone), (0, 6), textcoords="offset points", ha="center")
+        totals[r["name"]] = bottom, alone
+    axes.set_xticks(range(len(ours)), ["\n".join([r["name"], str(r["exits"] or "")]).strip() for r in ours])
+    axes.set(ylabel="layers run for each new token")
+    axes.margins(y=0.12)
+    shared, alone = totals["hispec"]
+    axes.set_title(f"HiSpec runs {shared:.0f} layers a token; if its levels shared nothing, it would be {alone:.0f}")
+    return (
+        "Counted: passes of a position through a layer, kept or rejected, after the prompt, over the tokens written. "
+        "Stacked by segment, the draft's below and the full model's on top. Black: if each level began at layer 0."
+    )
 
 
 def plot_windows(figure: Figure, data: Data) -> str:
@@ -375,8 +426,10 @@ def plot_where(figure: Figure, data: Data) -> str:
 
 
 PLOTS: dict[str, Callable[[Figure, Data], str]] = {
+    "one-pass": plot_pass,
     "verification-wall": plot_wall,
     "agreement": plot_agreement,
+    "reuse": plot_reuse,
     "windows": plot_windows,
     "exits": plot_exits,
     "categories": plot_categories,

@@ -63,6 +63,13 @@ def test_speedups_are_medians_of_ratios_within_a_repeat():
     assert result["speedup_vs_single_layer"] == pytest.approx(9 / 5)
 
 
+def test_positions_are_those_after_the_prompt_for_each_token():
+    request = Request("chat", [1, 2, 3], [5, 6])
+    one, two = generation([5, 6], 1.0, (5, 2, 2, 2, 4)), generation([5, 6], 1.0, (1, 2, 2, 2, 8), (5, 1, 2, 2, 5))
+    assert figures(METHODS, [request], [[[one], [two], [one]]], 0, "chat".__eq__)["positions"] == [(4 - 3) / 2]
+    assert figures(METHODS, [request], [[[one], [two], [one]]], 1, "chat".__eq__)["positions"] == [(8 - 3) / 2, 2 / 2]
+
+
 def test_figures_of_one_category():
     result = figures(METHODS, REQUESTS, made_up_runs(), 2, "code".__eq__)
     assert result["tokens_per_second"] == pytest.approx((2 / 1 + 2 / 2) / 2)
