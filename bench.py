@@ -14,9 +14,6 @@ where it has not been run, the paper's.
 import argparse
 import json
 import math
-import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
@@ -26,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,7 +31,7 @@ from tqdm import tqdm
 
 import figures as drawn
 import hispec
-from checkpoints import load, must_be_writable, save, write_whole
+from checkpoints import describe, load, must_be_writable, save, write_whole
 from faststep import FixedStep
 from hispec import Generation, generate
 from kvcache import KVCache
@@ -79,7 +75,7 @@ def main() -> None:
     stop = stop_tokens(tokenizer)
     if device == "cpu":
         torch.set_num_threads(best_threads(model))
-    header = describe(args.model, device, dtype, args.step)
+    header = {"step": args.step, **describe(args.model, device, dtype)}
     chosen = saved_ladders(header, model)
     print(header["device"], f"{header['threads']} threads", header["dtype"], header["model"], sep=" · ", flush=True)
 
@@ -406,31 +402,6 @@ def level_agreement(model: Llama, method: Method, requests: list[Request]) -> di
 
 # ---------------------------------------------------------------------------------------------------
 # Reporting
-
-
-def describe(name: str, device: str, dtype: torch.dtype, step: str) -> dict:
-    """What a reader needs to know to repeat the measurement."""
-    if device.startswith("cuda"):
-        hardware = torch.cuda.get_device_name(device)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        hardware = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-    versions.update({package: metadata.version(package) for package in ("numpy", "tiktoken")})
-    command = shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
-    return {
-        "device": hardware,
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "step": step,
-        "model": name,
-        "versions": versions,
-        "command": command,
-    }
 
 
 def print_tables(results: list[dict]) -> None:

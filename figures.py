@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
-from checkpoints import write_whole
+from checkpoints import in_words, write_whole
 from model import Llama
 from train_exits import measure
 from tune import (
@@ -440,12 +440,10 @@ PLOTS: dict[str, Callable[[Figure, Data], str]] = {
 
 def save(folder: Path, data: Data, header: dict) -> None:
     """Write each figure as PNG and SVG; below it what its plot says of it, then how and where it was measured."""
-    versions = ", ".join(f"{package} {version}" for package, version in header["versions"].items())
-    where = "{model}, {dtype}, {device}, threads: {threads}; ".format(**header) + versions
     for name, plot in PLOTS.items():
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(9.6, 5.6), layout="constrained")
-            below = (plot(figure, data), where, header["command"])
+            below = (plot(figure, data), in_words(header), header["command"])
             lines = [line for text in below for line in textwrap.wrap(text, 125, break_on_hyphens=False)]
             figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color="0.3")
             for kind, about in (("png", None), ("svg", {"Date": None})):

@@ -32,6 +32,7 @@ import json
 import math
 import os
 import sysconfig
+import textwrap
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -50,7 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints import write_whole
+from checkpoints import describe, in_words, write_whole
 from model import Config, ExitHead, Llama
 from tokenizer import END, chat, learn_bpe, stop_tokens
 
@@ -93,7 +94,7 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
     model, tokenizer, text, held = prepare(args, rank, world)
     if args.steps == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        return report(args.out, model.eval(), held, args.context, None)
+        return report(args, model.eval(), held, None)
     names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     # bfloat16 computes in a copy: one step is too small for its 8 bits, so float32 weights add them up
     work = copy.deepcopy(model).bfloat16() if args.bf16 else model
@@ -121,7 +122,7 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
     loop(args, run, losses, pieces, held, rank, world)
     if rank == 0:
         written, _ = checkpoints.load(args.out / "model", args.device, work.embed.weight.dtype)
-        report(args.out, written, held, args.context, original)
+        report(args, written, held, original)
 
 
 def loop(args, run, losses, pieces, held, rank, world) -> None:
@@ -650,10 +651,11 @@ def measure(model: Llama, rows: Tensor, start: int = 0, depths: tuple | None = N
     return total, agree[1:-1].tolist()
 
 
-def report(out: Path, model: Llama, held: Tensor, context: int, original: Llama | None) -> None:
+def report(args: argparse.Namespace, model: Llama, held: Tensor, original: Llama | None) -> None:
     """Print and draw every layer's agreement with the full model, and what was kept of the original."""
+    out, context, start = args.out, args.context, args.context // 2
+    header = describe(args.model or "a new model", args.device, model.embed.weight.dtype)
     rows = held_rows(held, 2 * context)
-    start = context // 2
     loss, on_text = measure(model, rows)
     greedy = sample(model, rows[:, :start], 2 * context + 1, torch.zeros(len(rows), dtype=torch.bool))
     _, on_greedy = measure(model, greedy, start - 1)
@@ -670,12 +672,14 @@ def report(out: Path, model: Llama, held: Tensor, context: int, original: Llama 
         print(f"kept of the original: agreement {same:.1%}, KL {kl:.4f} nats, "
               f"perplexity {was:.2f} -> {math.exp(loss):.2f}")  # fmt: skip
     layers = range(1, len(on_text) + 1)
+    setting = [in_words(header), header["command"]]
     lines = [
+        *(f"# {line}" for line in setting),
         "layer,held_out_text,greedy_continuations",
         *(f"{i},{a},{b}" for i, a, b in zip(layers, on_text, on_greedy)),
     ]
     write_whole(out / "agreement.csv", lambda to: to.write_text("\n".join(lines) + "\n", "utf-8"))
-    figure = Figure((7, 4))
+    figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(layers, on_text, label="held-out text")
     axes.plot(layers, on_greedy, label="greedy continuations")
@@ -683,6 +687,8 @@ def report(out: Path, model: Llama, held: Tensor, context: int, original: Llama 
         axes.axvline(exit, color="grey", linestyle=":")
     axes.set(xlabel="exit after layer", ylabel="agreement with the full model", ylim=(0, 1))
     axes.legend()
+    caption = [line for text in setting for line in textwrap.wrap(text, 110, break_on_hyphens=False)]
+    figure.supxlabel("\n".join(caption), x=0.01, ha="left", fontsize=7, color="0.3")
     write_whole(out / "agreement.png", lambda to: figure.savefig(to, format="png", dpi=150))
 
 

@@ -86,7 +86,8 @@ def test_from_scratch_learns_text_and_exits(tmp_path, corpus):
     assert loss < untrained / 2
     assert min(agreement(model, model.exits, corpus, tokenizer)) > 0.6
     assert (tmp_path / "run" / "agreement.png").stat().st_size > 1000
-    assert len((tmp_path / "run" / "agreement.csv").read_text().splitlines()) == model.config.n_layers
+    setting, command, title, *rows = (tmp_path / "run" / "agreement.csv").read_text().splitlines()
+    assert len(rows) == model.config.n_layers - 1
     prompt = tokenizer.encode("for i in")
     greedy = generate(model, prompt, 40)
     assert generate(model, prompt, 40, exits=(1, 2), windows=(2, 4)).tokens == greedy.tokens
@@ -141,7 +142,9 @@ def test_no_steps_only_measure(tmp_path, corpus, trunk):
     train_exits.main(f"--out {tmp_path / 'run'} --corpus {corpus} --model {trunk} --steps 0 --context 16".split())
     assert {file.name for file in (tmp_path / "run").iterdir()} == {"agreement.csv", "agreement.png"}
     lines = (tmp_path / "run" / "agreement.csv").read_text().splitlines()
-    assert lines[0] == "layer,held_out_text,greedy_continuations" and len(lines) == 4
+    assert lines[0].startswith(f"# {trunk}, float32, ") and f"torch {torch.__version__}" in lines[0]
+    assert lines[1].startswith("# python ")
+    assert lines[2] == "layer,held_out_text,greedy_continuations" and len(lines) == 2 + 4
 
 
 def test_a_time_budget_ends_the_run(tmp_path, corpus):
