@@ -289,7 +289,7 @@ def plot_reuse(figure: Figure, data: Data) -> str:
         axes.annotate(f"{bottom:.0f}", (x, bottom / 2), ha="center", va="center", color="white", weight="bold")
         axes.annotate(f"{alone:.0f}", (x, alone), (0, 6), textcoords="offset points", ha="center")
         totals[r["name"]] = bottom, alone
-    axes.set_xticks(range(len(ours)), ["\n".join([r["name"], str(r["exits"] or "")]).strip() for r in ours])
+    axes.set_xticks(range(len(ours)), ["\n".join([r["name"], ", ".join(map(str, r["exits"]))]) for r in ours])
     axes.set(ylabel="layers run for each new token")
     axes.margins(y=0.12)
     shared, alone = totals["hispec"]
