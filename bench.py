@@ -508,7 +508,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tune", action="store_true", help="first find the fastest exits and windows, and keep them")
     parser.add_argument("--peers", action="store_true", help="also measure transformers' decoding of the same weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw nine figures into DIR, as PNG and SVG")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="also draw eleven figures into DIR, as PNG and SVG")
     args = parser.parse_args()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.step = args.step or ("fixed" if args.device.startswith("cuda") else "plain")

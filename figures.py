@@ -1,4 +1,4 @@
-"""Nine figures of one run of the bench: what a pass and a level cost, where levels agree, when drafting pays.
+"""Eleven figures of one run of the bench: what a pass and a level cost, where levels agree, when drafting pays.
 
     python bench.py --figures DIR
 
@@ -27,6 +27,9 @@ from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
 from checkpoints import in_words, write_whole
+from faststep import WIDTH, FixedStep
+from hispec import probabilities, step
+from kvcache import KVCache
 from model import Llama
 from train_exits import measure
 from tune import (
@@ -49,6 +52,7 @@ FEW = 6  # prompts they are run on, each of another category
 RATES = np.linspace(0.3, 1, 36)  # acceptance rates in the figure of the formula
 LEVELS = (0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4)  # speed-ups told apart there
 LONGEST = (12, 24)  # windows that the formula is tuned over: N_d and N_i, or a single layer's
+OPENING, SAMPLES, SHOWN = 16, 1000, 10  # tokens that are sampled after; how often; the likeliest, which are told apart
 GREEDY: Rungs = ((), (), ())
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito
 STYLE: dict[Any, Any] = {
@@ -79,6 +83,8 @@ class Data:
     pairs: dict[tuple[int, ...], float]  # predicted speed-up of one or two exits, with the best windows
     compared: dict[str, list[tuple[float, float]]]  # predicted and measured speed-ups, by kind of ladder
     rates: dict[str, tuple[float, float]]  # by category: p, draft and intermediate agree; q, intermediate and full do
+    law: np.ndarray  # (3, V) distributions of one token: the draft exit's, the full model's, what HiSpec sampled
+    moved: dict[str, list[float]]  # by step: how far the widths 1..WIDTH of a pass move logits
     results: list[dict]  # the bench's, one a method
 
 
@@ -153,6 +159,8 @@ def gather(
             category: rates([t for t, r in zip(traces, requests) if category in ("all", r.category)], ladder[0], n)
             for category in ("all", *firsts)
         },
+        law=law(model, requests, ladder, make_decoder),
+        moved=moved(model, [token for i in few for token in requests[i].prompt + requests[i].greedy]),
         results=results,
     )
 
@@ -176,6 +184,41 @@ def agreement(model: Llama, requests: list) -> tuple[list[float], list[float]]:
                 sums[k] += n * np.array(measure(model, row, start)[1])
                 counts[k] += n
     return tuple((s / n if n else s).tolist() for s, n in zip(sums, counts))
+
+
+@torch.inference_mode()
+def law(model: Llama, requests: list, ladder: Rungs, make_decoder: Callable) -> np.ndarray:
+    """One token's distribution (3, V) at temperature 1: the draft exit's, the full model's, HiSpec's in SAMPLES runs.
+
+    After the first OPENING tokens of the prompt for which draft and full model differ most on one token.
+    """
+    both = {}
+    for opening in {tuple(r.prompt[:OPENING]) for r in requests}:
+        ids = torch.tensor([opening], device=model.embed.weight.device)
+        rows = torch.stack([model(ids, exit)[0, -1] for exit in (ladder[0][0], model.config.n_layers)])
+        both[opening] = probabilities(rows, 1.0)
+    opening = max(both, key=lambda o: (both[o][0] - both[o][1]).abs().max().item())
+    decode, count = make_decoder(*ladder), np.zeros(model.config.vocab_size)
+    for seed in tqdm(range(SAMPLES), "sampling one token", leave=False):
+        count[decode(opening, 1, temperature=1.0, seed=seed).tokens] += 1
+    return np.stack([*both[opening].cpu().numpy(), count / SAMPLES])
+
+
+@torch.inference_mode()
+def moved(model: Llama, text: list[int]) -> dict[str, list[float]]:
+    """By step: how far logits are at most from those of passes over one position, if the pass holds 1 .. WIDTH."""
+    n, weight, depths = min(CONTEXT + WIDTH, model.config.max_seq_len), model.embed.weight, (model.config.n_layers,)
+    tokens, at, fast = torch.tensor((text * n)[:n], device=weight.device), n - WIDTH, FixedStep(model, (), n)
+    plain = KVCache(model.config, (), n, weight.device, weight.dtype)
+    far: dict[str, list[float]] = {"plain": [], "fixed": []}
+    for name, run_step, cache in (("plain", step, plain), ("fixed", fast, fast.open(model, (), n))):
+        run_step(model, cache, depths, tokens, at, 0, 1)
+        alone = torch.cat([run_step(model, cache, depths, tokens, at + i, 0, 1) for i in range(1, WIDTH + 1)])
+        for width in range(1, WIDTH + 1):
+            cache.rollback(at)
+            logits = run_step(model, cache, depths, tokens, at + width, 0, width)
+            far[name].append((logits - alone[:width]).abs().max().item())
+    return far
 
 
 def rates(traces: list, exits: tuple[int, ...], n_layers: int) -> tuple[float, float]:
@@ -298,6 +341,35 @@ def plot_reuse(figure: Figure, data: Data) -> str:
         "Counted: passes of a position through a layer, kept or rejected, after the prompt, over the tokens written. "
         "Stacked by segment, the draft's below and the full model's on top. Black: if each level began at layer 0."
     )
+
+
+def plot_sampling(figure: Figure, data: Data) -> str:
+    axes, likeliest = figure.subplots(), np.argsort(-data.law[1], kind="stable")[:SHOWN]
+    draft, full, drawn = bars = np.array([[*law[likeliest], 1 - law[likeliest].sum()] for law in data.law])
+    names = f"exit {data.ladder[0][0]}, which drafts", "the full model", f"HiSpec, {SAMPLES} samples"
+    for k, (name, heights, colour) in enumerate(zip(names, bars, ("0.7", *COLOURS))):
+        axes.bar(np.arange(len(heights)) + 0.28 * (k - 1), 100 * heights, 0.26, label=name, color=colour)
+    axes.set_xticks(range(len(full)), [*(str(i + 1) for i in range(len(likeliest))), "others"])
+    axes.set(xlabel="the full model's likeliest tokens", ylabel="probability (%)")
+    plain = np.random.default_rng(0).multinomial(SAMPLES, np.clip(full, 0, None) / full.clip(0).sum(), 1000) / SAMPLES
+    chance, off, far = (np.abs(x - full).sum(-1).mean() / 2 for x in (plain, drawn, draft))
+    axes.set_title(f"HiSpec's samples are {off:.1%} off the full model's law, the draft's law is {far:.0%} off")
+    axes.legend()
+    return (
+        f"One token at temperature 1, after the first {OPENING} of the prompt where draft and full model differ most. "
+        f"Off: half the sum of the bars' differences; {SAMPLES} samples of the full model itself are {chance:.1%} off."
+    )
+
+
+def plot_one_shape(figure: Figure, data: Data) -> str:
+    axes, labels = figure.subplots(), ("a pass as wide as its positions", f"a pass {WIDTH} wide, padded")
+    for far, label, style in zip(data.moved.values(), labels, ("o-", "s-")):
+        axes.plot(range(1, WIDTH + 1), far, style, label=label)
+    axes.set(xlabel="positions in the pass", ylabel="largest change of a logit")
+    plain, fixed = map(max, data.moved.values())
+    axes.set_title(f"Company in a pass moves logits by up to {plain:.2g}, in a pass of one shape by {fixed:.2g}")
+    axes.legend()
+    return f"The full model, {CONTEXT} positions into a text at most, against passes over one position each."
 
 
 def plot_windows(figure: Figure, data: Data) -> str:
@@ -431,6 +503,8 @@ PLOTS: dict[str, Callable[[Figure, Data], str]] = {
     "agreement": plot_agreement,
     "reuse": plot_reuse,
     "windows": plot_windows,
+    "sampling": plot_sampling,
+    "one-shape": plot_one_shape,
     "exits": plot_exits,
     "categories": plot_categories,
     "predictions": plot_predictions,

@@ -57,6 +57,7 @@ def few_windows(monkeypatch):
     monkeypatch.setattr(figures, "N_I", (2, 4))
     monkeypatch.setattr(figures, "WINDOWS", (1, 3))
     monkeypatch.setattr(figures, "THRESHOLDS", (0.0, 0.5))
+    monkeypatch.setattr(figures, "SAMPLES", 40)
 
 
 def gather(run, tuned=None, **patches) -> figures.Data:
@@ -75,7 +76,7 @@ def test_a_run_draws_each_figure_whole_and_twice(small_bench, few_windows, tmp_p
     _, result = small_bench("--quick", "--figures", str(tmp_path / "new" / "folder"))
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
     assert drawn.keys() == {f"{name}.{kind}" for name in figures.PLOTS for kind in ("png", "svg")}
-    assert len(drawn) == 18
+    assert len(drawn) == 22
     for name, content in drawn.items():
         if name.endswith(".png"):
             assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
@@ -203,6 +204,30 @@ def test_the_grid_is_run_and_its_texts_are_greedys(few_windows, monkeypatch):
 def test_thresholds_that_tuning_found_are_the_adaptive_line(few_windows):
     data = gather(small_run(thresholds=(0.3, 0.1)))
     assert list(data.speed)[-1] == ((2, 4), (2, 4), (0.3, 0.1))
+
+
+def test_one_token_is_sampled_where_draft_and_full_model_differ_most(few_windows, monkeypatch):
+    monkeypatch.setattr(figures, "OPENING", 2)
+    model, requests, _ = run = small_run()
+    laws = {}
+    for r in requests:
+        with torch.no_grad():
+            rows = [model(torch.tensor([r.prompt[:2]]), exit=e)[0, -1].softmax(-1).numpy() for e in (2, 9)]
+        laws[tuple(r.prompt[:2])] = rows
+    opening = max(laws, key=lambda o: max(abs(laws[o][0] - laws[o][1])))
+    draft, full, drawn = gather(run).law
+    assert draft == pytest.approx(laws[opening][0]) and full == pytest.approx(laws[opening][1])
+    ladder = dict(exits=(2, 4), windows=(2, 4))
+    tokens = [generate(model, opening, 1, **ladder, temperature=1.0, seed=s).tokens[0] for s in range(40)]
+    assert drawn == pytest.approx(np.bincount(tokens, minlength=len(full)) / 40)
+
+
+def test_company_moves_logits_in_the_plain_step_only(monkeypatch):
+    real = figures.step
+    monkeypatch.setattr(figures, "step", lambda *arguments: real(*arguments) + 0.5 * arguments[-1])
+    moved = figures.moved(random_model(4), [3, 1, 4])
+    assert moved["plain"] == pytest.approx([0.5 * more for more in range(figures.WIDTH)], abs=1e-9)
+    assert moved["fixed"] == [0.0] * figures.WIDTH
 
 
 def test_runs_keep_the_faster_turn_and_the_right_ladder():
@@ -355,6 +380,21 @@ def test_agreement_is_drawn_at_its_layer(data):
     for line, share in zip(axes.lines[:2], data.agreement, strict=True):
         assert dict(zip(*line.get_data(), strict=True)) == {e: 100 * a for e, a in enumerate(share, 1)}
     assert [line.get_xdata()[0] for line in axes.lines[2:]] == [2, 4]
+
+
+def test_a_law_is_drawn_by_the_full_models_likeliest_tokens(data, monkeypatch):
+    monkeypatch.setattr(figures, "SHOWN", 2)
+    law = np.array([[0.5, 0.25, 0.25], [0.1, 0.3, 0.6], [0.15, 0.25, 0.6]])
+    (axes,) = drawn(figures.plot_sampling, dataclasses.replace(data, law=law))
+    bars = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    assert bars == [pytest.approx(b) for b in ([25, 25, 50], [60, 30, 10], [60, 25, 15])]
+    assert axes.get_title() == "HiSpec's samples are 5.0% off the full model's law, the draft's law is 40% off"
+
+
+def test_both_steps_are_drawn_by_the_width_of_a_pass(data):
+    (axes,) = drawn(figures.plot_one_shape, data)
+    for line, far in zip(axes.lines, data.moved.values(), strict=True):
+        assert dict(zip(*line.get_data(), strict=True)) == dict(enumerate(far, 1))
 
 
 def test_windows_are_drawn_by_n_d_over_n_i(data):
