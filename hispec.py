@@ -343,16 +343,8 @@ def checked(config: Config, prompt, max_new_tokens, exits, windows, thresholds, 
         (seed,) = whole_numbers([seed], "seed")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be None or a whole number in 0..2**63-1, got {seed}")
-    return (
-        prompt,
-        max_new_tokens,
-        exits,
-        windows,
-        tuple(map(float, thresholds)),
-        float(temperature),
-        seed,
-        frozenset(stop),
-    )
+    thresholds = tuple(map(float, thresholds))
+    return prompt, max_new_tokens, exits, windows, thresholds, float(temperature), seed, frozenset(stop)
 
 
 def whole_numbers(values: Iterable[int], name: str) -> tuple[int, ...]:
