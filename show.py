@@ -7,8 +7,10 @@ Without a terminal, or with NO_COLOR set, the plain text is printed. --html also
 """
 
 import argparse
+import codecs
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,11 +28,12 @@ FULL, FALLEN, PLAIN = "\033[1;32m", "\033[9;31m", "\033[0m"  # bold green; struc
 class Painter:
     """Turns the events of a generation into coloured text, a piece for each verification by the full model.
 
-    exits: the ladder's. decode: token ids to text.
+    exits: the ladder's. spell: a token id to its bytes; a character that several tokens spell waits for its last byte.
     """
 
-    def __init__(self, exits: tuple[int, ...], decode):
-        self.exits, self.decode = exits, decode
+    def __init__(self, exits: tuple[int, ...], spell: Callable[[int], bytes]):
+        self.exits, self.spell = exits, spell
+        self.characters = codecs.getincrementaldecoder("utf-8")("replace")
         self.colours = (*(COLOURS[k % len(COLOURS)] for k in range(len(exits))), FULL)
         self.writers: dict[int, int] = {}  # position -> the level whose own token stands there
         self.fallen: dict[int, list[list[int]]] = {}  # position -> the drafts that were rejected from there on
@@ -48,8 +51,9 @@ class Painter:
             return None
         pieces = []
         for position, token in zip(range(event.base, end), event.text, strict=True):
-            pieces += [FALLEN + self.decode(drafts) + PLAIN for drafts in self.fallen.pop(position, [])]
-            pieces.append(self.colours[self.writers[position]] + self.decode([token]) + PLAIN)
+            for drafts in self.fallen.pop(position, []):
+                pieces.append(FALLEN + b"".join(map(self.spell, drafts)).decode("utf-8", "replace") + PLAIN)
+            pieces.append(self.colours[self.writers[position]] + self.characters.decode(self.spell(token)) + PLAIN)
         self.fallen.clear()
         return "".join(pieces)
 
@@ -112,7 +116,7 @@ def show(args: argparse.Namespace) -> None:
     exits = default_exits(model)[:2] if args.exits is None else tuple(args.exits)
     windows = tuple(2 ** (k + 1) for k in range(len(exits))) if args.windows is None else tuple(args.windows)
     prompt = chat(tokenizer, [args.prompt])
-    painter, events = Painter(exits, tokenizer.decode), []
+    painter, events = Painter(exits, tokenizer.decode_single_token_bytes), []
 
     def watch(event: Event) -> None:
         events.append(event)
@@ -129,7 +133,7 @@ def show(args: argparse.Namespace) -> None:
         model, prompt, args.max_new_tokens, exits=exits, windows=windows, temperature=args.temperature,
         seed=args.seed, stop=stop_tokens(tokenizer), watch=watch if coloured() or args.html else None,
     )  # fmt: skip
-    print("" if coloured() else tokenizer.decode(out.tokens))
+    print(painter.characters.decode(b"", final=True) if coloured() else tokenizer.decode(out.tokens))
     print(statistics(out))
     if args.html:
         depths = (*exits, model.config.n_layers)

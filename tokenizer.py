@@ -1,4 +1,4 @@
-"""A checkpoint's own vocabulary as a `tiktoken.Encoding`; chat format, end of an answer, streamed text.
+"""A checkpoint's own vocabulary as a `tiktoken.Encoding`; chat format, end of an answer.
 
 tiktoken has one number for a token's id and its merge priority, and merges any two pieces whose union is
 a token; Hugging Face and llama.cpp merge listed pairs in listed order. Both give the same ids on every
@@ -14,12 +14,10 @@ chat format of meta-llama/llama-models; SmolLM2's chat template.
 """
 
 import base64
-import codecs
 import heapq
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -69,20 +67,6 @@ def chat(tokenizer: tiktoken.Encoding, turns: list[str]) -> list[int]:
 def stop_tokens(tokenizer: tiktoken.Encoding) -> tuple[int, ...]:
     """Ids of the tokens that end an answer: whichever of STOPS the tokenizer has."""
     return tuple(tokenizer.encode_single_token(s) for s in STOPS if s in tokenizer.special_tokens_set)
-
-
-def stream(tokenizer: tiktoken.Encoding, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as its tokens come, in whole characters; all of it together is tokenizer.decode(tokens).
-
-    A character spread over several tokens waits for its last byte. Bytes that cannot become one turn
-    into U+FFFD. Raises KeyError for an id that is no token.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        if text := decoder.decode(tokenizer.decode_single_token_bytes(token)):
-            yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
 
 
 def from_gguf(meta: dict, vocab_size: int) -> tiktoken.Encoding | None:

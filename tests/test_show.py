@@ -7,21 +7,21 @@ from pathlib import Path
 
 import pytest
 from conftest import cases, random_model
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import show
-from hispec import generate
+from hispec import Event, generate
 
 ROOT = Path(__file__).parent.parent
 
 
-def letters(tokens: list[int]) -> str:
-    return "".join(chr(ord("A") + token) for token in tokens)
+def letter(token: int) -> bytes:
+    return bytes([ord("A") + token])
 
 
 def painted(model, prompt, n, **options):
-    painter, pieces = show.Painter(tuple(options.get("exits", ())), letters), []
+    painter, pieces = show.Painter(tuple(options.get("exits", ())), letter), []
     out = generate(model, prompt, n, **options, watch=lambda event: pieces.append(painter.see(event)))
     return out, "".join(piece for piece in pieces if piece)
 
@@ -30,7 +30,7 @@ def painted(model, prompt, n, **options):
 def test_what_is_not_struck_through_is_the_text(case, temperature):
     out, text = painted(case.model, case.prompt, case.max_new_tokens, **case.arguments, temperature=temperature, seed=1)
     standing = re.sub(re.escape(show.FALLEN) + ".*?" + re.escape(show.PLAIN), "", text)
-    assert re.sub("\033\\[[0-9;]*m", "", standing) == letters(out.tokens)
+    assert re.sub("\033\\[[0-9;]*m", "", standing) == b"".join(map(letter, out.tokens)).decode()
 
 
 def test_each_token_has_the_colour_of_the_level_that_wrote_it():
@@ -44,6 +44,27 @@ def test_each_token_has_the_colour_of_the_level_that_wrote_it():
     assert show.FALLEN in text
     _, looked_up = painted(model, [1, 2] * 5, 20, exits=(0, 3), windows=(3, 4))
     assert first in looked_up and middle in looked_up
+
+
+def shown_byte_by_byte(data: bytes) -> list[str]:
+    """What each of these tokens adds to the terminal, a byte a token, and what is left at the end."""
+    painter = show.Painter((), lambda token: bytes([token]))
+    pieces = [painter.see(Event(0, i, [], 0, [token], [i], 0.0)) for i, token in enumerate(data)]
+    settled = [piece.removeprefix(show.FULL).removesuffix(show.PLAIN) for piece in pieces]
+    return [*settled, painter.characters.decode(b"", final=True)]
+
+
+@given(st.text())
+@example("a😀é日")
+def test_a_character_is_shown_with_its_last_byte(text):
+    assert [piece for piece in shown_byte_by_byte(text.encode()) if piece] == [*text]
+
+
+@given(st.binary(max_size=30))
+@example(b"\xf0\x9f\x98")
+@example(b"\xe2\x28\xa1\xff\xc3")
+def test_bytes_that_are_no_character_are_shown_as_such(data):
+    assert "".join(shown_byte_by_byte(data)) == data.decode("utf-8", "replace")
 
 
 def hispec_command(*arguments):
