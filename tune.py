@@ -297,6 +297,7 @@ def saved_ladders(header: dict, model: Llama) -> dict[str, dict]:
             thresholds = found[name].get("thresholds", [0.0] * length)
             fits = len(exits) == len(windows) == len(thresholds) == length
             fits = fits and 0 < exits[0] <= exits[-1] < model.config.n_layers
+            fits = fits and 0 < min(windows) <= max(windows) <= WIDTHS[-1] - 2  # the widest pass that has a cost
         except (TypeError, KeyError):
             fits = False
         if not fits:

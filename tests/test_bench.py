@@ -448,7 +448,15 @@ def test_ladders_are_kept_by_model_dtype_and_device(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "ladder",
-    [{"exits": [1], "windows": [2]}, {"exits": [1, 5], "windows": [2, 2]}, {"exits": [1, 2]}, [], {"exits": 3}],
+    [
+        {"exits": [1], "windows": [2]},
+        {"exits": [1, 5], "windows": [2, 2]},
+        {"exits": [1, 2], "windows": [2, 19]},
+        {"exits": [1, 2], "windows": [0, 2]},
+        {"exits": [1, 2]},
+        [],
+        {"exits": 3},
+    ],
 )
 def test_a_ladder_that_does_not_fit_is_refused(monkeypatch, tmp_path, ladder):
     monkeypatch.setattr(tune, "LADDERS", tmp_path / "ladders.json")
