@@ -1,129 +1,140 @@
 """The fast step: every pass has the same shape, and on CUDA is one captured graph.
 
-`hispec.step` sends as many positions through a segment as there are. A GPU dislikes that twice: the host has
-to launch some twenty small kernels a layer, and the kernels that a library picks for one width round
-differently from those it picks for another, so that in bfloat16 a token can depend on how many drafts were
-checked beside it. Here a pass always holds WIDTH positions, the missing ones padded, and attention always
-reads the whole cache, what lies ahead being masked. Then
+`hispec.step` sends as many positions through a segment as there are. A GPU dislikes that twice: the
+host has to launch some twenty small kernels a layer, and the kernels that a library picks for one
+width round differently from those it picks for another, so that in bfloat16 a token can depend on
+how many drafts were checked beside it. Here a pass always holds WIDTH positions, the missing ones
+padded. Then
 
-- what a position yields does not depend on its company: all ladders give the same bits (tests/test_faststep.py);
-- the same kernels run on the same addresses whenever a segment is run, so that CUDA can record them once
-  and replay them with one launch.
+- what a position yields does not depend on its company: all ladders give the same bits;
+- the same kernels run on the same addresses whenever a segment is run, so that CUDA can record them
+  once and replay them with one launch.
 
-The loop in hispec.py does not change: it is told to call a `FixedStep` in place of its plain `step`. On a CPU
-nothing is captured, and padding costs more than it brings: there it serves to prove the bits equal.
+The prompt is read by the plain step in wide passes, which are the same whatever the ladder. The loop
+in hispec.py does not change: `generate(fast=...)` calls a `FixedStep` in place of its own `step`. On
+a CPU nothing is captured, and padding costs more than it brings: there it serves to prove the bits.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from kvcache import KVCache
+from hispec import step
+from kvcache import KVCache, up_to_chunk
 from model import Llama
 
 WIDTH = 16  # positions in a pass: on a GPU one position is hardly cheaper than sixteen
-
-
-class FixedCache(KVCache):
-    """A KVCache that is written at positions known on the device only, and read whole."""
-
-    def place(self, first: Tensor) -> Tensor:
-        """Make first (1,) .. first+WIDTH-1 the positions (WIDTH,) that `write` and `mask` are about."""
-        columns = torch.arange(self.max_len, device=first.device)
-        self.at = first + columns[:WIDTH]
-        self.visible = columns <= self.at[:, None]  # (WIDTH, max_len)
-        return self.at
-
-    def write(self, layer: int, start: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (1, G, WIDTH, E) at positions start (WIDTH,); return all the layer's keys and values."""
-        self.keys[layer].index_copy_(2, start, k)
-        self.values[layer].index_copy_(2, start, v)
-        return self.keys[layer], self.values[layer]
-
-    def mask(self, start: Any, n: int) -> Tensor:
-        """True (WIDTH, max_len) where a position may look."""
-        return self.visible
+GRAPHS = 256  # captured passes that are kept: the oldest go first
 
 
 class FixedStep:
-    """A step for one ladder, in place of `hispec.step`, with the cache it works on.
+    """A step for every ladder of one model, on one cache; one generation at a time can use it.
 
-    max_len: the longest sequence, prompt included, in tokens. One generation at a time can use it.
+    exits: all depths that these ladders read. max_len: the longest sequence, prompt included.
     """
 
     def __init__(self, model: Llama, exits: Sequence[int], max_len: int):
         self.model, self.exits, self.max_len = model, tuple(exits), max_len
-        weight = model.embed.weight
-        blocks = tuple(exit for exit in exits if exit in model.blocks)
+        weight, c = model.embed.weight, model.config
         # padded positions write too: a pass that begins at the last position needs room behind it
-        self.cache = FixedCache(model.config, self.exits, max_len + WIDTH, weight.device, weight.dtype, blocks)
-        self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # what the passes read: where they begin
-        self.ids = torch.zeros(1, WIDTH, dtype=torch.long, device=weight.device)  # and the tokens there
-        depths = (*self.exits, model.config.n_layers)
-        with torch.inference_mode():
-            self.segments = [capture(lambda j=j: self._segment(j, depths), weight.device) for j in range(len(depths))]
-            self.heads = [capture(lambda depth=depth: self._head(depth), weight.device) for depth in depths]
+        self.cache = KVCache(model, self.exits, max_len + WIDTH)
+        self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # where a pass begins
+        self.ids = torch.zeros(WIDTH, dtype=torch.long, device=weight.device)  # and the tokens there
+        self.states = weight.new_zeros(WIDTH, c.dim)  # what a segment leaves for the head
+        self.out = weight.new_zeros(WIDTH, c.vocab_size)  # the head's logits
+        self.captured: dict[tuple[int, ...], Callable] = {}
+        self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
+        self.busy = threading.Lock()
 
-    def open(self, model: Llama, exits: Sequence[int], limit: int) -> FixedCache:
-        """The cache, emptied for a sequence of at most `limit` tokens. ValueError if this step is not made for it."""
-        if model is not self.model or tuple(exits) != self.exits:
-            raise ValueError(f"the step was made for another model, or for exits {self.exits} and not {tuple(exits)}")
+    @contextmanager
+    def open(self, model: Llama, exits: tuple[int, ...], limit: int) -> Iterator[KVCache]:
+        """Lend the cache, emptied, for a sequence of at most `limit` tokens.
+
+        Raises ValueError if this step is not made for it, or another generation is using it.
+        """
+        if model is not self.model:
+            raise ValueError("the step was made for another model")
+        if absent := [exit for exit in exits if exit and exit not in self.exits]:
+            raise ValueError(f"the step was made for exits {self.exits}, exit {absent[0]} is not among them")
         if limit > self.max_len:
-            raise ValueError(f"the step was made for at most {self.max_len} tokens, and this may take {limit}")
-        self.cache.rollback(0)
-        return self.cache
+            raise ValueError(f"the step was made for at most {self.max_len} tokens, this may take {limit}")
+        if not self.busy.acquire(blocking=False):
+            raise ValueError("the step is in use: one generation at a time, or a step for each")
+        try:
+            self.cache.clear(len(exits) + 1)
+            yield self.cache
+        finally:
+            self.busy.release()
 
     def __call__(
-        self, model: Llama, cache: KVCache, depths: tuple[int, ...], tokens: Tensor, length: int, k: int, rows: int
+        self, model: Llama, cache: KVCache, depths, tokens: Tensor, length: int, k: int, rows: int
     ) -> Tensor:
-        """As `hispec.step`: run segments 0..k over every position < length that each has not processed.
+        """As `hispec.step`: run segments 0..k over every position < length that each has not seen.
 
         Returns level k's logits (rows, V) at positions length-rows .. length-1.
         """
-        for j in range(k + 1):
-            for first in range(cache.lengths[j], length, WIDTH):
-                self.first.fill_(first)
-                if j == 0:
-                    new = tokens[first : first + WIDTH]
-                    self.ids[0, : len(new)] = new
-                self.segments[j]()
-            cache.lengths[j] = length
+        if cache.lengths[k] == 0:
+            return step(model, cache, depths, tokens, length, k, rows)  # the prompt
         logits = []
-        for first in range(length - rows, length, WIDTH):
-            self.first.fill_(first)
-            logits.append(self.heads[k]().clone())  # the next replay would overwrite it
-        return torch.cat(logits)[:rows]
+        with torch.cuda.device_of(tokens):
+            for j, (above, depth) in enumerate(zip((0, *depths), depths[: k + 1])):
+                for first, last in self.pieces(cache, j, length) if depth > 0 else ():
+                    self.first.fill_(first)
+                    self.ids[: len(tokens) - first] = tokens[first : first + WIDTH]
+                    self.run(above, depth, up_to_chunk(last))
+                    if j == k and last > length - rows:
+                        self.run(depth)
+                        # a copy, since the next replay overwrites it
+                        logits.append(self.out[max(0, length - rows - first) : last - first].clone())
+                cache.lengths[j] = length
+        return torch.cat(logits)
 
-    def _segment(self, j: int, depths: tuple[int, ...]) -> None:
-        cache, above = self.cache, depths[j - 1] if j else 0
-        at = cache.place(self.first)
-        h = cache.hidden[j - 1].index_select(1, at) if j else self.model.embed(self.ids)  # (1, WIDTH, D)
-        h = self.model.run(h, above, depths[j], at, cache)
-        cache.hidden[j].index_copy_(1, at, h)
-        cache.read.index_copy_(1, at, self.model.read(h, depths[j], at, cache))
+    def pieces(self, cache: KVCache, segment: int, length: int) -> Iterator[tuple[int, int]]:
+        """A segment's passes, cut to WIDTH positions."""
+        for start, stop in cache.passes(segment, length):
+            for first in range(start, stop, WIDTH):
+                yield first, min(first + WIDTH, stop)
 
-    def _head(self, depth: int) -> Tensor:
-        return self.model.logits(self.cache.read[0].index_select(0, self.cache.place(self.first)), depth)  # (WIDTH, V)
+    def run(self, *key: int) -> None:
+        """A pass (above, depth, end) through a segment, or (depth,) through a head: captured once on CUDA."""
+        if key not in self.captured:
+            work = self._head if len(key) == 1 else self._segment
+            if len(self.captured) == GRAPHS:
+                del self.captured[next(iter(self.captured))]
+            self.captured[key] = capture(lambda: work(*key), self.model, self.pool)
+        self.captured[key]()
+
+    def _segment(self, above: int, depth: int, end: int) -> None:
+        self.cache.begin(self.first + self.cache.columns[:WIDTH], end)
+        self.states.copy_(self.cache.run(self.model, self.ids, above, depth))
+
+    def _head(self, depth: int) -> None:
+        self.out.copy_(self.model.logits(self.states, depth))
 
 
-def capture(run: Callable, device: torch.device) -> Callable:
-    """`run` as a CUDA graph, to be replayed on the tensors it was captured with; elsewhere `run` itself."""
-    if device.type != "cuda":
-        return run
-    side = torch.cuda.Stream(device)  # a few runs first, aside: libraries set themselves up in them
-    side.wait_stream(torch.cuda.current_stream(device))
+def capture(work: Callable[[], None], model: Llama, pool) -> Callable[[], None]:
+    """`work` as a CUDA graph, to be replayed on the tensors it was captured with; elsewhere itself."""
+    if pool is None:
+        return work
+    side = torch.cuda.Stream()  # a few runs first, aside: libraries set themselves up in them
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            run()
-    torch.cuda.current_stream(device).wait_stream(side)
+            work()
+    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
+    known = inspect.signature(torch.cuda.graph.__init__).parameters
+    checks = {"check_input_liveness": True} if "check_input_liveness" in known else {}
+    with torch.cuda.graph(graph, pool=pool, **checks):
+        work()
+    # a graph holds addresses, not tensors: what the model may drop and make anew has to be kept
+    held = [model._rope_table, *(head._rows for head in model.exit_heads.values())]
 
-    def replay():
+    def replay(held=held) -> None:
         graph.replay()
-        return out
 
     return replay

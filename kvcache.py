@@ -3,89 +3,109 @@
 A ladder with exits e_0 < e_1 < ... < e_{K-1} cuts the model's L layers into K+1 segments: segment 0
 ends at e_0, segment k goes on from e_{k-1} to e_k, the last one ends at L. The cache holds, by position,
 
-- each layer's keys and values, which any level that runs the layer reads, and those of the blocks that
-  trained exit heads may own;
-- the hidden states at the end of each segment, from which the next segment starts;
-- what the level that ran last hands to its head: the same, or what the exit's own block makes of it;
+- each layer's keys and values, and those of the blocks that trained exit heads may own;
+- the hidden states at each exit, from which the segment above it starts;
 - for each segment one integer: how many positions it has processed.
 
 Everything is allocated once. Rolling back after a rejection sets integers and copies nothing: what
-lies beyond a segment's length is stale, never read, and overwritten when its position comes again.
+lies beyond a segment's length is stale, masked, and overwritten when its position comes again.
 
-Memory in bytes, for T positions, s bytes a number, G key/value heads of size E, width D, chunks of C, and
-L layers, blocks included:
+A pass never crosses a multiple of CHUNK, and attends over the keys up to the next one. So how many
+keys a position is compared with depends on the position alone, not on its company in a pass, nor on
+how long the text may get: one condition for the same bits whatever the ladder.
 
-    s * T * (2 * L * G * E  +  (K + 2) * D  +  2 * C)
-             keys, values      hidden          mask
+Bytes, for T positions (max_len, padding included, rounded up to CHUNK), s bytes a number, G key/value heads of size E, width D,
+L layers (blocks of all heads included) and K exits above depth 0:  s * T * (2 * L * G * E  +  K * D)
+The file knows nothing of tokens, drafts or levels: that is hispec.py.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model import Config
+from model import Llama
 
-CHUNK = 256  # at most this many positions go through a segment at once: bounds activations and mask
+CHUNK = 256  # positions; also the most that a pass can hold, which bounds activations and mask
+ROWS = 4  # attention takes its rows in fours: on a CPU fewer would take another kernel, with other bits
 
 
 class KVCache:
-    """Keys, values, hidden states and segment lengths of one sequence of at most max_len positions."""
+    """Keys, values, hidden states and segment lengths of `batch` sequences of at most max_len positions.
 
-    def __init__(
-        self,
-        config: "Config",
-        exits: tuple[int, ...],
-        max_len: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        blocks: tuple[int, ...] = (),
-    ):
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.max_len = max_len
-        self.slots = {exit: config.n_layers + i for i, exit in enumerate(blocks)}  # where exits' own blocks write
-        layers = config.n_layers + len(blocks)
-        self.keys = torch.zeros(layers, 1, config.n_kv_heads, max_len, config.head_dim, **kind)
+    exits: the ladder's depths. A pass holds a multiple of `model.pad` positions: what is padded is written
+    beyond the segment's length, and so is stale from the start.
+    """
+
+    def __init__(self, model: Llama, exits: tuple[int, ...], max_len: int, batch: int = 1):
+        c, weight, self.pad = model.config, model.embed.weight, model.pad
+        blocks = [exit for exit in exits if exit in model.blocks]
+        self.slots = {exit: c.n_layers + i for i, exit in enumerate(blocks)}  # where blocks write
+        room, layers = up_to_chunk(max_len + self.pad - 1), c.n_layers + len(blocks)
+        self.group = c.n_heads // c.n_kv_heads
+        self.keys = weight.new_zeros(layers, batch, c.n_kv_heads, room, c.head_dim)
         self.values = torch.zeros_like(self.keys)
-        self.hidden = torch.zeros(len(exits) + 1, 1, max_len, config.dim, **kind)
-        self.read = torch.zeros(1, max_len, config.dim, **kind)
+        self.hidden = {exit: weight.new_zeros(batch, room, c.dim) for exit in exits if exit > 0}
+        self.columns = torch.arange(room, device=weight.device)
         self.lengths = [0] * (len(exits) + 1)
-        # Row i is 0 up to column max_len-1+i and -inf beyond. A window of it, shifted by the first position,
-        # is the causal mask of any chunk, so that no step builds one as long as the context. For max_len 4:
-        #     row 0   0 0 0 0 - - - -       start 2, n 2 takes      0 0 0 -
-        #     row 1   0 0 0 0 0 - - -       columns 1 .. 4          0 0 0 0
-        self._mask = torch.full((CHUNK, 2 * max_len), -torch.inf, **kind).triu(max_len)
 
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (1, G, N, E) at positions start..start+N-1; return views of all up to there."""
-        stop = start + k.shape[2]
-        self.keys[layer, :, :, start:stop] = k
-        self.values[layer, :, :, start:stop] = v
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+    def passes(self, segment: int, length: int) -> Iterator[tuple[int, int]]:
+        """The positions < length that a segment has not processed, as passes (first, last + 1)."""
+        first = self.lengths[segment]
+        while first < length:
+            last = min(length, up_to_chunk(first + 1))
+            yield first, last
+            first = last
 
-    def mask(self, start: int, n: int) -> Tensor | None:
-        """Additive causal mask (n, start+n) for positions start..start+n-1, as a view.
+    def place(self, first: int, last: int) -> None:
+        """Begin a pass over positions first .. last-1, and padding behind them."""
+        self.begin(self.columns[first : last + (first - last) % self.pad], up_to_chunk(last))
 
-        None where none is needed: a single position sees all before it, and from position 0 on the mask
-        is the plain triangle, which attention makes by itself.
+    def begin(self, at: Tensor, end: int) -> None:
+        """Begin a pass over positions `at` (N,), which attends over keys 0 .. end-1.
+
+        Works out once what every layer of the pass needs: `mask` (rows, end), 0 where a row may look and
+        -inf elsewhere. The query heads that share a key head are rows of it, position by position.
         """
-        if n == 1 or start == 0:
-            return None
-        offset = self.max_len - 1 - start
-        return self._mask[:n, offset : offset + start + n]
+        self.at, self.end = at, end
+        rows = at.repeat_interleave(self.group)  # (N * H/G,)
+        rows = F.pad(rows, (0, -len(rows) % ROWS))
+        ahead = self.columns[:end] > rows[:, None]
+        self.mask = torch.zeros_like(ahead, dtype=self.keys.dtype).masked_fill_(ahead, -torch.inf)
 
-    def pending(self, segment: int, length: int) -> Iterator[tuple[int, int]]:
-        """The positions < length that a segment has not processed, as chunks (start, stop)."""
-        for start in range(self.lengths[segment], length, CHUNK):
-            yield start, min(start + CHUNK, length)
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, G, N, E) at the pass's positions; return all that it attends over (B, G, end, E)."""
+        self.keys[layer].index_copy_(2, self.at, k)
+        self.values[layer].index_copy_(2, self.at, v)
+        return self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
+
+    def run(self, model: Llama, ids: Tensor, above: int, depth: int) -> Tensor:
+        """Take the pass through layers above..depth-1: the states (N, D) that the head at `depth` reads.
+
+        It starts from the tokens ids (N,), or above the first segment from what that has left.
+        """
+        h = self.hidden[above].index_select(1, self.at) if above else model.embed(ids[None])
+        h = model.run(h, above, depth, self)  # (1, N, D)
+        if depth in self.hidden:
+            self.hidden[depth].index_copy_(1, self.at, h)
+        return model.read(h, depth, self)[0]
 
     def rollback(self, length: int) -> None:
         """Forget what any segment holds at positions >= length."""
         self.lengths = [min(processed, length) for processed in self.lengths]
 
+    def clear(self, segments: int) -> None:
+        """Make ready for another text, in so many segments. Zeros: a mask does not hide a stale NaN."""
+        self.lengths = [0] * segments
+        for t in (self.keys, self.values, *self.hidden.values()):
+            t.zero_()
+
     @property
     def nbytes(self) -> int:
-        """Bytes held by the tensors: the formula above."""
-        return sum(t.nbytes for t in (self.keys, self.values, self.hidden, self.read, self._mask))
+        """Bytes of keys, values and hidden states: the formula above."""
+        return sum(t.nbytes for t in (self.keys, self.values, *self.hidden.values()))
+
+
+def up_to_chunk(length: int) -> int:
+    return -(-length // CHUNK) * CHUNK

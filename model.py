@@ -23,8 +23,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcache import KVCache
-
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -71,14 +69,13 @@ class Config:
 
 
 class Cache(Protocol):
-    """What attention asks of a cache: to keep what is new, to hand out all there is, and what not to look at.
+    """What the layers ask of a cache in a pass: where it is, what not to look at, a place for keys and values."""
 
-    Where a pass begins is a number for most caches, for faststep.FixedCache a tensor.
-    """
+    at: Tensor  # (N,) the pass's positions
+    mask: Tensor  # (rows, T) added to attention's scores: rows are query heads, position by position, padded
+    slots: dict[int, int]  # exit -> where its own block keeps keys and values
 
-    def write(self, layer: int, start: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
-
-    def mask(self, start: Any, n: int) -> Tensor | None: ...
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Llama(nn.Module):
@@ -95,6 +92,7 @@ class Llama(nn.Module):
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.exit_heads = nn.ModuleDict()  # str(exit) -> ExitHead, for exits that own one
+        self.pad = 1  # positions in a pass are padded to a multiple of it; faststep.py says what for
         self._rope_table: Tensor | None = None
         self.apply(self._init)
 
@@ -115,28 +113,26 @@ class Llama(nn.Module):
             raise ValueError(f"exit must be between 1 and {self.config.n_layers}, got {exit}")
         return self.logits(self.read(self.run(self.embed(ids), 0, depth), depth), depth)
 
-    def run(self, h: Tensor, first: int, last: int, start: int | Tensor = 0, cache: Cache | None = None) -> Tensor:
-        """Send h (B, N, D), the input of layer `first` at positions start.., through layers first..last-1.
+    def run(self, h: Tensor, first: int, last: int, cache: Cache | None = None) -> Tensor:
+        """Send h (B, N, D), the input of layer `first`, through layers first..last-1.
 
-        Without a cache, start must be 0 and attention sees h alone. With one (B = 1), each layer also
-        writes its keys and values at these positions and attends to everything before them. start may also
-        be a tensor of all N positions, if the cache takes that.
+        Without a cache, h is the whole sequence. With one, h stands at the positions `cache.at`; each layer
+        writes its keys and values there and attends to all before them.
         """
-        rope = self._rope(start, h.shape[1])
+        rope = self._rope(h, cache)
         for i in range(first, last):
-            h = self.layers[i](h, rope, i, start, cache)
+            h = self.layers[i](h, rope, i, cache)
         return h
 
-    def read(self, h: Tensor, exit: int, start: int | Tensor = 0, cache: KVCache | None = None) -> Tensor:
-        """Send h (B, N, D), as it leaves layer `exit` at positions start.., through the exit's own block, if any.
+    def read(self, h: Tensor, exit: int, cache: Cache | None = None) -> Tensor:
+        """Send h (B, N, D), as it leaves layer `exit`, through the exit's own block, if it has one.
 
         The block attends, so with a cache it must see every position, as the layers do.
         """
         if exit not in self.blocks:
             return h
         block: Any = self.exit_heads[str(exit)].block
-        slot = 0 if cache is None else cache.slots[exit]
-        return block(h, self._rope(start, h.shape[1]), slot, start, cache)
+        return block(h, self._rope(h, cache), 0 if cache is None else cache.slots[exit], cache)
 
     def logits(self, h: Tensor, exit: int) -> Tensor:
         """Next-token logits (..., V) from h (..., D), as `read` leaves it for this exit."""
@@ -149,15 +145,14 @@ class Llama(nn.Module):
         """The exits whose heads own a block, and so keys and values."""
         return tuple(int(exit) for exit, head in self.exit_heads.items() if head.block is not None)
 
-    def _rope(self, start: int | Tensor, n: int) -> Tensor:
-        """cos and sin (2, n, 1, E) for n positions from start on, in float32 whatever the weights' dtype."""
-        device = self.embed.weight.device
-        if self._rope_table is None or self._rope_table.device != device:
+    def _rope(self, h: Tensor, cache: Cache | None) -> Tensor:
+        """cos and sin (2, N, 1, E) for the positions of h (B, N, D), in float32 whatever the weights' dtype."""
+        if self._rope_table is None or self._rope_table.device != h.device:
             with torch.inference_mode(False):  # so that training can use a table first built while decoding
-                self._rope_table = rope_table(self.config).to(device)
-        if isinstance(start, Tensor):  # (n,), of which padding may lie past the context
-            return self._rope_table.index_select(1, start.clamp(max=self.config.max_seq_len - 1))
-        return self._rope_table[:, start : start + n]
+                self._rope_table = rope_table(self.config).to(h.device)
+        if cache is None:
+            return self._rope_table[:, : h.shape[1]]
+        return self._rope_table.index_select(1, cache.at.clamp(max=self.config.max_seq_len - 1))  # padding may lie past
 
 
 class Layer(nn.Module):
@@ -170,10 +165,8 @@ class Layer(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(
-        self, h: Tensor, rope: Tensor, slot: int, start: int | Tensor = 0, cache: Cache | None = None
-    ) -> Tensor:
-        h = h + self.attn(self.attn_norm(h), rope, slot, start, cache)
+    def forward(self, h: Tensor, rope: Tensor, slot: int, cache: Cache | None = None) -> Tensor:
+        h = h + self.attn(self.attn_norm(h), rope, slot, cache)
         return h + self.mlp(self.mlp_norm(h))
 
 
@@ -191,24 +184,29 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
         self.out.ends_branch = True  # type: ignore[assignment]
 
-    def forward(
-        self, x: Tensor, rope: Tensor, slot: int, start: int | Tensor = 0, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, slot: int, cache: Cache | None = None) -> Tensor:
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
         qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        qk = rotate(qk, rope)
-        q, k, v = (t.transpose(1, 2) for t in (*qk.split([self.heads, self.kv_heads], dim=2), v))  # (B, H|G, N, E)
-        mask = None
-        if cache is not None:
-            k, v = cache.write(slot, start, k, v)  # (1, G, start+N, E)
-            mask = cache.mask(start, N)
-        if N == 1:  # query heads that share keys can be rows of one head: far faster for many sequences in bfloat16
-            y = F.scaled_dot_product_attention(q.reshape(B, self.kv_heads, -1, self.head_dim), k, v)
+        q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, N, E)
+        if cache is None:
+            q = q.transpose(1, 2)  # (B, H, N, E)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            y = y.transpose(1, 2)  # (B, N, H, E)
-        return self.out(y.reshape(B, N, -1))
+            k, v = cache.write(slot, k, v)  # (B, G, T, E)
+            y = self._attend(q, k, v, cache.mask)
+        return self.out(y.reshape(B, N, -1))  # from (B, N, H, E)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Query heads that share a key head are rows of it: every fused kernel takes that, at any width."""
+        B, N, H, E = q.shape
+        q = q.view(B, N, self.kv_heads, -1, E).transpose(1, 2).reshape(B, self.kv_heads, -1, E)
+        rows = q.shape[2]  # N * H/G
+        if rows < len(mask):
+            q = F.pad(q, (0, 0, 0, len(mask) - rows))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :rows]
+        return y.view(B, self.kv_heads, N, -1, E).transpose(1, 2)  # (B, N, G, H/G, E)
 
 
 class SwiGLU(nn.Module):
@@ -276,7 +274,8 @@ class ExitHead(nn.Module):
         if self.training:  # the matrix may change from step to step: always read it afresh
             return matrix[self.vocab]
         if self._rows is None or self._rows.device != matrix.device or self._rows.dtype != matrix.dtype:
-            self._rows = matrix[self.vocab].detach()
+            with torch.inference_mode(False):  # as the RoPE table: a gradient may pass through them later
+                self._rows = matrix[self.vocab].detach()
         return self._rows
 
 

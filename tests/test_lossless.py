@@ -90,7 +90,7 @@ def test_the_events_retell_the_generation(case, temperature):
         assert event.drafts[:agreed] == event.text[:agreed]
         text[event.base :] = event.text
         drafted[event.level - 1] += len(event.drafts)
-        kept[event.level - 1] += event.kept
+        kept[event.level - 1] += agreed
     assert text[len(case.prompt) :] == out.tokens
     assert drafted[:-1] == [level.proposed for level in out.levels[:-1]]
     assert kept[:-1] == [level.accepted for level in out.levels[:-1]]
@@ -126,7 +126,8 @@ def test_a_draft_that_is_always_right(monkeypatch, exits, windows):
     assert all(level.accepted == level.proposed > 0 for level in out.levels)
     assert out.levels[0].calls == out.levels[0].proposed  # a draft a step
     if len(exits) == 1:
-        assert out.levels[-1].calls == -(-40 // (windows[0] + 1))  # a window and its bonus a pass, rounded up
+        # the prompt's pass gives a token; then each gives a window and its bonus, rounded up
+        assert out.levels[-1].calls == 1 + -(-39 // (windows[0] + 1))
 
 
 @pytest.mark.parametrize("exits, windows", LADDERS)
@@ -164,8 +165,10 @@ def test_ties(half):
 
 def test_exactly_equal_logits_go_to_the_lowest_id():
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0]])
-    choice, accepted = hispec.verify_greedy(torch.tensor([1]), logits)
-    assert choice.tolist() == [1, 0] and accepted == 1
+    own, kept = hispec.verify_greedy(torch.tensor([1]), logits)
+    assert own.tolist() == [0] and kept.tolist() == [1]
+    own, kept = hispec.verify_greedy(torch.tensor([2]), logits)
+    assert own.tolist() == [1] and kept.tolist() == [0]
 
 
 def test_float32_is_lossless_too():
@@ -204,13 +207,14 @@ def test_a_missing_rollback_is_caught(monkeypatch):
         self.lengths = [min(processed, length + 1) for processed in self.lengths]  # one stale position survives
 
     monkeypatch.setattr(KVCache, "rollback", cut_one_late)
-    assert first_failure()
+    with pytest.raises(ValueError, match="non-empty"):  # a level asked to run what it believes to have run
+        first_failure()
 
 
 def test_an_off_by_one_bonus_is_caught(monkeypatch):
     def late(drafts, logits):
-        choice, accepted = real(drafts, logits)
-        return choice, (accepted + 1).clamp(max=len(drafts))  # takes one token past the first mismatch
+        own, kept = real(drafts, logits)
+        return own, (kept + 1).clamp(max=len(drafts))  # takes one token past the first mismatch
 
     real = hispec.verify_greedy
     monkeypatch.setattr(hispec, "verify_greedy", late)
@@ -218,10 +222,12 @@ def test_an_off_by_one_bonus_is_caught(monkeypatch):
 
 
 def test_a_missing_mask_is_caught(monkeypatch):
-    def all_zero(self, start, n):
-        return torch.zeros(n, start + n, dtype=torch.float64)
+    def blind(self, at, end):
+        real(self, at, end)
+        self.mask.zero_()
 
-    monkeypatch.setattr(KVCache, "mask", all_zero)
+    real = KVCache.begin
+    monkeypatch.setattr(KVCache, "begin", blind)
     assert first_failure()
 
 
@@ -229,3 +235,27 @@ def test_seconds_cover_the_work(monkeypatch):
     real = hispec.step
     monkeypatch.setattr(hispec, "step", lambda *args: (time.sleep(0.01), real(*args))[1])
     assert generate(random_model(), [1], 10).seconds >= 0.1
+
+
+def test_the_prompts_seconds_are_split_off(monkeypatch):
+    real = hispec.step
+
+    def slow(model, cache, depths, tokens, length, k, rows):
+        time.sleep(0.05 if length == 4 else 0)  # the pass over the prompt
+        return real(model, cache, depths, tokens, length, k, rows)
+
+    monkeypatch.setattr(hispec, "step", slow)
+    out = generate(random_model(), [1, 2, 3, 4], 10, exits=(2,), windows=(3,))
+    assert 0.05 <= out.prefill_seconds < out.seconds
+    assert generate(random_model(), [1], 0).prefill_seconds < 0.05
+
+
+def test_drafts_behind_a_stop_token_are_not_counted_as_accepted(monkeypatch):
+    with_drafts(monkeypatch, lambda k, n: False)
+    model = random_model(3)
+    plain = greedy(Case(model, [4, 2], 20, (), (), ()))
+    stop = next(t for t in plain[2:] if t not in plain[:2])
+    n = plain.index(stop) + 1  # tokens written; the first by the pass over the prompt
+    out = generate(model, [4, 2], 20, exits=(2,), windows=(12,), stop=[stop])
+    assert out.tokens == plain[:n]
+    assert (out.levels[0].proposed, out.levels[0].accepted) == (12, n - 1)

@@ -9,6 +9,7 @@ from conftest import random_model
 
 import hispec
 from hispec import generate
+from kvcache import KVCache
 from model import Config, ExitHead, Llama
 
 
@@ -32,7 +33,7 @@ class Choices:
         return torch.tensor([self.choose([1 - p, p]) == 1 for p in prob.clamp(max=1).tolist()], dtype=torch.bool)
 
     def draw(self, weights, rng):
-        return torch.tensor(self.choose((weights / weights.sum()).tolist()))
+        return torch.tensor([self.choose((weights / weights.sum()).tolist())])
 
 
 def output_law(monkeypatch, run) -> dict[tuple[int, ...], float]:
@@ -62,10 +63,18 @@ def table_ladder(monkeypatch, tables):
         cache.lengths[: k + 1] = [length] * (k + 1)
         return tables[depths[k] - 1].log()[tokens[length - rows : length]]
 
-    monkeypatch.setattr(hispec, "step", step)
+    class PromptRead(KVCache):
+        """As if the prompt's own pass were over: its token is the full model's, and would be one less to enumerate."""
 
-    def run(n, windows, thresholds=(), prompt=(0,), look_up=False):
-        options = dict(exits=range(0 if look_up else 1, L), windows=windows, thresholds=thresholds)
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.lengths = [1] * len(self.lengths)
+
+    monkeypatch.setattr(hispec, "step", step)
+    monkeypatch.setattr(hispec, "KVCache", PromptRead)
+
+    def run(n, windows, thresholds=(), prompt=(0,), look_up=False, **cut):
+        options = dict(exits=range(0 if look_up else 1, L), windows=windows, thresholds=thresholds, **cut)
         return generate(model, prompt, n, **options, temperature=1.0, seed=0).tokens
 
     return run
@@ -109,6 +118,56 @@ def test_a_look_up_below_follows_the_target_exactly(monkeypatch, windows):
     assert distance(law, markov_law(TARGET2, 3)) < 1e-12
 
 
+def cut(row, top_k=0, top_p=1.0):
+    """A distribution cut to its top_k likeliest, then to the fewest that hold top_p; ties are kept. By hand."""
+    if top_k:
+        least = sorted(row, reverse=True)[min(top_k, len(row)) - 1]
+        row = [p if p >= least else 0.0 for p in row]
+        row = [p / sum(row) for p in row]
+    held, least = 0.0, 0.0
+    for p in sorted(row, reverse=True):
+        if held < top_p:
+            held, least = held + p, p
+    row = [p if p >= least else 0.0 for p in row]
+    return [p / sum(row) for p in row]
+
+
+CUTS = [dict(top_k=1), dict(top_k=2), dict(top_p=0.4), dict(top_p=0.7), dict(top_k=2, top_p=0.6), dict(top_p=1e-9)]
+TIES3 = [[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [0.25, 0.375, 0.375]]  # the last kept has a twin
+
+
+@pytest.mark.parametrize("options", CUTS, ids=str)
+@pytest.mark.parametrize("tables", [[DRAFT3, TARGET3], [TARGET3, TIES3], [TIES3, TARGET3]])
+def test_two_levels_follow_the_truncated_target_exactly(monkeypatch, tables, options):
+    run = table_ladder(monkeypatch, tables)
+    law = output_law(monkeypatch, lambda: run(3, [2], **options))
+    assert distance(law, markov_law([cut(row, **options) for row in tables[-1]], 3)) < 1e-12
+
+
+@pytest.mark.parametrize("options", [dict(top_k=1), dict(top_k=2), dict(top_p=0.65)], ids=str)
+@pytest.mark.parametrize("windows", [(1, 1), (1, 2), (2, 2)])
+def test_three_levels_follow_the_truncated_target_exactly(monkeypatch, windows, options):
+    run = table_ladder(monkeypatch, [DRAFT3, TIES3, TARGET3])
+    law = output_law(monkeypatch, lambda: run(2, windows, **options))
+    assert distance(law, markov_law([cut(row, **options) for row in TARGET3], 2)) < 1e-12
+
+
+def test_truncating_only_the_last_level_is_caught(monkeypatch):
+    """Planted bug: drafts are drawn from the whole distribution, but taken to be from the truncated one."""
+    run = table_ladder(monkeypatch, [TARGET3, TIES3])
+    real = hispec.verify_sampled
+    whole = torch.tensor(TARGET3, dtype=torch.float64)
+
+    def drawn_from_all(drafts, q, p, rng):
+        if len(drafts):
+            return real(drafts, q.clamp(min=1e-300), p, rng)
+        return hispec.draw(whole[0], rng), torch.zeros(1, dtype=torch.long)
+
+    monkeypatch.setattr(hispec, "verify_sampled", drawn_from_all)
+    law = output_law(monkeypatch, lambda: run(2, [1], top_k=2))
+    assert distance(law, markov_law([cut(row, top_k=2) for row in TIES3], 2)) > 1e-3
+
+
 real_verify_sampled = hispec.verify_sampled
 
 
@@ -116,8 +175,7 @@ def resampling_from_p(drafts, q, p, rng):
     """Planted bug: after a rejection draw from p itself, where it should be the residual."""
     x = drafts.unsqueeze(1)
     accepted = hispec.leading(hispec.coin((p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1), rng))
-    token = hispec.draw(p[accepted], rng)
-    return torch.cat([drafts, drafts.new_zeros(1)]).scatter(0, accepted.view(1), token.view(1)), accepted
+    return hispec.draw(p[accepted].squeeze(0), rng), accepted
 
 
 def test_a_middle_level_that_resamples_from_p_is_caught(monkeypatch):
@@ -170,7 +228,7 @@ def test_coin_and_draw_are_what_the_enumeration_takes_them_for():
     assert coins[1] == 1 and coins[2] == 0 and coins[3] == 1
     assert abs(coins[0] - 0.3) < 0.02  # six standard deviations
     weights = torch.tensor([1.0, 0.0, 3.0]).double()  # unnormalised
-    drawn = torch.stack([hispec.draw(weights, rng) for _ in range(4_000)]).bincount(minlength=3) / 4_000
+    drawn = torch.cat([hispec.draw(weights, rng) for _ in range(4_000)]).bincount(minlength=3) / 4_000
     assert drawn[1] == 0
     assert abs(drawn[2] - 0.75) < 0.05
 

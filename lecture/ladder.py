@@ -1,0 +1,44 @@
+"""The method and nothing else: no cache, no sampling, no statistics. hispec.py is this, made fast.
+
+    python lecture/ladder.py
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from hispec import generate
+from model import Config, Llama
+
+
+def predict(model: Llama, seq: list[int], depth: int) -> list[int]:
+    """For each position of seq, the token that the model cut at `depth` expects next."""
+    return model(torch.tensor([seq]), depth)[0].argmax(-1).tolist()
+
+
+def propose(model: Llama, seq: list[int], depths: list[int], windows: list[int], k: int, want: int):
+    """Append at least `want` tokens to seq, each what level k, the model cut at depths[k], expects."""
+    goal = len(seq) + want
+    while len(seq) < goal:
+        base = len(seq)
+        if k > 0:  # the level below drafts
+            propose(model, seq, depths, windows, k - 1, min(windows[k - 1], goal - base))
+        expected = predict(model, seq, depths[k])[base - 1 :]  # of the drafts, and of one token more
+        kept = 0
+        while base + kept < len(seq) and seq[base + kept] == expected[kept]:
+            kept += 1  # a draft is right
+        seq[base + kept :] = [expected[kept]]  # the first that is not, corrected; or one more
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model = Llama(Config(vocab_size=50, dim=32, n_layers=8, n_heads=4, n_kv_heads=2, ffn_dim=64))
+    prompt, exits, windows = [3, 1, 4], [2, 4], [2, 4]
+    text = list(prompt)
+    with torch.no_grad():
+        propose(model, text, [*exits, 8], windows, k=2, want=20)
+    assert text[3:23] == generate(model, prompt, 20, exits=exits, windows=windows).tokens
+    print(text[3:23])
