@@ -31,12 +31,12 @@ from tqdm import tqdm
 
 import figures as drawn
 import hispec
-from checkpoints import describe, load, must_be_writable, save, write_whole
+from checkpoints import load, save
+from checkpoints.files import describe, must_be_writable, write_whole
 from faststep import FixedStep
 from hispec import Generation, generate
 from kvcache import KVCache
 from model import Llama
-from tokenizer import chat, stop_tokens
 from tune import CONTEXT, Rungs, best_threads, default_exits, save_ladders, saved_ladders, timed, tune
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     model, tokenizer = load(args.model, device, dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
-    stop = stop_tokens(tokenizer)
+    stop = tokenizer.stop
     if device == "cpu":
         torch.set_num_threads(best_threads(model))
     header = {"step": args.step, **describe(args.model, device, dtype)}
@@ -200,7 +200,7 @@ def most_tokens(model, tokenizer, questions, max_new_tokens) -> int:
     """An upper bound for the longest conversation, answers included; at most the model's context."""
     asked = [[text for turn in q["turns"] for text in (turn, "")][:-1] for q in questions]
     # an answer cut from the text and encoded anew may have more tokens than were generated
-    most = max(len(chat(tokenizer, turns)) + 2 * max_new_tokens * len(turns) for turns in asked)
+    most = max(len(tokenizer.chat(turns)) + 2 * max_new_tokens * len(turns) for turns in asked)
     return min(most, model.config.max_seq_len)
 
 
@@ -210,7 +210,7 @@ def open_requests(decode, tokenizer, questions, max_new_tokens, stop, room, bar)
         conversation: list[str] = []
         for turn in question["turns"]:
             conversation.append(turn)
-            prompt = chat(tokenizer, conversation)
+            prompt = tokenizer.chat(conversation)
             if len(prompt) + max_new_tokens > room:
                 bar.write(f"left out: {question['category']}, {len(prompt)} tokens, too long for the model's context")
                 break

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from tqdm import tqdm
 
-from checkpoints import in_words, write_whole
+from checkpoints.files import in_words, write_whole
 from faststep import WIDTH, FixedStep
 from hispec import probabilities, step
 from kvcache import KVCache

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from checkpoints import write_whole
+from checkpoints.files import write_whole
 from hispec import Event
 
 TEMPLATE = Path(__file__).with_name("page.html")

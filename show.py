@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import page
-from checkpoints import load, must_be_writable
+from checkpoints import load
+from checkpoints.files import must_be_writable
 from hispec import Event, Generation, generate
-from tokenizer import chat, stop_tokens
 from tune import best_threads, default_exits
 
 COLOURS = ("\033[36m", "\033[33m", "\033[35m", "\033[34m")  # by level: cyan, yellow, magenta, blue
@@ -115,8 +115,8 @@ def show(args: argparse.Namespace) -> None:
         torch.set_num_threads(best_threads(model))
     exits = default_exits(model)[:2] if args.exits is None else tuple(args.exits)
     windows = tuple(2 ** (k + 1) for k in range(len(exits))) if args.windows is None else tuple(args.windows)
-    prompt = chat(tokenizer, [args.prompt])
-    painter, events = Painter(exits, tokenizer.decode_single_token_bytes), []
+    prompt = tokenizer.chat([args.prompt])
+    painter, events = Painter(exits, tokenizer.spell), []
 
     def watch(event: Event) -> None:
         events.append(event)
@@ -131,7 +131,7 @@ def show(args: argparse.Namespace) -> None:
         print(painter.legend())
     out = generate(
         model, prompt, args.max_new_tokens, exits=exits, windows=windows, temperature=args.temperature,
-        seed=args.seed, stop=stop_tokens(tokenizer), watch=watch if coloured() or args.html else None,
+        seed=args.seed, stop=tokenizer.stop, watch=watch if coloured() or args.html else None,
     )  # fmt: skip
     print(painter.characters.decode(b"", final=True) if coloured() else tokenizer.decode(out.tokens))
     print(statistics(out))

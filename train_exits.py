@@ -38,7 +38,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -51,9 +50,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints import describe, in_words, write_whole
+from checkpoints.files import describe, in_words, write_whole
+from checkpoints.tokenizer import END, Tokenizer, learn_bpe
 from model import Config, ExitHead, Llama
-from tokenizer import END, chat, learn_bpe, stop_tokens
 
 HELD_OUT = 28  # one document in so many is never trained on
 LONG = 8  # every sixth step reads rows so many times as long, that far positions are trained too
@@ -404,7 +403,7 @@ def make_optimizers(names: tuple[str, ...], params: tuple[nn.Parameter, ...]) ->
 # ---- model and text ------------------------------------------------------------------------------------
 
 
-def prepare(args, rank: int, world: int) -> tuple[Llama, tiktoken.Encoding | None, Tensor, Tensor]:
+def prepare(args, rank: int, world: int) -> tuple[Llama, Tokenizer | None, Tensor, Tensor]:
     """The model, what of it is to be trained marked; its tokenizer; tokens (T,) to train on and held out."""
     if args.model:
         model, tokenizer = checkpoints.load(args.model, args.device, torch.float32)
@@ -490,10 +489,10 @@ def is_held_out(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
 
 
-def encode(tokenizer: tiktoken.Encoding, documents: dict[str, str]) -> Tensor:
+def encode(tokenizer: Tokenizer, documents: dict[str, str]) -> Tensor:
     """All documents as one row of token ids (T,), each ended by END where the tokenizer has one."""
-    end = [tokenizer.encode_single_token(END)] if END in tokenizer.special_tokens_set else []
-    ids = [i for text in documents.values() for i in (*tokenizer.encode_ordinary(text), *end)]
+    end = [tokenizer.special[END]] if END in tokenizer.special else []
+    ids = [i for text in documents.values() for i in (*tokenizer.encode(text), *end)]
     return torch.tensor(ids, dtype=torch.int32)
 
 
@@ -513,7 +512,7 @@ def batch(text: Tensor, step: int, rows: int, context: int, seed: int) -> Tensor
     return torch.stack(out).long()
 
 
-def own_samples(model: Llama, tokenizer: tiktoken.Encoding | None, args, rank, world) -> tuple[Tensor, Tensor]:
+def own_samples(model: Llama, tokenizer: Tokenizer | None, args, rank, world) -> tuple[Tensor, Tensor]:
     """Tokens (T,) the model itself writes, to train on and held out: rows of WHOLE x --context tokens.
 
     Half of them greedily, half at temperature 1, in batches shared among the processes. Most answer a question that
@@ -555,10 +554,10 @@ def make_openings(model, tokenizer, args, i: int, rng: torch.Generator) -> tuple
     V = model.config.vocab_size
     if tokenizer is None:
         return torch.randint(V, (SIDE_BY_SIDE, 4), generator=rng), ()
-    turn, other = chat(tokenizer, ["a"]), chat(tokenizer, ["b"])
+    turn, other = tokenizer.chat(["a"]), tokenizer.chat(["b"])
     before = next(j for j, pair in enumerate(zip(turn, other)) if pair[0] != pair[1])  # where the user's words belong
     if before and i % 4:
-        return torch.tensor(turn[:before]).expand(SIDE_BY_SIDE, -1), stop_tokens(tokenizer)
+        return torch.tensor(turn[:before]).expand(SIDE_BY_SIDE, -1), tokenizer.stop
     words = encode(tokenizer, {n: t for n, t in read_corpus(args.corpus).items() if not is_held_out(n)})
     words = words[words < V]
     starts = torch.randint(len(words) - 12, (SIDE_BY_SIDE,), generator=rng).tolist()

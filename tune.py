@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import write_whole
+from checkpoints.files import write_whole
 from faststep import WIDTH, FixedStep
 from hispec import Generation, generate, look_up
 from kvcache import KVCache

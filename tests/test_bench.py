@@ -12,6 +12,7 @@ from conftest import random_model
 import bench
 import tune
 from bench import Method, Request, differing_tokens, figures, read_prompts
+from checkpoints.tokenizer import Tokenizer
 from hispec import Generation, LevelStats, generate
 
 METHODS = [
@@ -145,9 +146,8 @@ def test_missing_or_empty_prompts(tmp_path):
 @pytest.fixture
 def small_bench(monkeypatch, tmp_path):
     """bench.main on a random model whose tokens are bytes; returns run(*arguments) -> the JSON it wrote."""
-    tokenizer = tiktoken.Encoding(
-        "bytes", pat_str=r"[\s\S]+", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
-    )
+    ranks = {bytes([i]): i for i in range(256)}
+    tokenizer = Tokenizer(tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={}))
     model = random_model(vocab_size=256, max_seq_len=256).float()
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(tune, "LADDERS", tmp_path / "results" / "ladders.json")
@@ -162,6 +162,7 @@ def small_bench(monkeypatch, tmp_path):
         bench.main()
         return model, json.loads((tmp_path / "out.json").read_text())
 
+    run.tokenizer = tokenizer
     run.first = lambda: (tokenizer.encode("Hello"), generate(model, tokenizer.encode("Hello"), 24).tokens)
     return run
 
@@ -213,7 +214,7 @@ def test_what_does_not_fit_the_context_is_left_out(small_bench):
 def test_turns_contain_the_answers_before_them(small_bench, monkeypatch):
     asked = []
     monkeypatch.setattr(bench, "most_tokens", lambda *args: 256)
-    monkeypatch.setattr(bench, "chat", lambda tokenizer, turns: asked.append(list(turns)) or [1])
+    monkeypatch.setattr(Tokenizer, "chat", lambda self, turns: asked.append(list(turns)) or [1])
     small_bench("--quick")
     assert [len(turns) for turns in asked[:2]] == [1, 3]
     assert asked[1][0] == "Hello" and asked[1][2] == "And then?"
@@ -262,10 +263,10 @@ def test_stop_tokens_stay_out_of_the_conversation(small_bench, monkeypatch):
     first = small_bench.first()[1]
     stop = first[5]
     asked = []
-    monkeypatch.setattr(bench, "stop_tokens", lambda tokenizer: (stop,))
+    monkeypatch.setattr(small_bench.tokenizer, "stop", (stop,))
     monkeypatch.setattr(bench, "most_tokens", lambda *args: 256)
-    real = bench.chat
-    monkeypatch.setattr(bench, "chat", lambda tokenizer, turns: asked.append(list(turns)) or real(tokenizer, turns))
+    real = Tokenizer.chat
+    monkeypatch.setattr(Tokenizer, "chat", lambda self, turns: asked.append(list(turns)) or real(self, turns))
     small_bench("--quick")
     answer = bytes(first[: first.index(stop)]).decode(errors="replace")
     assert asked[1][1] == answer

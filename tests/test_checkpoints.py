@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_tokenizer import byte_level
 
 import checkpoints
+from checkpoints import folder as hugging_face_folder
 from checkpoints import save
 from model import ExitHead, RopeScaling
 
@@ -147,7 +148,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoints, "save_file", fail)
+    monkeypatch.setattr(hugging_face_folder, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         save(random_model(1), None, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before

@@ -14,7 +14,6 @@ from faststep import WIDTH, FixedStep
 from hispec import generate
 from kvcache import KVCache
 from model import ExitHead
-from tokenizer import chat, stop_tokens
 
 
 def fast_for(case: Case) -> FixedStep:
@@ -84,9 +83,9 @@ def test_all_ladders_write_the_same_text_in_bfloat16():
     ladders = [((), ()), ((8,), (6,)), ((2, 8), (2, 6)), ((0, 8), (8, 8)), ((1, 2, 8), (1, 3, 5))]
     steps = {exits: FixedStep(model, exits, 800) for exits, _ in ladders}
     for question in {q["category"]: q for q in questions}.values():
-        prompt = chat(tokenizer, question["turns"][:1])
+        prompt = tokenizer.chat(question["turns"][:1])
         texts = [
-            generate(model, prompt, 32, exits=e, windows=w, stop=stop_tokens(tokenizer), fast=steps[e]).tokens
+            generate(model, prompt, 32, exits=e, windows=w, stop=tokenizer.stop, fast=steps[e]).tokens
             for e, w in ladders
         ]
         assert all(text == texts[0] for text in texts)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import page
 import show
-from checkpoints import must_be_writable
+from checkpoints.files import must_be_writable
 from hispec import Event, generate
 
 ROOT = Path(__file__).parent.parent

@@ -11,9 +11,8 @@ from test_tokenizer import HOSTILE, PROSE, SPLITS
 
 import checkpoints
 import hispec
-import tokenizer as text
 from checkpoints import load
-from tokenizer import chat, stop_tokens
+from checkpoints import tokenizer as text
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +46,12 @@ def test_smollm2_ids_equal_tokenizers(smollm2, smollm2_theirs):
     strings = [PROSE, *HOSTILE, *(f"a{c} {c}b" for c in sorted(present))]
     strings += ["".join(rng.choices(alphabet, k=rng.randrange(16))) for _ in range(3000)]
     for string in strings:
-        assert ours.encode_ordinary(string) == theirs.encode(string).ids, repr(string)
+        assert ours.encode(string) == theirs.encode(string).ids, repr(string)
 
 
 def test_smollm2_lacks_21_bytes(smollm2):
     _, ours = smollm2
-    lacking = {token[0] for token, i in ours._mergeable_ranks.items() if i >= 49152}
+    lacking = {token[0] for token, i in ours.engine._mergeable_ranks.items() if i >= 49152}
     assert lacking == {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
     assert ours.n_vocab == 49152 + 21
 
@@ -65,8 +64,8 @@ def test_smollm2_chat_is_its_own_template(smollm2, smollm2_theirs):
     turns = [" What is 2+2?\n", "4.", "And  12 more?"]
     messages = [dict(role=["user", "assistant"][i % 2], content=turn) for i, turn in enumerate(turns)]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert chat(ours, turns) == expected
-    assert stop_tokens(ours) == (2, 0)
+    assert ours.chat(turns) == expected
+    assert ours.stop == (2, 0)
 
 
 def test_smollm2_recovered_merges_are_its_own(smollm2, smollm2_theirs):
@@ -95,7 +94,7 @@ def test_smollm2_writes_transformers_greedy_text(smollm2):
     model, tokenizer = smollm2
     torch.set_num_threads(2)
     for question in PROMPTS:
-        prompt = chat(tokenizer, [question])
+        prompt = tokenizer.chat([question])
         tokens = hispec.generate(model, prompt, 64).tokens
         with torch.no_grad():
             logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]  # (n, V)
@@ -111,8 +110,8 @@ def test_smollm2_has_exits_by_name(smollm2):
     assert model.exits == (4, 8) == model.blocks
     file = checkpoints.WEIGHTS / "smollm2" / "exits.safetensors"
     assert file.stat().st_size <= 8e6
-    prompt = chat(tokenizer, ["Name three colours."])
-    plain = hispec.generate(model, prompt, 24, stop=stop_tokens(tokenizer))
-    out = hispec.generate(model, prompt, 24, exits=(4, 8), windows=(2, 3), stop=stop_tokens(tokenizer))
+    prompt = tokenizer.chat(["Name three colours."])
+    plain = hispec.generate(model, prompt, 24, stop=tokenizer.stop)
+    out = hispec.generate(model, prompt, 24, exits=(4, 8), windows=(2, 3), stop=tokenizer.stop)
     assert out.tokens == plain.tokens
     assert out.levels[-1].calls < len(plain.tokens)  # the blind exits through the shared head save next to nothing

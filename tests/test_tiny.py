@@ -7,7 +7,6 @@ import pytest
 import bench
 import checkpoints
 from hispec import generate
-from tokenizer import chat
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +27,7 @@ def test_ladders_write_its_greedy_text_with_fewer_full_passes(tiny):
     questions = bench.read_prompts(Path(bench.__file__).parent / "prompts.jsonl")[::10]
     assert len(questions) == 3
     for question in questions:
-        prompt = chat(tokenizer, question["turns"][:1])
+        prompt = tokenizer.chat(question["turns"][:1])
         plain = generate(model, prompt, 32)
         for exits, windows in [((2,), (3,)), ((8,), (4,)), ((2, 8), (2, 4)), ((1, 2, 4, 8), (2, 3, 4, 6))]:
             out = generate(model, prompt, 32, exits=exits, windows=windows)

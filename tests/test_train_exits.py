@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import checkpoints
-import tokenizer
 import train_exits
+from checkpoints import tokenizer
 from hispec import generate
 from model import ExitHead, Llama
 
@@ -229,16 +229,16 @@ def bpe():
 @example("\x00\x1c\u2028\u200d e\u0301 ½²٣ _a__b \ud7ff")
 @example("  \n\n\t x   \r\n")
 def test_bpe_gives_any_text_back(bpe, text):
-    assert bpe.decode(bpe.encode_ordinary(text)) == text
+    assert bpe.decode(bpe.encode(text)) == text
 
 
 def test_bpe_merges_what_is_common(bpe, tmp_path):
-    assert len(bpe.encode_ordinary("    return x\n")) < 6
-    assert bpe.n_vocab <= 400 and bpe.encode_single_token(train_exits.END) == bpe.n_vocab - 1
+    assert len(bpe.encode("    return x\n")) < 6
+    assert bpe.n_vocab <= 400 and bpe.special[train_exits.END] == bpe.n_vocab - 1
     model = random_model(vocab_size=bpe.n_vocab).float()
     checkpoints.save(model, bpe, tmp_path)
     text = "def f(x):\n    return naïve_1\t\U0001f600\x00"
-    assert checkpoints.load(tmp_path)[1].encode_ordinary(text) == bpe.encode_ordinary(text)
+    assert checkpoints.load(tmp_path)[1].encode(text) == bpe.encode(text)
 
 
 def test_bpe_joins_runs_left_to_right():

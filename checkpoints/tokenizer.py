@@ -1,4 +1,4 @@
-"""A checkpoint's own vocabulary as a `tiktoken.Encoding`; chat format, end of an answer.
+"""A checkpoint's own vocabulary around a `tiktoken.Encoding`; chat format, end of an answer.
 
 tiktoken has one number for a token's id and its merge priority, and merges any two pieces whose union is
 a token; Hugging Face and llama.cpp merge listed pairs in listed order. Both give the same ids on every
@@ -38,38 +38,56 @@ LLAMA3 = (
 )
 
 
-def chat(tokenizer: tiktoken.Encoding, turns: list[str]) -> list[int]:
-    """Token ids of a conversation (user, assistant, user, ...), ready for the assistant's answer.
+class Tokenizer:
+    """Text to token ids and back, whatever library does it.
 
-    ChatML with SmolLM2's system message if the tokenizer has <|im_start|>, Llama 3's format if it has
-    <|start_header_id|>, else the plain turns, a newline between them. Turns are never read as special
-    tokens, so a user cannot forge an end of turn. Raises ValueError if the last turn is not the user's.
+    stop: ids that end an answer. special: the ids of the special tokens. n_vocab: one more than the largest id.
     """
-    if len(turns) % 2 == 0:
-        raise ValueError(f"a conversation must end with the user's turn, got {len(turns)} turns")
-    special, text = tokenizer.encode_single_token, tokenizer.encode_ordinary
-    messages = [("assistant" if i % 2 else "user", turn) for i, turn in enumerate(turns)]
-    if "<|im_start|>" in tokenizer.special_tokens_set:
-        start, end = special("<|im_start|>"), special("<|im_end|>")
-        ids = []
-        for role, turn in [("system", SYSTEM), *messages]:
-            ids += [start, *text(f"{role}\n{turn}"), end, *text("\n")]
-        return [*ids, start, *text("assistant\n")]
-    if "<|start_header_id|>" in tokenizer.special_tokens_set:
-        start, end, eot = map(special, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
-        ids = [special("<|begin_of_text|>")]
-        for role, turn in messages:
-            ids += [start, *text(role), end, *text(f"\n\n{turn.strip()}"), eot]
-        return [*ids, start, *text("assistant"), end, *text("\n\n")]
-    return text("\n".join(turns))
+
+    def __init__(self, engine: tiktoken.Encoding):
+        self.engine = engine
+        self.special = dict(engine._special_tokens)
+        self.stop = tuple(self.special[s] for s in STOPS if s in self.special)
+        self.n_vocab = engine.n_vocab
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens are never read out of it."""
+        return self.engine.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.engine.decode(ids)
+
+    def spell(self, id: int) -> bytes:
+        """The bytes of one token, maybe a part of a character."""
+        return self.engine.decode_single_token_bytes(id)
+
+    def chat(self, turns: list[str]) -> list[int]:
+        """Token ids of a conversation (user, assistant, user, ...), ready for the assistant's answer.
+
+        ChatML with SmolLM2's system message if the tokenizer has <|im_start|>, Llama 3's format if it has
+        <|start_header_id|>, else the plain turns, a newline between them. Turns are never read as special
+        tokens, so a user cannot forge an end of turn. Raises ValueError if the last turn is not the user's.
+        """
+        if len(turns) % 2 == 0:
+            raise ValueError(f"a conversation must end with the user's turn, got {len(turns)} turns")
+        special, text = self.special, self.encode
+        messages = [("assistant" if i % 2 else "user", turn) for i, turn in enumerate(turns)]
+        if "<|im_start|>" in special:
+            start, end = special["<|im_start|>"], special["<|im_end|>"]
+            ids = []
+            for role, turn in [("system", SYSTEM), *messages]:
+                ids += [start, *text(f"{role}\n{turn}"), end, *text("\n")]
+            return [*ids, start, *text("assistant\n")]
+        if "<|start_header_id|>" in special:
+            start, end, eot = (special[s] for s in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+            ids = [special["<|begin_of_text|>"]]
+            for role, turn in messages:
+                ids += [start, *text(role), end, *text(f"\n\n{turn.strip()}"), eot]
+            return [*ids, start, *text("assistant"), end, *text("\n\n")]
+        return text("\n".join(turns))
 
 
-def stop_tokens(tokenizer: tiktoken.Encoding) -> tuple[int, ...]:
-    """Ids of the tokens that end an answer: whichever of STOPS the tokenizer has."""
-    return tuple(tokenizer.encode_single_token(s) for s in STOPS if s in tokenizer.special_tokens_set)
-
-
-def from_gguf(meta: dict, vocab_size: int) -> tiktoken.Encoding | None:
+def from_gguf(meta: dict, vocab_size: int) -> Tokenizer | None:
     """The tokenizer in a GGUF file's metadata, None if there is none. Raises ValueError if unsupported."""
     if "tokenizer.ggml.model" not in meta:
         return None
@@ -84,27 +102,27 @@ def from_gguf(meta: dict, vocab_size: int) -> tiktoken.Encoding | None:
     vocab = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind == 1}
     special = {t: i for i, (t, kind) in enumerate(zip(tokens, types)) if kind != 1}  # control, user-defined, unused
     merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
-    return build(vocab, merges, special, splits[pre], vocab_size, ignore_merges=pre == "llama-bpe")
+    return Tokenizer(build(vocab, merges, special, splits[pre], vocab_size, ignore_merges=pre == "llama-bpe"))
 
 
-def from_folder(folder: Path, vocab_size: int) -> tiktoken.Encoding | None:
+def from_folder(folder: Path, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a Hugging Face folder, None if there is none. Raises ValueError if unsupported."""
     # tokenizer.json first: it states the split and the special tokens, which tokenizer.model leaves to code
     if (folder / "tokenizer.json").is_file():
-        return _from_json(read_json(folder / "tokenizer.json"), vocab_size)
+        return Tokenizer(_from_json(read_json(folder / "tokenizer.json"), vocab_size))
     if (folder / "tokenizer.model").is_file():
-        return _from_tiktoken((folder / "tokenizer.model").read_bytes(), vocab_size)
+        return Tokenizer(_from_tiktoken((folder / "tokenizer.model").read_bytes(), vocab_size))
     return None
 
 
-def to_json(tokenizer: tiktoken.Encoding, vocab_size: int) -> dict:
+def to_json(tokenizer: Tokenizer, vocab_size: int) -> dict:
     """The tokenizer as the content of a Hugging Face tokenizer.json that gives the same ids."""
-    ranks = {token: i for token, i in tokenizer._mergeable_ranks.items() if i < vocab_size}
+    ranks = {token: i for token, i in tokenizer.engine._mergeable_ranks.items() if i < vocab_size}
     merges = [_pieces(token, ranks) for token in sorted(ranks, key=ranks.__getitem__)]
-    special = tokenizer._special_tokens
+    special = tokenizer.special
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    split = {"type": "Split", "pattern": {"Regex": tokenizer._pat_str}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.engine._pat_str}, "behavior": "Isolated", "invert": False}
     return {
         "version": "1.0",
         "added_tokens": [{"id": i, "content": t, "special": True, **flags} for t, i in special.items()],
@@ -159,7 +177,7 @@ def _encoding(ranks: dict[bytes, int], special: dict[str, int], split: str, voca
     return tiktoken.Encoding("checkpoint", pat_str=split, mergeable_ranks=ranks, special_tokens=special)
 
 
-def learn_bpe(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
+def learn_bpe(texts: list[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE (arXiv 1508.07909): 256 bytes, then the commonest neighbours merged again and again, then END."""
     # SMOLLM's pieces as Python's own re can say them; where the two differ, only counts do
     split = re.compile(r"\d|'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")
@@ -192,7 +210,8 @@ def learn_bpe(texts: list[str], vocab_size: int) -> tiktoken.Encoding:
         for neighbours in changed - {pair}:
             if pairs[neighbours] > 0:
                 heapq.heappush(heap, (-pairs[neighbours], neighbours))
-    return tiktoken.Encoding("trained", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
+    special = {END: len(ranks)}
+    return Tokenizer(tiktoken.Encoding("trained", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens=special))
 
 
 # ---- the three formats ---------------------------------------------------------------------------------
