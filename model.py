@@ -23,6 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from linear import ROWS, Linear
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -87,12 +89,12 @@ class Llama(nn.Module):
         self.exits: tuple[int, ...] = ()  # the trained exits, shallow to deep: the default ladder
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = Linear(config.dim, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         self.exit_heads = nn.ModuleDict()  # str(exit) -> ExitHead, for exits that own one
-        self.pad = 1  # positions in a pass are padded to a multiple of it; faststep.py says what for
+        self.pad = 1  # the positions of a pass are padded to a multiple of it
         self._rope_table: Tensor | None = None
         self.apply(self._init)
 
@@ -102,6 +104,21 @@ class Llama(nn.Module):
             branch = getattr(module, "ends_branch", False)
             std = 0.02 / math.sqrt(2 * self.config.n_layers) if branch else 0.02
             nn.init.normal_(module.weight, std=std)
+
+    def pack(self) -> "Llama":
+        """Lay the weights out for inference on a CPU (linear.py). train() and to() undo it."""
+        alike = [m.pack(m.weight is self.embed.weight) for m in self.modules() if isinstance(m, Linear)]
+        alike += [head.gather(self.head).pack() for head in self.exit_heads.values() if head.vocab is not None]
+        self.pad = 1 if all(alike) else ROWS
+        return self
+
+    def train(self, mode: bool = True) -> "Llama":
+        self.pad = 1 if mode else self.pad
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self.pad = 1
+        return super()._apply(fn, recurse)
 
     def forward(self, ids: Tensor, exit: int | None = None) -> Tensor:
         """Logits (B, N, V) for ids (B, N), without a cache: for training, and as the tests' oracle.
@@ -137,7 +154,7 @@ class Llama(nn.Module):
     def logits(self, h: Tensor, exit: int) -> Tensor:
         """Next-token logits (..., V) from h (..., D), as `read` leaves it for this exit."""
         if str(exit) in self.exit_heads:
-            return self.exit_heads[str(exit)](h, self.head.weight)
+            return self.exit_heads[str(exit)](h, self.head)
         return self.head(self.norm(h))
 
     @property
@@ -160,9 +177,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
         self.attn = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(self, h: Tensor, rope: Tensor, slot: int, cache: Cache | None = None) -> Tensor:
@@ -180,8 +197,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
         # one product for queries, keys and values: fewer, larger reads
-        self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
+        self.qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
+        self.out = Linear(self.heads * self.head_dim, config.dim)
         self.out.ends_branch = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor, rope: Tensor, slot: int, cache: Cache | None = None) -> Tensor:
@@ -214,8 +231,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)  # gate and up in one product
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate_up = Linear(config.dim, 2 * config.ffn_dim)  # gate and up in one product
+        self.down = Linear(config.ffn_dim, config.dim)
         self.down.ends_branch = True  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,36 +264,60 @@ class ExitHead(nn.Module):
                 raise ValueError(f"vocab must be distinct token ids in 0..{config.vocab_size - 1}, at least one")
         self.vocab_size = config.vocab_size
         self.block = Layer(replace(config, ffn_dim=width)) if width else None
-        self.norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.norm = RMSNorm(config.dim, config.norm_eps)
         if self.block is not None:
             nn.init.zeros_(self.block.attn.out.weight)
             nn.init.zeros_(self.block.mlp.down.weight)
         self.register_buffer("vocab", ids)
-        self._rows: Tensor | None = None  # W[vocab], gathered once in eval mode
+        self._rows: list[Linear] = []  # in a list, so that it is no part of what is saved or trained
 
-    def forward(self, h: Tensor, matrix: Tensor) -> Tensor:
-        """Logits (..., V) from h (..., D), as `Llama.read` leaves it, and the model's output matrix (V, D)."""
-        reduced = self.known(h, matrix)
+    def forward(self, h: Tensor, head: Linear) -> Tensor:
+        """Logits (..., V) from h (..., D), as `Llama.read` leaves it, and the model's output layer."""
+        reduced = self.known(h, head)
         if self.vocab is None:
             return reduced
         full = reduced.new_full((*reduced.shape[:-1], self.vocab_size), -math.inf)
         return full.index_copy(-1, self.vocab, reduced)
 
-    def known(self, h: Tensor, matrix: Tensor) -> Tensor:
+    def known(self, h: Tensor, head: Linear) -> Tensor:
         """Logits (..., len(vocab)) of the tokens the exit may draft."""
-        return F.linear(self.norm(h), matrix if self.vocab is None else self._gather(matrix))
+        if self.vocab is None:
+            return head(self.norm(h))
+        if self.training:  # the matrix may change from step to step: always read it afresh
+            return F.linear(self.norm(h), head.weight[self.vocab])
+        return self.gather(head)(self.norm(h))
+
+    def gather(self, head: Linear) -> Linear:
+        """The rows of the output layer that the exit reads, gathered once in eval mode."""
+        if not self._rows:
+            with torch.inference_mode(False):  # as the RoPE table: a gradient may pass through later
+                rows = Linear(head.in_features, len(self.vocab))
+                rows.weight = nn.Parameter(head.dense()[self.vocab], requires_grad=False)
+                self._rows = [rows]
+        return self._rows[0]
 
     def train(self, mode: bool = True) -> "ExitHead":
-        self._rows = None
+        self._rows = []
         return super().train(mode)
 
-    def _gather(self, matrix: Tensor) -> Tensor:
-        if self.training:  # the matrix may change from step to step: always read it afresh
-            return matrix[self.vocab]
-        if self._rows is None or self._rows.device != matrix.device or self._rows.dtype != matrix.dtype:
-            with torch.inference_mode(False):  # as the RoPE table: a gradient may pass through them later
-                self._rows = matrix[self.vocab].detach()
-        return self._rows
+    def _apply(self, fn, recurse=True):
+        self._rows = []
+        return super()._apply(fn, recurse)
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
+
+    In inference on a CPU by four operators in place of PyTorch's eight: on a small model calls set the pace.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or torch.is_grad_enabled():
+            return super().forward(x)
+        D, accurate = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accurate)  # sqrt(D * mean(x^2))
+        scale = torch.hypot(size, size.new_tensor(math.sqrt(D * self.eps)))
+        return (x * (self.weight * math.sqrt(D)) / scale).to(x.dtype)
 
 
 def rope_table(config: Config) -> Tensor:

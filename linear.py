@@ -1,0 +1,105 @@
+"""A linear layer that can hold its weight in the layout that a CPU multiplies fastest.
+
+`pack` changes where the numbers lie, not the numbers: what is trained and what is saved is the
+plain weight. There are two layouts, by size:
+
+- small float32 matrices are transposed in memory: there a call costs more than its work;
+- larger ones, and all in bfloat16, are packed by oneDNN, which takes about as long for a few rows
+  as for one, and gives a row the same bits however many rows there are. How oneDNN cuts a long sum
+  would depend on the number of rows: such a sum is cut here first, always in the same way.
+
+Plain float32 products (MKL's) have the same bits for any number of rows from ROWS on. Passes of a
+model that holds some are padded to a multiple of ROWS positions (`Llama.pack`).
+"""
+
+from functools import cache
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 4  # the fewest rows that MKL multiplies as it does many
+SMALL = 2**18  # weights in float32; below, transposed is faster than packed
+LONGEST = 1024  # terms in a sum that oneDNN does not cut
+
+
+class Linear(nn.Linear):
+    """x @ weight.T, without a bias."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__(inputs, outputs, bias=False)
+        self.packed: list[Tensor] = []  # in oneDNN's own layout, for `block` inputs each
+        self.block = -(-inputs // -(-inputs // LONGEST))  # equal parts of at most LONGEST
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        if not self.packed:
+            return F.linear(x, self.weight)
+        (x0, w0), *others = zip(x.split(self.block, dim=-1), self.packed)
+        y = torch.ops.mkldnn._linear_pointwise(x0, w0, None, "none", [], "")
+        for part, weight in others:
+            y = torch.ops.mkldnn._linear_pointwise.binary(part, y, weight, None, "add")
+        return y
+
+    def pack(self, keep: bool = False) -> bool:
+        """Take the fastest layout for inference; returns whether the bits are the same for any rows.
+
+        keep: someone else reads the plain weight too, which otherwise is let go.
+        """
+        weight = self.weight.detach()
+        if weight.is_cuda or weight.dtype not in (torch.float32, torch.bfloat16):
+            return True
+        if weight.dtype == torch.float32 and weight.numel() < SMALL:
+            self.weight.data = weight.t().contiguous().t()
+            return False
+        if not can_pack(weight.dtype):
+            return weight.dtype != torch.float32
+        self.packed = [packed(part) for part in weight.split(self.block, dim=1)]
+        if not keep:
+            del self.weight
+        return True
+
+    def dense(self) -> Tensor:
+        """The plain weight (outputs, inputs)."""
+        if "weight" in self._parameters:
+            return self.weight.detach()
+        return torch.cat([part.to_dense() for part in self.packed], dim=1)
+
+    def unpack(self) -> None:
+        if "weight" not in self._parameters:
+            self.weight = nn.Parameter(self.dense(), requires_grad=False)
+        self.packed = []
+
+    def train(self, mode: bool = True) -> "Linear":
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):  # another device or dtype has another layout
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        destination[prefix + "weight"] = self.weight if keep_vars else self.dense()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(part.nbytes for part in self.packed) or self.weight.nbytes
+
+
+def packed(weight: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # so that its gradient-free product may stand in a graph
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of PyTorch has oneDNN's packed products in this dtype."""
+    try:
+        weight = packed(torch.eye(4, dtype=dtype))
+        torch.ops.mkldnn._linear_pointwise(torch.eye(4, dtype=dtype), weight, None, "none", [], "")
+        return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
