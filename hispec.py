@@ -353,9 +353,3 @@ def whole_numbers(values: Iterable[int], name: str) -> tuple[int, ...]:
         return tuple(int(operator.index(value)) for value in values)
     except TypeError:
         raise ValueError(f"{name} takes whole numbers, got {values!r}") from None
-
-
-if __name__ == "__main__":
-    from show import main
-
-    main()
