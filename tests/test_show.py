@@ -116,7 +116,11 @@ def test_the_command_prints_plain_text_where_there_is_no_terminal(show_command):
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [(["--exits", "9", "3"], "ascend"), (["--model", "none/such"], "none/such")],
+    [
+        (["--exits", "9", "3"], "ascend"),
+        (["--model", "none/such"], "none/such"),
+        (["--step"], "unrecognized arguments: --step"),
+    ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(show_command, arguments, message):
     run = show_command("a prompt", *arguments)
@@ -157,11 +161,8 @@ def test_a_path_that_cannot_be_written_is_told_before_any_work(
         "a prompt", "--model", "none/such", "--html", path, cwd=tmp_path
     )  # no model: nothing can start
     assert run.returncode == 1 and run.stdout == ""
-    assert (
-        run.stderr.startswith("error: cannot write to")
-        and run.stderr.count("\n") == 1
-        and message in run.stderr
-    )
+    assert run.stderr.startswith(f"error: cannot write to '{path}': ")
+    assert run.stderr.count("\n") == 1 and message in run.stderr and ".html." not in run.stderr
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
 
 
@@ -186,3 +187,43 @@ def test_nothing_is_watched_unless_asked_for(tmp_path, monkeypatch, capsys, html
     monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "2", *extra])
     __main__.main()
     assert [watch is not None for watch in watched] == [html_wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--exits", "8", "2"], r"from 0 on, got \(8, 2\)"),
+        (["--exits", "-1"], "from 0 on"),
+        (["--max-new-tokens", "few"], "invalid int value: 'few'"),
+        (["--html", "no/such/a.html"], "cannot write to"),
+    ],
+)
+def test_arguments_are_looked_at_before_a_model_is_loaded(monkeypatch, arguments, message):
+    monkeypatch.setattr(__main__, "load", lambda *arguments: pytest.fail("work was begun"))
+    monkeypatch.setattr(sys, "argv", ["show", "x", *arguments])
+    with pytest.raises(ValueError, match=message):
+        __main__.main()
+
+
+def test_an_exit_past_the_depth_is_refused_before_threads_are_searched_for(monkeypatch):
+    monkeypatch.setattr(__main__, "kept_threads", lambda *arguments: pytest.fail("work was begun"))
+    monkeypatch.setattr(sys, "argv", ["show", "x", "--exits", "2", "99"])
+    with pytest.raises(ValueError, match="within 0..31"):
+        __main__.main()
+
+
+@pytest.mark.parametrize("pause", [False, True])
+def test_a_pause_comes_before_each_verification_by_the_full_model(monkeypatch, capsys, pause):
+    waited, made = [], []
+
+    def spy(*arguments, **options):
+        made.append(generate(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(__main__, "generate", spy)
+    monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
+    monkeypatch.setattr(__main__, "coloured", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda: waited.append(None))
+    monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "12", *["--pause"] * pause])
+    __main__.main()
+    assert len(waited) == (made[0].levels[-1].calls if pause else 0)

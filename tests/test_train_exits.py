@@ -12,13 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
-from hypothesis import example, given
-from hypothesis import strategies as st
 from safetensors import safe_open
 
 import checkpoints
 import train_exits
-from checkpoints import tokenizer
 from hispec import generate
 from lab.agreement import measure
 from lab.corpus import encode, held_rows, is_held_out, read_corpus, sample
@@ -274,42 +271,6 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, corpus):
     assert distance(one, half) > 0.1 * step
 
 
-# ---- text ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    texts = [
-        "def f(x):\n    return x\n" * 20,
-        "naïve café ½ _under__score '日本語' \U0001f600 aaaa\t\r\n" * 20,
-    ]
-    return tokenizer.learn_bpe(texts, 400)
-
-
-@given(st.text())
-@example("aaaaaaa")
-@example("<|endoftext|> is text, not a mark")
-@example("\x00\x1c\u2028\u200d e\u0301 ½²٣ _a__b \ud7ff")
-@example("  \n\n\t x   \r\n")
-def test_bpe_gives_any_text_back(bpe, text):
-    assert bpe.decode(bpe.encode(text)) == text
-
-
-def test_bpe_merges_what_is_common(bpe, tmp_path):
-    assert len(bpe.encode("    return x\n")) < 6
-    assert bpe.n_vocab <= 400 and bpe.special[tokenizer.END] == bpe.n_vocab - 1
-    model = random_model(vocab_size=bpe.n_vocab).float()
-    checkpoints.save(model, bpe, tmp_path)
-    text = "def f(x):\n    return naïve_1\t\U0001f600\x00"
-    assert checkpoints.load(tmp_path)[1].encode(text) == bpe.encode(text)
-
-
-def test_bpe_joins_runs_left_to_right():
-    a, b = b"a", b"b"
-    assert tokenizer._merged([a, a, a, a, a], (a, a)) == [b"aa", b"aa", a]
-    assert tokenizer._merged([a, b, a, b, b], (a, b)) == [b"ab", b"ab", b]
-
-
 # ---- errors -------------------------------------------------------------------------------------
 
 
@@ -356,6 +317,28 @@ def test_a_corpus_that_will_not_do(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", folder, f"{SHAPE} {SPEED} --steps 5")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/none"])
+@pytest.mark.parametrize("recipe", ["", "--model none/such --freeze-trunk"])
+def test_a_place_that_takes_no_files_is_refused_first(tmp_path, monkeypatch, corpus, out, recipe):
+    (tmp_path / "file").write_text("kept")
+    for reads in ("read_corpus", "own_samples"):
+        monkeypatch.setattr(train_exits, reads, lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=f"^cannot write to '{tmp_path / out}': ") as refused:
+        train(tmp_path / out, corpus, f"{SHAPE} {SPEED} --steps 5 {recipe}")
+    assert "\n" not in str(refused.value) and "/." not in str(refused.value)
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("file", "kept")]
+
+
+@pytest.mark.parametrize(
+    "options, message", [("--exits 8 2", "from 1 on, got"), ("--steps x", "invalid int")]
+)
+def test_arguments_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(checkpoints, "load", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=message):
+        train_exits.main(["--out", str(tmp_path / "run"), "--model", "tiny", *options.split()])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(tmp_path, corpus):
