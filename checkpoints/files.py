@@ -5,6 +5,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -19,8 +20,14 @@ def write_whole(path: Path, fill: Callable[[Path], object] | None) -> None:
     try:
         fill(draft)
         os.replace(draft, path)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        # the reader knows the file by its own name
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # the error to be told is the one before
+            draft.unlink()
 
 
 def must_be_writable(path: Path) -> None:
@@ -30,7 +37,8 @@ def must_be_writable(path: Path) -> None:
         draft.touch()
         draft.unlink()
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot write to {str(path)!r}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(f"cannot write to {str(path)!r}: {why}") from None
     if path.is_dir():
         raise ValueError(f"cannot write to {str(path)!r}: it is a folder")
 

@@ -1,5 +1,7 @@
 """Watching a generation: what the terminal shows is what was generated."""
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -9,9 +11,11 @@ import pytest
 from conftest import cases, random_model
 from hypothesis import example, given
 from hypothesis import strategies as st
+from test_page import Tags, replay
 
-import show
+from checkpoints.files import must_be_writable
 from hispec import Event, generate
+from show import __main__, page, terminal
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,36 +25,47 @@ def letter(token: int) -> bytes:
 
 
 def painted(model, prompt, n, **options):
-    painter, pieces = show.Painter(tuple(options.get("exits", ())), letter), []
-    out = generate(model, prompt, n, **options, watch=lambda event: pieces.append(painter.see(event)))
+    painter, pieces = terminal.Painter(tuple(options.get("exits", ())), letter), []
+    out = generate(
+        model, prompt, n, **options, watch=lambda event: pieces.append(painter.see(event))
+    )
     return out, "".join(piece for piece in pieces if piece)
 
 
 @given(cases(), st.sampled_from([0.0, 1.0]))
 def test_what_is_not_struck_through_is_the_text(case, temperature):
-    out, text = painted(case.model, case.prompt, case.max_new_tokens, **case.arguments, temperature=temperature, seed=1)
-    standing = re.sub(re.escape(show.FALLEN) + ".*?" + re.escape(show.PLAIN), "", text)
+    out, text = painted(
+        case.model,
+        case.prompt,
+        case.max_new_tokens,
+        **case.arguments,
+        temperature=temperature,
+        seed=1,
+    )
+    standing = re.sub(re.escape(terminal.FALLEN) + ".*?" + re.escape(terminal.PLAIN), "", text)
     assert re.sub("\033\\[[0-9;]*m", "", standing) == b"".join(map(letter, out.tokens)).decode()
 
 
 def test_each_token_has_the_colour_of_the_level_that_wrote_it():
     model = random_model(3)
     _, plain = painted(model, [1, 2], 20)
-    assert set(re.findall("\033\\[[0-9;]+m(?=[A-Z])", plain)) == {show.FULL}
+    assert set(re.findall("\033\\[[0-9;]+m(?=[A-Z])", plain)) == {terminal.FULL}
     out, text = painted(model, [1, 2], 20, exits=(1, 3), windows=(2, 4))
-    first, middle = show.COLOURS[:2]
-    assert text.count(show.FULL) <= out.levels[2].calls  # one token of its own a pass, but for what the end cuts off
-    assert text.count(first) + text.count(middle) + text.count(show.FULL) == len(out.tokens)
-    assert show.FALLEN in text
+    first, middle = terminal.COLOURS[:2]
+    # one token of its own a pass, but for what the end cuts off
+    assert text.count(terminal.FULL) <= out.levels[2].calls
+    assert text.count(first) + text.count(middle) + text.count(terminal.FULL) == len(out.tokens)
+    assert terminal.FALLEN in text
     _, looked_up = painted(model, [1, 2] * 5, 20, exits=(0, 3), windows=(3, 4))
     assert first in looked_up and middle in looked_up
 
 
 def shown_byte_by_byte(data: bytes) -> list[str]:
-    """What each of these tokens adds to the terminal, a byte a token, and what is left at the end."""
-    painter = show.Painter((), lambda token: bytes([token]))
+    """What each of these tokens adds to the terminal, a byte a token, and what is left at the
+    end."""
+    painter = terminal.Painter((), lambda token: bytes([token]))
     pieces = [painter.see(Event(0, i, [], 0, [token], [i], 0.0)) for i, token in enumerate(data)]
-    settled = [piece.removeprefix(show.FULL).removesuffix(show.PLAIN) for piece in pieces]
+    settled = [piece.removeprefix(terminal.FULL).removesuffix(terminal.PLAIN) for piece in pieces]
     return [*settled, painter.characters.decode(b"", final=True)]
 
 
@@ -67,22 +82,148 @@ def test_bytes_that_are_no_character_are_shown_as_such(data):
     assert "".join(shown_byte_by_byte(data)) == data.decode("utf-8", "replace")
 
 
-def hispec_command(*arguments):
-    command = [sys.executable, "hispec.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+# As `python -m show`, but for where the number of threads is kept.
+COMMAND = """
+import runpy, sys
+from pathlib import Path
+from lab import tune
+tune.LADDERS = Path(sys.argv.pop(1))
+runpy.run_module("show", run_name="__main__", alter_sys=True)
+"""
 
 
-def test_the_command_prints_plain_text_where_there_is_no_terminal():
-    run = hispec_command("def add(a, b):", "--max-new-tokens", "8")
+@pytest.fixture
+def show_command(tmp_path_factory):
+    """show_command(*arguments, cwd=...) -> the finished process."""
+    kept = tmp_path_factory.mktemp("kept") / "ladders.json"
+
+    def run(*arguments, cwd=ROOT):
+        command = [sys.executable, "-c", COMMAND, str(kept), *arguments]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8"
+        )
+
+    return run
+
+
+def test_the_command_prints_plain_text_where_there_is_no_terminal(show_command):
+    run = show_command("def add(a, b):", "--max-new-tokens", "8")
     assert run.returncode == 0, run.stderr
     assert "\033" not in run.stdout
     assert "8 tokens in" in run.stdout and "accepted: exit 2" in run.stdout
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [(["--exits", "9", "3"], "ascend"), (["--model", "none/such"], "none/such")]
+    "arguments, message",
+    [
+        (["--exits", "9", "3"], "ascend"),
+        (["--model", "none/such"], "none/such"),
+        (["--step"], "unrecognized arguments: --step"),
+    ],
 )
-def test_the_command_says_what_is_wrong_in_one_line(arguments, message):
-    run = hispec_command("a prompt", *arguments)
+def test_the_command_says_what_is_wrong_in_one_line(show_command, arguments, message):
+    run = show_command("a prompt", *arguments)
     assert run.returncode == 1
-    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and message in run.stderr
+    assert (
+        run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and message in run.stderr
+    )
+
+
+def test_the_command_prints_as_ever_and_writes_the_page(show_command, tmp_path):
+    run = show_command("def add(a, b):", "--max-new-tokens", "8", "--html", "a.html", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    text, statistics, last = run.stdout[:-1].rsplit("\n", 2)
+    assert statistics.startswith("8 tokens in") and last == "to play it back: a.html"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
+    trace = json.loads(Tags((tmp_path / "a.html").read_text("utf-8")).inside["script"][0])
+    assert (trace["model"], trace["question"], trace["depths"]) == (
+        "tiny",
+        "def·add(a,·b):",
+        [2, 8, 32],
+    )
+    _, shown = replay(trace, len(trace["events"]))
+    standing = "".join(
+        trace["texts"][str(cell["token"])] for cell in shown if cell["state"] == "settled"
+    )
+    assert standing == page.visible(text)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [("no/such/a.html", "No such file"), (".", "empty name"), ("folder", "is a folder")],
+)
+def test_a_path_that_cannot_be_written_is_told_before_any_work(
+    show_command, tmp_path, path, message
+):
+    (tmp_path / "folder").mkdir()
+    run = show_command(
+        "a prompt", "--model", "none/such", "--html", path, cwd=tmp_path
+    )  # no model: nothing can start
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.startswith(f"error: cannot write to '{path}': ")
+    assert run.stderr.count("\n") == 1 and message in run.stderr and ".html." not in run.stderr
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+
+
+def test_trying_a_path_leaves_what_is_there(tmp_path):
+    (tmp_path / "a.html").write_text("kept")
+    must_be_writable(tmp_path / "a.html")
+    must_be_writable(tmp_path / "b.html")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.html", "kept")]
+
+
+@pytest.mark.parametrize("html_wanted", [False, True])
+def test_nothing_is_watched_unless_asked_for(tmp_path, monkeypatch, capsys, html_wanted):
+    watched = []
+
+    def spy(*arguments, **options):
+        watched.append(options["watch"])
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(__main__, "generate", spy)
+    monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
+    extra = ["--html", str(tmp_path / "a.html")] if html_wanted else []
+    monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "2", *extra])
+    __main__.main()
+    assert [watch is not None for watch in watched] == [html_wanted]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--exits", "8", "2"], r"from 0 on, got \(8, 2\)"),
+        (["--exits", "-1"], "from 0 on"),
+        (["--max-new-tokens", "few"], "invalid int value: 'few'"),
+        (["--html", "no/such/a.html"], "cannot write to"),
+    ],
+)
+def test_arguments_are_looked_at_before_a_model_is_loaded(monkeypatch, arguments, message):
+    monkeypatch.setattr(__main__, "load", lambda *arguments: pytest.fail("work was begun"))
+    monkeypatch.setattr(sys, "argv", ["show", "x", *arguments])
+    with pytest.raises(ValueError, match=message):
+        __main__.main()
+
+
+def test_an_exit_past_the_depth_is_refused_before_threads_are_searched_for(monkeypatch):
+    monkeypatch.setattr(__main__, "kept_threads", lambda *arguments: pytest.fail("work was begun"))
+    monkeypatch.setattr(sys, "argv", ["show", "x", "--exits", "2", "99"])
+    with pytest.raises(ValueError, match="within 0..31"):
+        __main__.main()
+
+
+@pytest.mark.parametrize("pause", [False, True])
+def test_a_pause_comes_before_each_verification_by_the_full_model(monkeypatch, capsys, pause):
+    waited, made = [], []
+
+    def spy(*arguments, **options):
+        made.append(generate(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(__main__, "generate", spy)
+    monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
+    monkeypatch.setattr(__main__, "coloured", lambda: True)
+    monkeypatch.setattr("builtins.input", lambda: waited.append(None))
+    monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "12", *["--pause"] * pause])
+    __main__.main()
+    assert len(waited) == (made[0].levels[-1].calls if pause else 0)

@@ -1,4 +1,5 @@
-"""Training: what must stay, stays bit for bit; a killed run continues; exits get better; errors are named."""
+"""Training: what must stay, stays bit for bit; a killed run continues; exits get better; errors are
+named."""
 
 import json
 import os
@@ -11,14 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import random_model
-from hypothesis import example, given
-from hypothesis import strategies as st
 from safetensors import safe_open
 
 import checkpoints
 import train_exits
-from checkpoints import tokenizer
 from hispec import generate
+from lab.agreement import measure
+from lab.corpus import encode, held_rows, is_held_out, read_corpus, sample
 from model import ExitHead, Llama
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,12 @@ def corpus(tmp_path_factory):
     """Sixty small files: sentences from a grammar that a tiny model learns in seconds."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = torch.Generator().manual_seed(1)
-    words = ["if x:\n    y = 1\n", "for i in range(3):\n    f(i)\n", "return x + y\n", "# the sum of both\n"]
+    words = [
+        "if x:\n    y = 1\n",
+        "for i in range(3):\n    f(i)\n",
+        "return x + y\n",
+        "# the sum of both\n",
+    ]
     for i in range(60):
         picks = torch.randint(len(words), (100,), generator=rng).tolist()
         (folder / f"part{i:02}.txt").write_text("".join(words[p] for p in picks), "utf-8")
@@ -68,20 +73,20 @@ def assert_same(a, b):
 
 
 def agreement(model, exits, folder, tokenizer):
-    held = {n: t for n, t in train_exits.read_corpus(folder).items() if train_exits.is_held_out(n)}
-    rows = train_exits.held_rows(train_exits.encode(tokenizer, held), 32)
-    _, agree = train_exits.measure(model, rows)
+    held = {n: t for n, t in read_corpus(folder).items() if is_held_out(n)}
+    rows = held_rows(encode(tokenizer, held), 32)
+    _, agree = measure(model, rows)
     return [agree[exit - 1] for exit in exits]
 
 
-# ---- the three recipes ---------------------------------------------------------------------------------
+# ---- the three recipes --------------------------------------------------------------------------
 
 
 def test_from_scratch_learns_text_and_exits(tmp_path, corpus):
     model, tokenizer = train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 80")
-    held = train_exits.held_rows(train_exits.encode(tokenizer, train_exits.read_corpus(corpus)), 32)
-    loss, _ = train_exits.measure(model, held)
-    untrained, _ = train_exits.measure(Llama(model.config), held)
+    held = held_rows(encode(tokenizer, read_corpus(corpus)), 32)
+    loss, _ = measure(model, held)
+    untrained, _ = measure(Llama(model.config), held)
     assert model.exits == (1, 2)
     assert loss < untrained / 2
     assert min(agreement(model, model.exits, corpus, tokenizer)) > 0.6
@@ -100,25 +105,37 @@ def test_a_frozen_trunk_keeps_every_bit(tmp_path, corpus, trunk, text):
     after, _ = train(tmp_path / "run", corpus, options)
     ids = torch.randint(before.config.vocab_size, (4, 64))
     assert torch.equal(before(ids), after(ids))
-    assert {n: p for n, p in after.state_dict().items() if "exit_heads" not in n}.keys() == before.state_dict().keys()
-    assert_same({n: p for n, p in after.state_dict().items() if "exit_heads" not in n}, before.state_dict())
+    assert {
+        n: p for n, p in after.state_dict().items() if "exit_heads" not in n
+    }.keys() == before.state_dict().keys()
+    assert_same(
+        {n: p for n, p in after.state_dict().items() if "exit_heads" not in n}, before.state_dict()
+    )
     for head in after.exit_heads.values():
         assert isinstance(head, ExitHead) and len(head.vocab) <= 60
 
 
 def test_bfloat16_leaves_a_frozen_trunk_as_it_came(tmp_path, corpus, trunk):
     before, _ = checkpoints.load(trunk, "cpu", torch.float32)
-    after, _ = train(tmp_path / "run", corpus, f"--model {trunk} --freeze-trunk --exits 1 {SPEED} --steps 3 --bf16")
-    assert_same({n: p for n, p in after.state_dict().items() if "exit_heads" not in n}, before.state_dict())
+    after, _ = train(
+        tmp_path / "run",
+        corpus,
+        f"--model {trunk} --freeze-trunk --exits 1 {SPEED} --steps 3 --bf16",
+    )
+    assert_same(
+        {n: p for n, p in after.state_dict().items() if "exit_heads" not in n}, before.state_dict()
+    )
 
 
 @pytest.mark.parametrize("text", ["", "--self-distill 8000"])
 def test_continual_training_keeps_the_original(tmp_path, corpus, trunk, capsys, text):
     before, tokenizer = checkpoints.load(trunk, "cpu", torch.float32)
-    after, _ = train(tmp_path / "run", corpus, f"--model {trunk} --exits 1 2 {SPEED} --steps 60 --lr 1e-3 {text}")
+    after, _ = train(
+        tmp_path / "run", corpus, f"--model {trunk} --exits 1 2 {SPEED} --steps 60 --lr 1e-3 {text}"
+    )
     assert min(agreement(after, (1, 2), corpus, tokenizer)) > 0.8
-    rows = train_exits.held_rows(train_exits.encode(tokenizer, train_exits.read_corpus(corpus)), 32)
-    was, now = (train_exits.measure(m, rows)[0] for m in (before, after))
+    rows = held_rows(encode(tokenizer, read_corpus(corpus)), 32)
+    was, now = (measure(m, rows)[0] for m in (before, after))
     assert now < was * 1.1
     said = capsys.readouterr().out
     assert "kept of the original: agreement" in said and "KL" in said and "perplexity" in said
@@ -128,19 +145,31 @@ def test_continual_training_keeps_the_original(tmp_path, corpus, trunk, capsys, 
 def test_a_random_folder_without_tokenizer_learns_from_its_own_samples(tmp_path, corpus, recipe):
     random = random_model(scale=20, vocab_size=50).float()
     checkpoints.save(random, None, tmp_path / "random")
-    options = f"--model {tmp_path / 'random'} --exits 2 --self-distill 20000 --steps 150 --batch 256"
-    model, tokenizer = train(tmp_path / "run", corpus, f"{options} --micro 256 --context 8 {recipe}")
+    options = (
+        f"--model {tmp_path / 'random'} --exits 2 --self-distill 20000 --steps 150 --batch 256"
+    )
+    model, tokenizer = train(
+        tmp_path / "run", corpus, f"{options} --micro 256 --context 8 {recipe}"
+    )
     assert tokenizer is None and model.exits == (2,)
-    rows = train_exits.sample(random, torch.randint(50, (64, 4)), 32, torch.arange(64) % 2 == 1)
-    untrained, trained = (train_exits.measure(m, rows)[1][1] for m in (random, model))
+    rows = sample(random, torch.randint(50, (64, 4)), 32, torch.arange(64) % 2 == 1)
+    untrained, trained = (measure(m, rows)[1][1] for m in (random, model))
     assert trained > untrained + 0.1, (untrained, trained)
     prompt = [1, 2, 3]
-    assert generate(model, prompt, 30, exits=(2,), windows=(3,)).tokens == generate(model, prompt, 30).tokens
+    assert (
+        generate(model, prompt, 30, exits=(2,), windows=(3,)).tokens
+        == generate(model, prompt, 30).tokens
+    )
 
 
 def test_no_steps_only_measure(tmp_path, corpus, trunk):
-    train_exits.main(f"--out {tmp_path / 'run'} --corpus {corpus} --model {trunk} --steps 0 --context 16".split())
-    assert {file.name for file in (tmp_path / "run").iterdir()} == {"agreement.csv", "agreement.png"}
+    train_exits.main(
+        f"--out {tmp_path / 'run'} --corpus {corpus} --model {trunk} --steps 0 --context 16".split()
+    )
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        "agreement.csv",
+        "agreement.png",
+    }
     lines = (tmp_path / "run" / "agreement.csv").read_text().splitlines()
     assert lines[0].startswith(f"# {trunk}, float32, ") and f"torch {torch.__version__}" in lines[0]
     assert lines[1].startswith("# python ")
@@ -154,7 +183,7 @@ def test_a_time_budget_ends_the_run(tmp_path, corpus):
     assert steps_of(tmp_path / "run" / "training.safetensors") > 0
 
 
-# ---- the same again, bit for bit -----------------------------------------------------------------------
+# ---- the same again, bit for bit ----------------------------------------------------------------
 
 
 def test_same_seed_same_weights_another_seed_others(tmp_path, corpus):
@@ -172,7 +201,16 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, corpus, trunk, recipe):
     options = f"{start} {SPEED} --steps 40 {recipe}"
     train(tmp_path / "whole", corpus, options)
     code = "import sys, train_exits; train_exits.SAVE_EVERY = 0; train_exits.main(sys.argv[1:])"
-    command = [sys.executable, "-c", code, "--out", str(tmp_path / "cut"), "--corpus", str(corpus), *options.split()]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "--out",
+        str(tmp_path / "cut"),
+        "--corpus",
+        str(corpus),
+        *options.split(),
+    ]
     process = subprocess.Popen(
         command, cwd=ROOT, env=one_thread(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
@@ -189,17 +227,36 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, corpus, trunk, recipe):
 
 
 def one_thread():
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # as conftest sets it here
+    # as conftest sets it here
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def test_two_processes_take_the_same_step_as_one(tmp_path, corpus):
-    """Each process computes half the rows. Muon rounds to bfloat16, so equal means: to 2 % of the step."""
+    """Each process computes half the rows. Muon rounds to bfloat16, so equal means: to 2 % of the
+    step."""
     options = f"{SHAPE} --micro 128 --context 16 --steps 4"
     train(tmp_path / "one", corpus, f"{options} --batch 512")
     train(tmp_path / "half", corpus, f"{options} --batch 256")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_exits.py"]
-    command += ["--out", str(tmp_path / "two"), "--corpus", str(corpus), *options.split(), "--batch", "512"]
-    done = subprocess.run(command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "train_exits.py",
+    ]
+    command += [
+        "--out",
+        str(tmp_path / "two"),
+        "--corpus",
+        str(corpus),
+        *options.split(),
+        "--batch",
+        "512",
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two, half = (weights(tmp_path / name) for name in ("one", "two", "half"))
     torch.manual_seed(0)
@@ -214,73 +271,7 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, corpus):
     assert distance(one, half) > 0.1 * step
 
 
-# ---- text ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bpe():
-    texts = ["def f(x):\n    return x\n" * 20, "naïve café ½ _under__score '日本語' \U0001f600 aaaa\t\r\n" * 20]
-    return tokenizer.learn_bpe(texts, 400)
-
-
-@given(st.text())
-@example("aaaaaaa")
-@example("<|endoftext|> is text, not a mark")
-@example("\x00\x1c\u2028\u200d e\u0301 ½²٣ _a__b \ud7ff")
-@example("  \n\n\t x   \r\n")
-def test_bpe_gives_any_text_back(bpe, text):
-    assert bpe.decode(bpe.encode(text)) == text
-
-
-def test_bpe_merges_what_is_common(bpe, tmp_path):
-    assert len(bpe.encode("    return x\n")) < 6
-    assert bpe.n_vocab <= 400 and bpe.special[train_exits.END] == bpe.n_vocab - 1
-    model = random_model(vocab_size=bpe.n_vocab).float()
-    checkpoints.save(model, bpe, tmp_path)
-    text = "def f(x):\n    return naïve_1\t\U0001f600\x00"
-    assert checkpoints.load(tmp_path)[1].encode(text) == bpe.encode(text)
-
-
-def test_bpe_joins_runs_left_to_right():
-    a, b = b"a", b"b"
-    assert tokenizer._merged([a, a, a, a, a], (a, a)) == [b"aa", b"aa", a]
-    assert tokenizer._merged([a, b, a, b, b], (a, b)) == [b"ab", b"ab", b]
-
-
-def test_held_out_files_are_never_trained_on():
-    names = train_exits.read_corpus(None)
-    held = {n for n in names if train_exits.is_held_out(n)}
-    assert 0.01 < len(held) / len(names) < 0.08
-    assert not any({"site-packages", "test", "tests"} & set(n.split("/")) for n in names)
-    assert 5e6 < sum(map(len, names.values())) < 3e7
-
-
-@given(st.integers(40, 400), st.integers(1, 5), st.integers(1, 9))
-def test_an_epoch_reads_every_window_once(length, rows, context):
-    text = torch.arange(length)
-    windows = (length - 1) // context - 1
-    if windows < 1:
-        return
-    starts = []
-    for step in range(-(-windows // rows)):
-        batch = train_exits.batch(text, step, rows, context, seed=0)
-        assert batch.shape == (rows, context + 1)
-        assert (batch[:, 1:] == batch[:, :-1] + 1).all()
-        starts += batch[:, 0].tolist()
-    first_epoch = starts[:windows]
-    assert len(set(first_epoch)) == windows
-    assert len({start % context for start in first_epoch}) == 1
-
-
-def test_sampling_side_by_side_is_greedy_decoding():
-    model = random_model().float()
-    openings = torch.randint(11, (3, 4))
-    rows = train_exits.sample(model, openings, 20, torch.tensor([False, True, False]))
-    for i in (0, 2):
-        assert rows[i].tolist() == openings[i].tolist() + generate(model, openings[i].tolist(), 16).tokens
-
-
-# ---- errors --------------------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,7 +293,7 @@ def test_sampling_side_by_side_is_greedy_decoding():
     ],
 )
 def test_errors_are_named_and_write_nothing(tmp_path, corpus, options, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 5 {options}")
     assert not (tmp_path / "run").exists()
 
@@ -323,9 +314,31 @@ def test_a_corpus_that_will_not_do(tmp_path, files, message):
         folder.mkdir()
     for name, content in (files or {}).items():
         (folder / name).write_bytes(content)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", folder, f"{SHAPE} {SPEED} --steps 5")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/none"])
+@pytest.mark.parametrize("recipe", ["", "--model none/such --freeze-trunk"])
+def test_a_place_that_takes_no_files_is_refused_first(tmp_path, monkeypatch, corpus, out, recipe):
+    (tmp_path / "file").write_text("kept")
+    for reads in ("read_corpus", "own_samples"):
+        monkeypatch.setattr(train_exits, reads, lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=f"^cannot write to '{tmp_path / out}': ") as refused:
+        train(tmp_path / out, corpus, f"{SHAPE} {SPEED} --steps 5 {recipe}")
+    assert "\n" not in str(refused.value) and "/." not in str(refused.value)
+    assert [(f.name, f.read_text()) for f in tmp_path.iterdir()] == [("file", "kept")]
+
+
+@pytest.mark.parametrize(
+    "options, message", [("--exits 8 2", "from 1 on, got"), ("--steps x", "invalid int")]
+)
+def test_arguments_are_looked_at_before_a_model_is_loaded(tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr(checkpoints, "load", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=message):
+        train_exits.main(["--out", str(tmp_path / "run"), "--model", "tiny", *options.split()])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_is_overwritten(tmp_path, corpus):
@@ -340,7 +353,7 @@ def test_nothing_is_overwritten(tmp_path, corpus):
         (f"{SHAPE} {SPEED} --steps 4 --seed 1 --resume", "its seed is"),
         (f"{SHAPE} {SPEED} --steps 400 --lr 1e6 --resume", "diverged at step"),
     ]:
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             train(run, corpus, options)
     assert before == {f.relative_to(run): f.read_bytes() for f in run.rglob("*") if f.is_file()}
 

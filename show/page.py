@@ -1,6 +1,7 @@
-"""A generation as one web page to play back: python hispec.py "a prompt" --html FILE
+"""A generation as one web page to play back: python -m show "a prompt" --html FILE
 
-The page is page.html with the events of `generate(watch=...)` in it, as JSON. It needs nothing else, no network either.
+The page is page.html with the events of `generate(watch=...)` in it, as JSON. It needs nothing
+else, no network either.
 """
 
 import json
@@ -17,17 +18,19 @@ SIGNS = {" ": "·", "\n": "↵", "\t": "⇥"}
 
 
 def trace(
-    model: str, question: str, prompt: Sequence[int], depths: Sequence[int], events: Sequence[Event],
-    decode: Callable[[list[int]], str],
+    model: str, question: str, prompt: Sequence[int], depths: Sequence[int],
+    events: Sequence[Event], decode: Callable[[list[int]], str],
 ) -> dict:  # fmt: skip
     """What the page plays back, ready for JSON.
 
-    model: its name. question: what was asked; prompt: the token ids made of it. depths: the exits and the full
-    depth. events: all that `watch` was told. decode: token ids to text, with U+FFFD for bytes that are none.
+    model: its name. question: what was asked; prompt: the token ids made of it. depths: the exits
+    and the full depth. events: all that `watch` was told. decode: token ids to text, with U+FFFD
+    for bytes that are none.
     """
     steps, positions = [], [0] * len(depths)
     for event in events:
-        if event.level == 1 and depths[0] == 0 and event.drafts:  # a look-up has no events of its own
+        # a look-up has no events of its own
+        if event.level == 1 and depths[0] == 0 and event.drafts:
             steps.append(Event(0, event.base, [], 0, event.drafts, positions, 0.0))
         steps.append(event)
         positions = event.positions
@@ -40,8 +43,8 @@ def trace(
         "depths": list(depths),
         "texts": texts,
         "events": [
-            dict(level=step.level, base=step.base, drafts=step.drafts, kept=step.kept, text=step.text,
-                 positions=step.positions, words=words(step, depths, texts))
+            dict(level=step.level, base=step.base, drafts=step.drafts, kept=step.kept,
+                 text=step.text, positions=step.positions, words=words(step, depths, texts))
             for step in steps
         ],
     }  # fmt: skip
@@ -49,7 +52,8 @@ def trace(
 
 def words(event: Event, depths: Sequence[int], texts: dict[int, str]) -> str:
     """What happened, as a sentence."""
-    names = ["the look-up" if depth == 0 else f"exit {depth}" for depth in depths[:-1]] + ["the full model"]
+    names = ["the look-up" if depth == 0 else f"exit {depth}" for depth in depths[:-1]]
+    names.append("the full model")
     who, n, kept, k = names[event.level], len(event.drafts), event.kept, event.level
     own = " ".join(f"'{texts[token]}'" for token in event.text[kept:])
     if n == 0 and (k > 0 or len(depths) == 1):
@@ -69,11 +73,15 @@ def words(event: Event, depths: Sequence[int], texts: dict[int, str]) -> str:
 
 def visible(text: str) -> str:
     """The text with whitespace, control characters and the like each as something to see."""
-    return "".join(SIGNS.get(c) or (f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c)[0] in "CZ" else c) for c in text)
+    return "".join(
+        SIGNS.get(c) or (f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c)[0] in "CZ" else c)
+        for c in text
+    )
 
 
 def write(path: Path, trace: dict) -> None:
     """Write the page, whole or not at all."""
-    data = json.dumps(trace, separators=(",", ":")).replace("<", "\\u003c")  # no text can end the script it stands in
+    # no text can end the script it stands in
+    data = json.dumps(trace, separators=(",", ":")).replace("<", "\\u003c")
     page = TEMPLATE.read_text("utf-8").replace(PLACEHOLDER, data)
     write_whole(path, lambda to: to.write_text(page, "utf-8"))

@@ -1,0 +1,215 @@
+"""Text to train and to measure on: read from files, or written by the model, and cut into rows.
+
+Everything is drawn from the seed and the step, so that a run that was cut goes on with the same
+rows. What is learned from them is not known here.
+"""
+
+import copy
+import hashlib
+import json
+import sysconfig
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoints.files import write_whole
+from checkpoints.tokenizer import END, Tokenizer
+from model import Llama
+
+LONG = 8  # every sixth step reads rows so many times as long: far positions are trained too
+HELD_OUT = 28  # one document in so many is never trained on
+WHOLE = 4  # samples, and the rows a frozen trunk reads, have so many times --context
+SIDE_BY_SIDE = 64  # samples written at once
+ASK = 64  # a question of the model's own has at most so many tokens
+# folders of the standard library
+NO_TEXT = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+
+
+def read_corpus(path: Path | None) -> dict[str, str]:
+    """Name -> text of every UTF-8 file under path, or of each 32,768 characters of one file.
+
+    None: the standard library's modules, without tests and tables of characters: about 11 MB.
+    """
+    if path is not None and path.is_file():
+        text = path.read_text("utf-8", errors="replace")
+        return {f"{path.name}:{i}": text[i : i + 2**15] for i in range(0, len(text), 2**15)}
+    skip = set() if path else NO_TEXT
+    root = path or Path(sysconfig.get_paths()["stdlib"])
+    documents = {}
+    for file in sorted(root.rglob("*.py" if path is None else "*")):
+        name = file.relative_to(root)
+        if file.is_file() and not skip & set(name.parts):
+            try:
+                documents[name.as_posix()] = file.read_text("utf-8")
+            except UnicodeDecodeError:  # a test of bad encodings, or no text at all
+                pass
+    if not any(documents.values()):
+        raise ValueError(f"the corpus is empty: {root} has no UTF-8 text")
+    return documents
+
+
+def is_held_out(name: str) -> bool:
+    """By a hash of the name: the same file stays held out when others come and go."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
+
+
+def encode(tokenizer: Tokenizer, documents: dict[str, str]) -> Tensor:
+    """All documents as one row of token ids (T,), each ended by END where the tokenizer has one."""
+    end = [tokenizer.special[END]] if END in tokenizer.special else []
+    ids = [i for text in documents.values() for i in (*tokenizer.encode(text), *end)]
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def encode_split(tokenizer, documents: dict[str, str]) -> tuple[Tensor, Tensor]:
+    """The token ids (T,) of the documents to train on, and of those held out."""
+    held = {name: text for name, text in documents.items() if is_held_out(name)}
+    rest = {name: text for name, text in documents.items() if name not in held}
+    return encode(tokenizer, rest), encode(tokenizer, held)
+
+
+def shuffled(i: int, n: int, seed: int) -> int:
+    """The i-th of n windows in an order shuffled anew each epoch."""
+    rng = torch.Generator().manual_seed(seed * 1_000_003 + i // n)
+    return int(torch.randperm(n, generator=rng)[i % n])
+
+
+def batch(text: Tensor, step: int, rows: int, context: int, seed: int) -> Tensor:
+    """Rows (rows, context+1) of a step: shuffled windows, at an offset drawn anew each epoch."""
+    windows = (len(text) - 1) // context - 1
+    out = []
+    for i in range(step * rows, (step + 1) * rows):
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + i // windows)
+        offset = int(torch.randint(context, (1,), generator=rng))
+        start = shuffled(i, windows, seed) * context + offset
+        out.append(text[start : start + context + 1])
+    return torch.stack(out).long()
+
+
+def held_rows(text: Tensor, context: int, n: int = 16) -> Tensor:
+    """n rows (n, context+1), evenly spread over the text."""
+    starts = torch.linspace(0, len(text) - context - 1, n).long().tolist()
+    return torch.stack([text[s : s + context + 1] for s in starts]).long()
+
+
+# ---- the model's own writing --------------------------------------------------------------------
+
+
+def own_samples(
+    model: Llama, tokenizer: Tokenizer | None, args, rank, world
+) -> tuple[Tensor, Tensor]:
+    """Tokens (T,) the model writes, to train on and held out: rows of WHOLE x --context tokens.
+
+    Half of them greedily, half at temperature 1, in batches shared among the processes. Most answer
+    a question that a chat model has written itself, at temperature 1; the others, and all of other
+    models, a few words of the corpus.
+    """
+    file, length = args.out / "samples.safetensors", WHOLE * args.context
+    kind = {"model": args.model, "tokens": args.self_distill, "length": length}
+    kind |= {"seed": args.seed, "bf16": args.bf16}
+    if file.exists():
+        with safe_open(file, "pt") as saved:
+            if json.loads(saved.metadata()["run"]) != kind:
+                raise ValueError(f"{file} holds samples of another kind: {saved.metadata()['run']}")
+            rows = saved.get_tensor("rows")
+    else:
+        rows, about = write_samples(model, tokenizer, args, rank, world), {"run": json.dumps(kind)}
+        if rank == 0:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_whole(file, lambda to: save_file({"rows": rows}, to, metadata=about))
+    kept_back = max(16, len(rows) // HELD_OUT)
+    return rows[kept_back:].flatten(), rows[:kept_back].flatten()
+
+
+def write_samples(model: Llama, tokenizer: Tokenizer | None, args, rank: int, world: int) -> Tensor:
+    """Rows (B, WHOLE x --context) of at least --self-distill tokens, from all processes."""
+    writer, length = copy.deepcopy(model).bfloat16() if args.bf16 else model, WHOLE * args.context
+    batches = -(-args.self_distill // (SIDE_BY_SIDE * length))
+    mine = []
+    for i in tqdm(range(rank, batches, world), "the model's own samples", disable=rank > 0):
+        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + i)
+        openings, until = make_openings(model, tokenizer, args, i, rng)
+        if openings.shape[1] >= length:
+            raise ValueError(
+                f"samples have {WHOLE} x --context = {length} tokens, "
+                f"their openings already {openings.shape[1]}"
+            )
+        warm = torch.arange(SIDE_BY_SIDE) % 2 == 1
+        mine.append((i, sample(writer, openings, length, warm, rng, until)))
+    parts: list = [mine]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    batches_in_order = sorted(sum(parts, []), key=lambda pair: pair[0])
+    return torch.cat([made for _, made in batches_in_order]).int()
+
+
+def make_openings(
+    model, tokenizer, args, i: int, rng: torch.Generator
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Openings of samples (SIDE_BY_SIDE, P), and the tokens that end a question left open."""
+    V = model.config.vocab_size
+    if tokenizer is None:
+        return torch.randint(V, (SIDE_BY_SIDE, 4), generator=rng), ()
+    turn, other = tokenizer.chat(["a"]), tokenizer.chat(["b"])
+    # where the user's words belong
+    before = next(j for j, pair in enumerate(zip(turn, other)) if pair[0] != pair[1])
+    if before and i % 4:
+        return torch.tensor(turn[:before]).expand(SIDE_BY_SIDE, -1), tokenizer.stop
+    words, _ = encode_split(tokenizer, read_corpus(args.corpus))
+    words = words[words < V]
+    starts = torch.randint(len(words) - 12, (SIDE_BY_SIDE,), generator=rng).tolist()
+    rows = [[*turn[:before], *words[s : s + 12].tolist(), *turn[before + 1 :]] for s in starts]
+    return torch.tensor(rows), ()
+
+
+@torch.no_grad()
+def sample(
+    model: Llama, openings: Tensor, length: int, warm: Tensor, rng: torch.Generator | None = None,
+    until: tuple[int, ...] = (),
+) -> Tensor:  # fmt: skip
+    """Continue openings (B, P) to (B, length): rows marked in warm (B,) at temperature 1.
+
+    The others greedily. With `until`, every row begins at temperature 1 and goes on so through the
+    first of these tokens, or ASK tokens.
+    """
+    (B, P), device = openings.shape, model.embed.weight.device
+    cache, first = SideBySide(model, B, length), 0
+    rows = torch.zeros(B, length, dtype=torch.long, device=device)
+    rows[:, :P] = openings
+    warm, asking = warm.to(device), torch.full((B,), bool(until), device=device)
+    last = torch.tensor(until, dtype=torch.long, device=device)
+    for at in range(P, length):
+        h = model.run(model.embed(rows[:, first:at]), 0, model.config.n_layers, first, cache)
+        first = at
+        logits = model.logits(h[:, -1], model.config.n_layers).float()  # (B, V)
+        below = logits.softmax(-1).cumsum(-1)
+        point = torch.rand(B, 1, generator=rng).to(device) * below[:, -1:]
+        drawn = torch.searchsorted(below, point, right=True).squeeze(1)
+        drawn = drawn.clamp(max=logits.shape[1] - 1)
+        rows[:, at] = token = torch.where(warm | asking, drawn, logits.argmax(-1))
+        asking &= ~torch.isin(token, last)
+        asking &= at < P + ASK
+    return rows.cpu()
+
+
+class SideBySide:
+    """Keys and values of sequences sampled side by side: what `Attention` asks of a cache."""
+
+    def __init__(self, model: Llama, rows: int, length: int):
+        c, weight = model.config, model.embed.weight
+        shape = (2, c.n_layers, rows, c.n_kv_heads, length, c.head_dim)
+        self.held = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        stop = start + k.shape[2]
+        for held, new in zip(self.held[:, layer], (k, v)):
+            held[:, :, start:stop] = new
+        return tuple(self.held[:, layer, :, :, :stop])  # (B, G, stop, E) each
+
+    def mask(self, start: int, n: int) -> None:
+        return None  # an opening, or one token a row

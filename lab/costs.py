@@ -1,0 +1,278 @@
+"""What the parts of a generation cost on this machine, and what a ladder made of them would take.
+
+`measure_costs` times passes by width, `trace` records what every exit says along a greedy text, and
+`replay` adds up the steps that a ladder would take along it. The rest says what bounds a generation
+(memory, threads) and where its time goes. Which ladders are worth running is not decided here but
+in tune.py.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import hispec
+from faststep import WIDTH, FixedStep
+from hispec import generate, look_up
+from kvcache import KVCache
+from model import Llama
+
+# positions in a timed pass, up to more than any ladder takes; others in between
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 20)
+CONTEXT = 128  # positions before a timed pass
+
+Rungs = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]  # exits, windows, thresholds
+ByDepth = dict[int, list[float]]  # seconds, by depth in layers and positions in a pass
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds, listed by the number of positions in a pass: 0 .. WIDTHS[-1].
+
+    A segment is charged the difference of two depths: a level that drafts runs the same few layers
+    over and over, which stay in the processor's caches, so that its layers are cheaper than a full
+    pass's.
+    """
+
+    trunk: ByDepth  # of the layers down to each depth, 0 included
+    head: ByDepth  # of what comes after an exit: its block, its norm, its output matrix
+    loop: float  # of a step, outside the model
+
+
+@torch.inference_mode()
+def measure_costs(model: Llama, exits: tuple[int, ...], decode: Callable, fixed: bool) -> Costs:
+    """What a ladder of these exits is charged. decode: greedily; fixed: passes of a FixedStep."""
+    L, depths = model.config.n_layers, (*exits, model.config.n_layers)
+    context = min(CONTEXT, model.config.max_seq_len - WIDTHS[-1])
+    trunk, head = (fixed_passes if fixed else plain_passes)(model, depths, context)
+    modelled = 24 * (trunk[L][1] + head[L][1])
+    # whatever else the machine does can only add
+    took = min(decode([0], 24).seconds for _ in range(8))
+    return Costs(trunk, head, max(0.0, (took - modelled) / 24))
+
+
+def plain_passes(model: Llama, depths: tuple[int, ...], context: int) -> tuple[ByDepth, ByDepth]:
+    """Costs.trunk and Costs.head, of passes as wide as they need be."""
+    weight, longest = model.embed.weight, WIDTHS[-1]
+    device, dtype = weight.device, weight.dtype
+    cache = KVCache(model.config, (), context + longest, device, dtype, model.blocks)
+    ids = torch.zeros(1, longest, dtype=torch.long, device=device)
+    states = [model.embed(ids[:, :n]) for n in WIDTHS]
+
+    def run_down_to(e: int, h: Tensor) -> Tensor:
+        return model.run(h, 0, e, context, cache)
+
+    def choose_at(e: int, h: Tensor) -> Tensor:
+        return model.logits(model.read(h, e, context, cache), e).argmax(-1)
+
+    def by_width(call: Callable, e: int) -> list[float]:
+        seconds = [timed(partial(call, e, h), weight.is_cuda) for h in states]
+        return [0.0, *np.interp(range(1, longest + 1), WIDTHS, seconds).tolist()]
+
+    trunk = {0: [0.0] * (longest + 1)} | {e: by_width(run_down_to, e) for e in depths}
+    return trunk, {e: by_width(choose_at, e) for e in depths}
+
+
+def fixed_passes(model: Llama, depths: tuple[int, ...], context: int) -> tuple[ByDepth, ByDepth]:
+    """The same of passes of one shape, which cost the same however few positions they are for."""
+    L, on_gpu = model.config.n_layers, model.embed.weight.is_cuda
+    passes = [math.ceil(width / WIDTH) for width in range(WIDTHS[-1] + 1)]
+    layer = timed(FixedStep(model, (), context).segments[0], on_gpu) / L
+    trunk, head = {0: [0.0] * len(passes)}, {}
+    for e in depths:
+        step = FixedStep(model, (e,) if e < L else (), context)
+        whole = timed(lambda step=step: (step.segments[0](), step.heads[0]()), on_gpu)
+        trunk[e] = [n * e * layer for n in passes]
+        head[e] = [n * max(0.0, whole - e * layer) for n in passes]
+    return trunk, head
+
+
+def timed(call: Callable, on_gpu: bool) -> float:
+    """Seconds of one call: the fastest of twenty, since other work of the machine can only add."""
+    took = []
+    for _ in range(20):
+        began = time.perf_counter()
+        call()
+        if on_gpu:
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - began)
+    return min(took)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What every exit predicts along a greedy text of n tokens: its choices, and how sure it is."""
+
+    prompt: list[int]
+    prefill: float  # seconds to read the prompt
+    choices: dict[int, list[int]]
+    sure: dict[int, list[float]]
+
+
+@torch.inference_mode()
+def trace(
+    model: Llama, prompt: list[int], max_new_tokens: int, stop, exits: tuple[int, ...], decode
+) -> Trace:
+    prefill = min(decode(prompt, 1).seconds for _ in range(2))
+    text = decode(prompt, max_new_tokens, stop=stop).tokens
+    ids = torch.tensor([prompt + text[:-1]], device=model.embed.weight.device)
+    h, first, choices, sure = model.embed(ids), 0, {}, {}
+    for depth in (*exits, model.config.n_layers):
+        h, first = model.run(h, first, depth), depth
+        logits = model.logits(model.read(h, depth)[0, len(prompt) - 1 :], depth)
+        best = logits.float().softmax(-1).max(-1)
+        choices[depth], sure[depth] = best.indices.tolist(), best.values.tolist()
+    choices[depth] = text
+    return Trace(prompt, prefill, choices, sure)
+
+
+def replay(trace: Trace, ladder: Rungs, costs: Costs, n_layers: int) -> float:
+    """Seconds after the prompt: hispec's recursion, with recorded choices in place of the model."""
+    exits, windows, thresholds = ladder
+    depths, thresholds = (*exits, n_layers), (*thresholds, 0.0)
+    text, seen, end, seconds = [], [-1] * len(depths), len(trace.choices[n_layers]), 0.0
+
+    def propose(k: int, want: int) -> None:
+        nonlocal seconds
+        if depths[k] == 0:
+            return text.extend(look_up(trace.prompt + text, min(want, end - len(text))))
+        depth, goal, probability = depths[k], len(text) + want, 1.0
+        choices, sure = trace.choices[depth], trace.sure[depth]
+        while len(text) < min(goal, end) and probability >= thresholds[k]:
+            base = len(text)
+            if k:
+                propose(k - 1, min(windows[k - 1], goal - base))
+            above = 0
+            for j in range(k + 1):
+                width = len(text) - seen[j] - 1
+                seconds += costs.trunk[depths[j]][width] - costs.trunk[above][width]
+                seen[j], above = len(text) - 1, depths[j]
+            seconds += costs.head[depth][len(text) - base + 1] + costs.loop
+            kept = base
+            while kept < min(len(text), end - 1) and text[kept] == choices[kept]:
+                kept += 1
+            probability *= math.prod(sure[base : kept + 1])
+            text[kept:] = [choices[kept]]
+            seen[:] = [min(s, kept - 1) for s in seen]
+
+    propose(len(exits), end)
+    return seconds
+
+
+# ---- where time and memory go -------------------------------------------------------------------
+
+
+@contextmanager
+def timed_steps(depths: tuple[int, ...]):
+    """While open, model steps are timed: yields the seconds spent at each level so far."""
+    seconds, real = [0.0] * len(depths), hispec.Ladder.predict
+
+    def predict(ladder, k, rows):
+        began = time.perf_counter()
+        logits = real(ladder, k, rows)
+        if logits.is_cuda:
+            torch.cuda.synchronize()
+        seconds[k] += time.perf_counter() - began
+        return logits
+
+    hispec.Ladder.predict = predict  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        hispec.Ladder.predict = real  # type: ignore[method-assign]
+
+
+def time_shares(depths: tuple[int, ...], decode, prompts, max_new_tokens: int, stop) -> dict:
+    """Share of the time in each level's steps, shallow to deep, and in the loop outside them.
+
+    From one more run, since timing a step has to wait for it.
+    """
+    with timed_steps(depths) as seconds:
+        total = sum(decode(prompt, max_new_tokens, stop=stop).seconds for prompt in prompts)
+    return {"time_share": [s / total for s in seconds], "time_share_loop": 1 - sum(seconds) / total}
+
+
+@torch.inference_mode()
+def memory_limit(model: Llama) -> dict:
+    """What the memory allows greedy decoding: a full pass a token, which reads each weight once.
+
+    bytes_per_second is the best of five products of a matrix too large for most caches and a
+    vector. A model that fits into the caches can be faster than the limit; keys and values, which a
+    pass reads too, are left out.
+    """
+    weight = model.embed.weight
+    passed = [*model.layers.parameters(), *model.norm.parameters(), model.head.weight]
+    matrix = torch.ones(8192, 8192, device=weight.device, dtype=weight.dtype)
+    fastest = math.inf
+    for _ in range(6):  # the first warms up
+        began = time.perf_counter()
+        (matrix @ matrix[0])[0].item()
+        fastest = min(fastest, time.perf_counter() - began)
+    pass_bytes = sum(p.nbytes for p in passed)
+    speed = matrix.nbytes / fastest
+    return {
+        "bytes_per_second": speed,
+        "pass_bytes": pass_bytes,
+        "greedy_tokens_per_second": speed / pass_bytes,
+    }
+
+
+@torch.inference_mode()
+def pass_times(model: Llama, fixed: bool) -> dict:
+    """Seconds of a full pass over one position, and of its parts run alone: a layer, the head."""
+    L, weight = model.config.n_layers, model.embed.weight
+    if fixed:
+        whole, single = FixedStep(model, (), CONTEXT), FixedStep(model, (1,), CONTEXT)
+        layer, head = single.segments[0], whole.heads[0]
+
+        def full() -> None:
+            whole.segments[0]()
+            whole.heads[0]()
+
+    else:
+        cache = KVCache(model.config, (), CONTEXT, weight.device, weight.dtype)
+        h, at = model.embed(torch.zeros(1, 1, dtype=torch.long, device=weight.device)), CONTEXT - 1
+        layer, head = lambda: model.run(h, 0, 1, at, cache), lambda: model.logits(h, L)
+
+        def full() -> None:
+            model.logits(model.run(h, 0, L, at, cache), L)
+
+    seconds = {
+        "pass_seconds": timed(full, weight.is_cuda),
+        "layer_seconds": timed(layer, weight.is_cuda),
+    }
+    return seconds | {"layers": L, "head_seconds": timed(head, weight.is_cuda)}
+
+
+def peak_memory(make_decoder, ladder: Rungs, prompt: list[int], max_new_tokens: int) -> int | None:
+    """Bytes of GPU memory in use at most while a prompt is answered, weights too; CPU: None."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.reset_peak_memory_stats()
+    make_decoder(*ladder)(prompt, max_new_tokens)
+    return torch.cuda.max_memory_allocated()
+
+
+def best_threads(model: Llama) -> int:
+    """The number of threads with which the CPU decodes fastest; the fewest among about equals.
+
+    One token at a time leaves little to share out, and threads that wait for each other can cost
+    far more than they bring, most of all where cores are few or shared.
+    """
+    best, shortest = 1, math.inf
+    threads = 1
+    while threads <= (os.cpu_count() or 1):
+        torch.set_num_threads(threads)
+        generate(model, [0], 2)
+        seconds = min(generate(model, [0], 6).seconds for _ in range(3))
+        if seconds < 0.95 * shortest:
+            best, shortest = threads, seconds
+        threads *= 2
+    return best

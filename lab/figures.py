@@ -1,0 +1,292 @@
+"""What the figures of one run of the bench show, measured and predicted; plots.py draws them.
+
+    python bench.py --figures DIR
+
+Nothing is shown that was not measured in the same run, on the same machine, or predicted from what
+was: ladders too many to run are replayed on measured costs and recorded texts, and the figure says
+so.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations, combinations_with_replacement, product
+from math import ceil
+from operator import eq
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from faststep import WIDTH, FixedStep
+from hispec import probabilities, step
+from kvcache import KVCache
+from lab.agreement import measure
+from lab.costs import CONTEXT, Costs, Rungs, Trace, measure_costs, replay, trace
+from lab.prompts import Request
+from lab.tune import DEPTHS, GREEDY, THRESHOLDS, WINDOWS, default_exits, run
+from model import Llama
+
+N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
+FEW = 6  # prompts they are run on, each of another category
+LONGEST = (12, 24)  # windows that the formula is tuned over: N_d and N_i, or a single layer's
+OPENING, SAMPLES = 16, 1000  # tokens that are sampled after, and how often
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the figures show: speed-ups over greedy, agreement with the full model (0..1)."""
+
+    n_layers: int
+    ladder: Rungs  # HiSpec's in this run
+    costs: Costs
+    # of exits 1..n_layers-1: on the prompts, on the greedy answers
+    agreement: tuple[list[float], list[float]]
+    # tokens/s of greedy, the grid of windows, and last the one with thresholds
+    speed: dict[Rungs, float]
+    identical: bool  # whether all of these wrote greedy's texts
+    # predicted speed-up of one or two exits, with the best windows
+    pairs: dict[tuple[int, ...], float]
+    # predicted and measured speed-ups, by kind of ladder
+    compared: dict[str, list[tuple[float, float]]]
+    # by category: p, draft and intermediate agree; q, intermediate and full do
+    rates: dict[str, tuple[float, float]]
+    # (3, V) distributions of one token: the draft exit's, the full model's, what HiSpec sampled
+    law: np.ndarray
+    moved: dict[str, list[float]]  # by step: how far the widths 1..WIDTH of a pass move logits
+    results: list[dict]  # the bench's, one a method
+
+
+# ---- gathering ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What ladders are predicted from: costs, and what every exit says along the greedy answers."""
+
+    n_layers: int
+    costs: Costs
+    traces: list[Trace]  # one a request
+
+    def predicted(self, ladders: list[Rungs], chosen, what: str) -> dict[Rungs, float]:
+        """Speed-ups over greedy on the chosen requests, for the figure of `what`."""
+        traces = [self.traces[i] for i in chosen]
+        seconds = {
+            x: sum(t.prefill + replay(t, x, self.costs, self.n_layers) for t in traces)
+            for x in tqdm([GREEDY, *ladders], f"predicting {what}", leave=False)
+        }
+        return {x: seconds[GREEDY] / seconds[x] for x in ladders}
+
+
+def gather(
+    model: Llama, requests: list[Request], results: list[dict], tuned: dict, max_new_tokens: int,
+    stop, make_decoder: Callable, fixed: bool,
+) -> Data:  # fmt: skip
+    """Measure and predict all that the figures show.
+
+    results: the bench's dict for each method. tuned: by kind of ladder, with the ladders that
+    tuning ran if it was part of this run. make_decoder, fixed: as in tune.tune.
+    """
+    n, methods = model.config.n_layers, {r["name"]: as_ladder(r) for r in results}
+    ladder = methods["hispec"]
+    half = {d for d in DEPTHS if d <= n // 2}
+    depths = sorted({*ladder[0], *default_exits(model), *paper_exits(n), *half})
+    ours = {e for exits, _, _ in methods.values() for e in exits if e > 0}
+    read, decode = tuple(sorted({*depths, *ours})), make_decoder()
+    costs = measure_costs(model, read, decode, fixed)
+    bar = tqdm(requests, "recording what each exit predicts", leave=False)
+    traces = [trace(model, r.prompt, max_new_tokens, stop, read, decode) for r in bar]
+    recorded = Recorded(n, costs, traces)
+
+    firsts = {r.category: i for i, r in reversed(list(enumerate(requests)))}
+    few = sorted(firsts.values())[:FEW]
+    ladders = grid(ladder, recorded, few)
+    decoders = {x: make_decoder(*x) for x in (GREEDY, *ladders)}
+    made = run(decoders, [requests[i].prompt for i in few], max_new_tokens, stop)
+    seconds = {x: sum(g.seconds for g in made[x]) for x in made}
+    faster = {x: seconds[GREEDY] / seconds[x] for x in ladders}
+    of = {
+        c: [t for t, r in zip(traces, requests) if c in ("all", r.category)]
+        for c in ("all", *firsts)
+    }
+    return Data(
+        n_layers=n,
+        ladder=ladder,
+        costs=costs,
+        agreement=agreement(model, requests),
+        speed={x: sum(len(g.tokens) for g in made[x]) / seconds[x] for x in made},
+        identical=all(
+            [g.tokens for g in x] == [requests[i].greedy for i in few] for x in made.values()
+        ),
+        pairs=best_pairs(depths, recorded),
+        compared=compared(tuned, faster, results, recorded, few),
+        rates={category: rates(some, ladder[0], n) for category, some in of.items()},
+        law=law(model, requests, ladder, make_decoder),
+        moved=moved(
+            model, [token for i in few for token in requests[i].prompt + requests[i].greedy]
+        ),
+        results=results,
+    )
+
+
+def grid(ladder: Rungs, recorded: Recorded, few: list[int]) -> list[Rungs]:
+    """HiSpec's exits with every pair of windows, and last the best that has thresholds."""
+    windows = [w for w in product(N_D, N_I) if w[0] <= w[1]]
+    adaptive = ladder
+    if not any(ladder[2]):  # not tuned, or without success: what the replay finds best
+        doubts = [t for t in product(THRESHOLDS, repeat=2) if any(t)]
+        fields: list[Rungs] = [(ladder[0], w, t) for w in windows for t in doubts]
+        seen = recorded.predicted(fields, few, "thresholds")
+        adaptive = max(seen, key=seen.__getitem__)
+    return [*((ladder[0], w, (0.0, 0.0)) for w in windows), adaptive]
+
+
+def best_pairs(depths: list[int], recorded: Recorded) -> dict[tuple[int, ...], float]:
+    """The predicted speed-up of one or two exits, with the best windows and no thresholds."""
+    best: dict[tuple[int, ...], float] = {}
+    sets = [exits for k in (1, 2) for exits in combinations(depths, k)]
+    fields: list[Rungs] = [
+        (e, w, (0.0,) * len(e))
+        for e in sets
+        for w in combinations_with_replacement(WINDOWS, len(e))
+    ]
+    every = range(len(recorded.traces))
+    for (exits, _, _), speed_up in recorded.predicted(fields, every, "pairs of exits").items():
+        best[exits] = max(best.get(exits, 0.0), speed_up)
+    return best
+
+
+def compared(
+    tuned: dict, faster: dict[Rungs, float], results: list[dict], recorded: Recorded, few: list[int]
+) -> dict[str, list[tuple[float, float]]]:
+    """Predicted and measured speed-ups: of what tuning ran, of the grid, of the bench's methods."""
+    points = {
+        f"tuning: {kind}": [(r["predicted"], r["measured"]) for r in t.get("ran", ())]
+        for kind, t in tuned.items()
+    }
+    guess = recorded.predicted([*faster], few, "grid")
+    points["grid of windows"] = [(guess[x], faster[x]) for x in faster]
+    methods = {as_ladder(r): r["speedup_vs_greedy"] for r in results if r["exits"]}
+    guess = recorded.predicted([*methods], range(len(recorded.traces)), "methods")
+    points["all prompts"] = [(guess[x], methods[x]) for x in methods]
+    return {kind: some for kind, some in points.items() if some}
+
+
+def as_ladder(r: dict) -> Rungs:
+    thresholds = tuple(r["thresholds"]) or (0.0,) * len(r["exits"])
+    return tuple(r["exits"]), tuple(r["windows"]), thresholds
+
+
+def paper_exits(n_layers: int) -> tuple[int, int]:
+    """An eighth and a quarter of the depth."""
+    return ceil(n_layers / 8), max(ceil(n_layers / 4), ceil(n_layers / 8) + 1)
+
+
+def agreement(model: Llama, requests: list) -> tuple[list[float], list[float]]:
+    """How often exits 1..n_layers-1 choose as the full model: on prompts, on greedy answers."""
+    sums, counts = np.zeros((2, model.config.n_layers - 1)), [0, 0]
+    for r in tqdm(requests, "agreement by layer", leave=False):
+        ids, first = torch.tensor([r.prompt + r.greedy]), len(r.prompt)
+        for k, (row, start) in enumerate([(ids[:, :first], 0), (ids, first - 1)]):
+            # predictions: a token each after the first, or in the answer
+            if n := row.shape[1] - 1 - start:
+                sums[k] += n * np.array(measure(model, row, start)[1])
+                counts[k] += n
+    return tuple((s / n if n else s).tolist() for s, n in zip(sums, counts))
+
+
+@torch.inference_mode()
+def law(model: Llama, requests: list, ladder: Rungs, make_decoder: Callable) -> np.ndarray:
+    """One token's distribution (3, V) at temperature 1: the draft exit's, the full model's,
+    HiSpec's in SAMPLES runs.
+
+    After the first OPENING tokens of the prompt for which draft and full model differ most on one
+    token.
+    """
+    both = {}
+    for opening in {tuple(r.prompt[:OPENING]) for r in requests}:
+        ids = torch.tensor([opening], device=model.embed.weight.device)
+        rows = torch.stack(
+            [model(ids, exit)[0, -1] for exit in (ladder[0][0], model.config.n_layers)]
+        )
+        both[opening] = probabilities(rows, 1.0)
+    opening = max(both, key=lambda o: (both[o][0] - both[o][1]).abs().max().item())
+    decode, count = make_decoder(*ladder), np.zeros(model.config.vocab_size)
+    for seed in tqdm(range(SAMPLES), "sampling one token", leave=False):
+        count[decode(opening, 1, temperature=1.0, seed=seed).tokens] += 1
+    return np.stack([*both[opening].cpu().numpy(), count / SAMPLES])
+
+
+@torch.inference_mode()
+def moved(model: Llama, text: list[int]) -> dict[str, list[float]]:
+    """By step: how far logits are from those of passes over one, if a pass holds 1 .. WIDTH."""
+    n, depths = min(CONTEXT + WIDTH, model.config.max_seq_len), (model.config.n_layers,)
+    weight, at = model.embed.weight, n - WIDTH
+    tokens = torch.tensor((text * n)[:n], device=weight.device)
+    fast = FixedStep(model, (), n)
+    plain = KVCache(model.config, (), n, weight.device, weight.dtype)
+    far: dict[str, list[float]] = {"plain": [], "fixed": []}
+    for name, run_step, cache in (("plain", step, plain), ("fixed", fast, fast.open(model, (), n))):
+        run_step(model, cache, depths, tokens, at, 0, 1)
+        alone = torch.cat(
+            [run_step(model, cache, depths, tokens, at + i, 0, 1) for i in range(1, WIDTH + 1)]
+        )
+        for width in range(1, WIDTH + 1):
+            cache.rollback(at)
+            logits = run_step(model, cache, depths, tokens, at + width, 0, width)
+            far[name].append((logits - alone[:width]).abs().max().item())
+    return far
+
+
+def rates(traces: list, exits: tuple[int, ...], n_layers: int) -> tuple[float, float]:
+    """p and q along the greedy texts: draft and intermediate agree, intermediate and full do."""
+    draft, middle, full = ([c for t in traces for c in t.choices[e]] for e in (*exits, n_layers))
+    return statistics.fmean(map(eq, draft, middle)), statistics.fmean(map(eq, middle, full))
+
+
+def step_seconds(costs: Costs, depth: int, width: int = 1, below: int = 0) -> float:
+    """A step of the level at this depth over `width` positions, of which all but one passed the
+    layers `below` before.
+
+    The one is the last draft, which the level below has written but not run: it takes all layers,
+    the lower ones alone.
+    """
+    layers = costs.trunk[below][1] + costs.trunk[depth][width] - costs.trunk[below][width]
+    return layers + costs.head[depth][width] + costs.loop
+
+
+def speed_up_by_rates(d: float, i: float, p, q, full: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Speed-ups over greedy by a formula: of a single layer and of HiSpec, each with its best
+    windows.
+
+    p, q: how often the draft exit chooses as the intermediate does, and that as the full model does
+    (arrays, 0..1), for each token independently. d, i: a step of either exit, in steps of the full
+    model. A round of n drafts gives r tokens with probability p^(r-1) (1-p) for r <= n and p^n for
+    r = n+1, for n d + i. After m >= N_i tokens one full verification, for `full`, keeps (1 -
+    q^(m+1)) / (1 - q) of them, its own included. A single layer that is right with probability a,
+    pq at the draft exit and q at the intermediate, gives (1 - a^(k+1)) / (1 - a) for k steps and
+    one of the full model.
+    """
+    p, q = np.broadcast_arrays(p, np.minimum(q, 1 - 1e-6))  # at 1 the sums below would be 0 / 0
+    exits, longest = ((p * q, d), (q, i)), sum(LONGEST)
+    single = np.max(
+        [(1 - a ** (k + 1)) / (1 - a) / (k * c + 1) for a, c in exits for k in range(1, longest)],
+        axis=0,
+    )
+    hispec = np.zeros(p.shape)
+    for n in range(1, LONGEST[0] + 1):
+        chances = [p ** (r - 1) * (1 - p) for r in range(1, n + 1)] + [p**n]
+        reached = [np.ones_like(p)]  # how likely it is that some round ends at so many tokens
+        for m in range(1, LONGEST[1]):
+            reached.append(sum(reached[m - r] * c for r, c in enumerate(chances, 1) if r <= m))
+        for N in range(1, LONGEST[1] + 1):
+            ends = [
+                sum(reached[m - r] * c for r, c in enumerate(chances, 1) if 0 <= m - r < N)
+                for m in range(N, N + n + 1)
+            ]
+            tokens = sum(end * (1 - q ** (m + 1)) / (1 - q) for m, end in enumerate(ends, N))
+            hispec = np.maximum(hispec, tokens / (sum(reached[:N]) * (n * d + i) + full))
+    return single, hispec
+
+
+# ---- drawing ------------------------------------------------------------------------------------

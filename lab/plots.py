@@ -1,0 +1,368 @@
+"""Eleven figures of one run of the bench, drawn from what figures.py gathered."""
+
+import statistics
+import textwrap
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import rcsetup
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from checkpoints.files import in_words, write_whole
+from faststep import WIDTH
+from lab.costs import CONTEXT, WIDTHS
+from lab.figures import (
+    FEW,
+    N_D,
+    N_I,
+    OPENING,
+    SAMPLES,
+    Data,
+    paper_exits,
+    speed_up_by_rates,
+    step_seconds,
+)
+from lab.tune import GREEDY
+
+SHOWN = 10  # the likeliest tokens, which are told apart
+RATES = np.linspace(0.3, 1, 36)  # acceptance rates in the figure of the formula
+LEVELS = (0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4)  # speed-ups told apart there
+# Okabe and Ito
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
+STYLE: dict[Any, Any] = {
+    "font.size": 13,
+    "axes.titlesize": 15,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": rcsetup.cycler(color=COLOURS),
+    "lines.linewidth": 2,
+    "legend.frameon": False,
+    "legend.fontsize": 11,
+    "hatch.color": "white",
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "figures",  # the same figure is the same file
+}
+
+
+def plot_pass(figure: Figure, data: Data) -> str:
+    axes, n, widths = figure.subplots(), data.n_layers, np.arange(1, WIDTHS[-1] + 1)
+    whole = 1e3 * (np.array(data.costs.trunk[n]) + data.costs.head[n])[1:]
+    many = "as many passes over one"
+    axes.plot(widths, widths * whole[0], color="0.4", linestyle=":", label=many)
+    axes.plot(widths, whole, label="one pass over all")
+    axes.plot(widths, whole / widths, label="of it, for each position")
+    axes.set(xlabel="positions in a pass", ylabel="milliseconds")
+    axes.set(xlim=(1, widths[-1]), ylim=(0, 1.5 * whole[-1]))
+    axes.set_xticks([1, *range(4, WIDTHS[-1] + 1, 4)])
+    axes.set_title(
+        f"A pass over 8 positions takes {whole[7] / whole[0]:.1f} times as long as a pass over one"
+    )
+    axes.legend()
+    return (
+        f"The full model, {CONTEXT} positions into a text. Measured at "
+        f"{', '.join(map(str, WIDTHS))} positions."
+    )
+
+
+def plot_wall(figure: Figure, data: Data) -> str:
+    (draft, middle), (n_d, n_i), _ = data.ladder
+    n, costs, axes = data.n_layers, data.costs, figure.subplots()
+    drafted = {e: 1e3 * step_seconds(costs, e) for e in sorted(costs.head)}
+    checked = {
+        e: 1e3 * step_seconds(costs, e, n_d + 1, draft) / (n_d + 1) for e in drafted if e > draft
+    }
+    full = 1e3 * step_seconds(costs, n, n_i + 1, middle) / (n_i + 1)
+    axes.plot(*zip(*drafted.items()), "o-", label="drafted: 1 position a step")
+    label = f"verified above exit {draft}: {n_d + 1} positions a step"
+    axes.plot(*zip(*checked.items()), "s-", label=label)
+    label = f"verified in full: {n_i + 1} positions a step"
+    axes.plot(n, full, "D", color=COLOURS[4], markersize=9, label=label)
+    marks = [(draft, drafted[draft], 0), (middle, checked[middle], 1)]
+    marks += [(n, full, 4), (n, drafted[n], 0)]
+    beside: dict[str, Any] = dict(xytext=(2, 8), textcoords="offset points", ha="right")
+    for depth, ms, colour in marks:
+        text = f"{ms:.1f}" if ms < drafted[n] else f"greedy {ms:.1f}"
+        axes.annotate(text, (depth, ms), color=COLOURS[colour], **beside)
+    axes.set(xlabel="depth of the level (layers)", ylabel="milliseconds a token")
+    axes.set(ylim=(0, 1.12 * drafted[n]))
+    axes.set_title(
+        f"A token takes {drafted[draft]:.1f} ms to draft, {checked[middle]:.1f} to check at exit "
+        f"{middle}, "
+        f"{full:.1f} to verify in full"
+    )
+    axes.legend()
+    return (
+        f"From measured seconds of layers, heads and loop. HiSpec here: exits {draft} and "
+        f"{middle}, windows {n_d} and "
+        f"{n_i}. A verification reads its drafts and one token of its own, and starts where the "
+        "exit below ended."
+    )
+
+
+def plot_agreement(figure: Figure, data: Data) -> str:
+    axes, exits, layers = figure.subplots(), data.ladder[0], range(1, data.n_layers)
+    labels = "prompts' own text", "greedy answers"
+    for share, label, style in zip(data.agreement, labels, ("o-", "s-")):
+        axes.plot(layers, [100 * a for a in share], style, markersize=5, label=label)
+    for exit in exits:
+        axes.axvline(exit, color="0.5", linestyle=":", zorder=0)
+    axes.set(xlabel="exit after layer", ylabel="same token as the full model (%)", ylim=(0, 102))
+    seen = " and ".join(f"exit {exit} on {data.agreement[1][exit - 1]:.0%}" for exit in exits)
+    axes.set_title(f"On greedy answers the full model agrees with {seen}")
+    axes.legend(loc="lower right")
+    return "Teacher-forced: every layer reads the same text. Dotted: HiSpec's exits in this run."
+
+
+def plot_reuse(figure: Figure, data: Data) -> str:
+    axes, ours = figure.subplots(), [r for r in data.results if r["positions"]]
+    totals = {}
+    for x, r in enumerate(ours):
+        depths, bottom = (0, *r["exits"], data.n_layers), 0.0
+        for k, (positions, above, depth) in enumerate(zip(r["positions"], depths, depths[1:])):
+            colour = COLOURS[len(r["positions"]) - 1 - k]  # the full model's is the same for all
+            axes.bar(x, positions * (depth - above), 0.6, bottom, color=colour, edgecolor="white")
+            bottom += positions * (depth - above)
+        alone = sum(positions * depth for positions, depth in zip(r["positions"], depths[1:]))
+        axes.plot(x, alone, "_k", markersize=40, markeredgewidth=3)
+        inside: dict[str, Any] = dict(ha="center", va="center", color="white", weight="bold")
+        axes.annotate(f"{bottom:.0f}", (x, bottom / 2), **inside)
+        axes.annotate(f"{alone:.0f}", (x, alone), (0, 6), textcoords="offset points", ha="center")
+        totals[r["name"]] = bottom, alone
+    names = ["\n".join([r["name"], ", ".join(map(str, r["exits"]))]) for r in ours]
+    axes.set_xticks(range(len(ours)), names)
+    axes.set(ylabel="layers run for each new token")
+    axes.margins(y=0.12)
+    shared, alone = totals["hispec"]
+    axes.set_title(
+        f"HiSpec runs {shared:.0f} layers a token; if its levels shared nothing, it would be "
+        f"{alone:.0f}"
+    )
+    return (
+        "Counted: passes of a position through a layer, kept or rejected, after the prompt, over "
+        "the tokens written. "
+        "Stacked by segment, the draft's below and the full model's on top. Black: if each level "
+        "began at layer 0."
+    )
+
+
+def plot_sampling(figure: Figure, data: Data) -> str:
+    axes, likeliest = figure.subplots(), np.argsort(-data.law[1], kind="stable")[:SHOWN]
+    bars = np.array([[*law[likeliest], 1 - law[likeliest].sum()] for law in data.law])
+    draft, full, drawn = bars
+    drafts = f"exit {data.ladder[0][0]}, which drafts"
+    names = drafts, "the full model", f"HiSpec, {SAMPLES} samples"
+    for k, (name, heights, colour) in enumerate(zip(names, bars, ("0.7", *COLOURS))):
+        places = np.arange(len(heights)) + 0.28 * (k - 1)
+        axes.bar(places, 100 * heights, 0.26, label=name, color=colour)
+    axes.set_xticks(range(len(full)), [*(str(i + 1) for i in range(len(likeliest))), "others"])
+    axes.set(xlabel="the full model's likeliest tokens", ylabel="probability (%)")
+    law = full.clip(0) / full.clip(0).sum()
+    plain = np.random.default_rng(0).multinomial(SAMPLES, law, 1000) / SAMPLES
+    chance, off, far = (np.abs(x - full).sum(-1).mean() / 2 for x in (plain, drawn, draft))
+    axes.set_title(
+        f"HiSpec's samples are {off:.1%} off the full model's law, the draft's law is {far:.0%} off"
+    )
+    axes.legend()
+    return (
+        f"One token at temperature 1, after the first {OPENING} of the prompt where draft and full "
+        "model differ most. "
+        f"Off: half the sum of the bars' differences; {SAMPLES} samples of the full model itself "
+        f"are {chance:.1%} off."
+    )
+
+
+def plot_one_shape(figure: Figure, data: Data) -> str:
+    axes = figure.subplots()
+    labels = "a pass as wide as its positions", f"a pass {WIDTH} wide, padded"
+    for far, label, style in zip(data.moved.values(), labels, ("o-", "s-")):
+        axes.plot(range(1, WIDTH + 1), far, style, label=label)
+    axes.set(xlabel="positions in the pass", ylabel="largest change of a logit")
+    plain, fixed = map(max, data.moved.values())
+    axes.set_title(
+        f"Company in a pass moves logits by up to {plain:.2g}, in a pass of one shape by "
+        f"{fixed:.2g}"
+    )
+    axes.legend()
+    return (
+        f"The full model, {CONTEXT} positions into a text at most, against passes over one "
+        "position each."
+    )
+
+
+def plot_windows(figure: Figure, data: Data) -> str:
+    axes, greedy = figure.subplots(), data.speed[GREEDY]
+    *grid, adaptive = (x for x in data.speed if x != GREEDY)
+    for k, n_d in enumerate(N_D):
+        line = [(x[1][1], data.speed[x]) for x in grid if x[1][0] == n_d]
+        colour = matplotlib.colormaps["viridis"](k / len(N_D))
+        axes.plot(*zip(*line), marker="osD^vP"[k], color=colour, label=f"$N_d$ = {n_d}")
+    _, most, doubts = adaptive
+    label = "thresholds {:g} and {:g},\nwindows at most {} and {}".format(*doubts, *most)
+    axes.axhline(data.speed[adaptive], color=COLOURS[4], linestyle="--", label=label)
+    axes.axhline(greedy, color="0.4", linestyle=":", label="greedy")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(N_I, map(str, N_I))
+    axes.minorticks_off()
+    axes.set(xlabel="$N_i$: tokens gathered before a full verification", ylabel="tokens/s")
+    best = max(grid, key=data.speed.__getitem__)
+    axes.set_title(
+        f"Over greedy: {data.speed[best] / greedy:.2f}x with the best windows {best[1]}, "
+        f"{data.speed[adaptive] / greedy:.2f}x with thresholds"
+    )
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    same = "Every text" if data.identical else "Not every text"
+    draft, middle = data.ladder[0]
+    return (
+        f"Measured at exits {draft} and {middle}, on one prompt of each category ({FEW} at most), "
+        "the faster of two "
+        f"turns. {same} is greedy's, token for token."
+    )
+
+
+def plot_exits(figure: Figure, data: Data) -> str:
+    axes, paper = figure.subplots(), paper_exits(data.n_layers)
+    pairs = {exits: speed_up for exits, speed_up in data.pairs.items() if len(exits) == 2}
+    drafts, middles = (sorted({exits[k] for exits in pairs}) for k in (0, 1))
+    table = np.full((len(drafts), len(middles)), np.nan)
+    low, high = min(pairs.values()), max(pairs.values())
+    for (draft, middle), speed_up in pairs.items():
+        row, column = drafts.index(draft), middles.index(middle)
+        table[row, column] = speed_up
+        colour = "black" if speed_up > low + 0.6 * (high - low) else "white"
+        axes.text(column, row, f"{speed_up:.2f}", ha="center", va="center", color=colour)
+    image = axes.imshow(table, cmap="cividis", origin="lower", aspect="auto")
+    figure.colorbar(image, label="speed-up over greedy")
+    marks = (
+        (paper, COLOURS[4], 0.47, "the paper's 1/8 and 1/4"),
+        (data.ladder[0], COLOURS[3], 0.4, "this run's HiSpec"),
+    )
+    for (draft, middle), colour, r, label in marks:
+        corner = middles.index(middle) - r, drafts.index(draft) - r
+        frame: dict[str, Any] = dict(fill=False, edgecolor=colour, linewidth=4)
+        axes.add_patch(Rectangle(corner, 2 * r, 2 * r, label=label, **frame))
+    axes.set_xticks(range(len(middles)), map(str, middles))
+    axes.set_yticks(range(len(drafts)), map(str, drafts))
+    axes.set(xlabel="intermediate exit (layer)", ylabel="draft exit (layer)")
+    best = max(pairs, key=pairs.__getitem__)
+    axes.set_title(
+        f"Predicted: {high:.2f}x with the best exits {best}, {pairs[paper]:.2f}x with the paper's "
+        f"{paper}"
+    )
+    axes.legend(loc="upper left")
+    (single,) = max((exits for exits in data.pairs if len(exits) == 1), key=data.pairs.__getitem__)
+    return (
+        "Predicted by replaying the recursion on measured costs and recorded texts, the best "
+        "windows for each pair, no "
+        f"thresholds. The best single layer by the same prediction: exit {single}, "
+        f"{data.pairs[single,]:.2f}x."
+    )
+
+
+def plot_categories(figure: Figure, data: Data) -> str:
+    axes, drafting = figure.subplots(), [r for r in data.results if r["name"] != "greedy"]
+    groups = ["all", *drafting[0]["by_category"]]
+    width = 0.84 / len(drafting)
+    axes.axhline(1, color="0.4", linestyle=":", label="greedy")
+    for k, r in enumerate(drafting):
+        values = [(r["by_category"] | {"all": r})[group]["speedup_vs_greedy"] for group in groups]
+        places = np.arange(len(groups)) + (k - (len(drafting) - 1) / 2) * width
+        exits = f" ({', '.join(map(str, r['exits']))})" if r["exits"] else ""
+        colour = COLOURS[k % len(COLOURS)]
+        bars = axes.bar(places, values, 0.92 * width, color=colour, label=r["name"] + exits)
+        axes.bar_label(bars, fmt="%.2f", fontsize=10, rotation=90, padding=3)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.margins(y=0.12)
+    axes.set(ylabel="speed-up over greedy")
+    hispec = next(r for r in drafting if r["name"] == "hispec")["by_category"]
+    low, *_, high = sorted([(c["speedup_vs_greedy"], name) for name, c in hispec.items()] * 2)
+    axes.set_title(f"HiSpec over greedy: {low[0]:.2f}x ({low[1]}) to {high[0]:.2f}x ({high[1]})")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4)
+    return "Measured; medians over the repeats of ratios within a repeat. In brackets: exits."
+
+
+def plot_predictions(figure: Figure, data: Data) -> str:
+    axes = figure.subplots()
+    for k, (kind, points) in enumerate(data.compared.items()):
+        edge: dict[str, Any] = dict(markersize=9, markeredgecolor="white", markeredgewidth=0.6)
+        axes.plot(*zip(*points), "osD^vP*X"[k % 8], label=kind, color=COLOURS[k % 8], **edge)
+    every = [point for points in data.compared.values() for point in points]
+    ends = 0.95 * min(map(min, every)), 1.05 * max(map(max, every))
+    axes.plot(ends, ends, color="0.4", linestyle=":", label="as predicted")
+    axes.set(xlabel="predicted speed-up over greedy", ylabel="measured speed-up over greedy")
+    axes.set(aspect="equal")
+    off = statistics.median(abs(predicted / measured - 1) for predicted, measured in every)
+    axes.set_title(f"Half of {len(every)} predictions are within {off:.0%} of what was measured")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    return (
+        "Each point is a ladder. A prediction replays the recursion on measured costs and recorded "
+        "texts."
+    )
+
+
+def plot_where(figure: Figure, data: Data) -> str:
+    whole = step_seconds(data.costs, data.n_layers)
+    d, i = (step_seconds(data.costs, exit) / whole for exit in data.ladder[0])
+    panels = {f"this run: d = {d:.2f}, i = {i:.2f}": (d, i)}
+    panels |= {"d = 1/8, i = 1/4": (1 / 8, 1 / 4), "d = 1/32, i = 1/8": (1 / 32, 1 / 8)}
+    row = figure.subplots(1, len(panels), sharex=True, sharey=True)
+    for axes, (title, (cheap, dear)) in zip(row, panels.items()):
+        single, hispec = speed_up_by_rates(cheap, dear, RATES[:, None], RATES)  # rows p, columns q
+        filled = axes.contourf(RATES, RATES, hispec, LEVELS, cmap="cividis", extend="both")
+        axes.contour(RATES, RATES, hispec, [1], colors="white", linewidths=3)
+        axes.contourf(RATES, RATES, single / hispec, [1, np.inf], colors="none", hatches=["//"])
+        axes.set_title(title, fontsize=13)
+        axes.set(xlabel="q: intermediate = full", xlim=(RATES[0], 1), ylim=(RATES[0], 1))
+    row[0].set_ylabel("p: draft = intermediate")
+    for category, (p, q) in data.rates.items():
+        style: dict[str, Any] = dict(markeredgecolor="white", clip_on=False, zorder=3)
+        marker, size = ("*", 16) if category == "all" else ("o", 7)
+        row[0].plot(q, p, color=COLOURS[4], marker=marker, markersize=size, **style)
+    figure.colorbar(filled, ax=row, label="HiSpec's speed-up over greedy", ticks=LEVELS)
+    p, q = data.rates["all"]
+    measured = next(r for r in data.results if r["name"] == "hispec")["speedup_vs_greedy"]
+    formula = float(speed_up_by_rates(d, i, p, q)[1])
+    figure.suptitle(
+        f"At p = {p:.2f} and q = {q:.2f} the formula gives {formula:.2f}x, measured {measured:.2f}x"
+    )
+    return (
+        "By formula: windows tuned, no thresholds, tokens independent, no prompt, a wide step as "
+        "dear as a narrow one. "
+        "d, i: cost of a step of either exit, head included, over the full model's. White line: as "
+        "fast as greedy. "
+        "Hatched: the best single layer is faster. Star: all prompts of this run; dots: its "
+        "categories."
+    )
+
+
+PLOTS: dict[str, Callable[[Figure, Data], str]] = {
+    "one-pass": plot_pass,
+    "verification-wall": plot_wall,
+    "agreement": plot_agreement,
+    "reuse": plot_reuse,
+    "windows": plot_windows,
+    "sampling": plot_sampling,
+    "one-shape": plot_one_shape,
+    "exits": plot_exits,
+    "categories": plot_categories,
+    "predictions": plot_predictions,
+    "where-it-pays": plot_where,
+}
+
+
+def save(folder: Path, data: Data, header: dict) -> None:
+    """Write each figure as PNG and SVG; below it what its plot says, then its setting."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, plot in PLOTS.items():
+        with matplotlib.rc_context(STYLE):
+            figure = Figure(figsize=(9.6, 5.6), layout="constrained")
+            below = (plot(figure, data), in_words(header), header["command"])
+            lines = [x for text in below for x in textwrap.wrap(text, 125, break_on_hyphens=False)]
+            figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color="0.3")
+            for kind, about in (("png", None), ("svg", {"Date": None})):
+                options: dict[str, Any] = dict(format=kind, dpi=150, metadata=about)
+                write_whole(folder / f"{name}.{kind}", partial(figure.savefig, **options))

@@ -1,0 +1,235 @@
+"""The page in a real browser: what it shows at every event is what the events say."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from conftest import random_model
+from test_page import EVERYTHING, NASTY, nasty, replay, traced
+
+from show import page
+
+COLLECT = """
+<script type="module">
+document.documentElement.style.width = "390px";  // a phone's; no window gets as narrow
+let link = null, tick = null;
+window.setTimeout = act => { link = act; };
+window.setInterval = act => { tick = act; return 7; };
+window.clearInterval = id => { if (id === 7) tick = null; };
+const at = id => document.getElementById(id), seen = {};
+const inside = (a, b) => a.left >= b.left - 1 && a.right <= b.right + 1 && a.top >= b.top - 1 && a.bottom <= b.bottom + 1;
+const look = () => ({
+  count: at("count").textContent, slider: at("slider").value, words: at("words").textContent,
+  said: at("slider").ariaValueText,
+  counts: ["passes", "work", "settled", "greedy-passes", "greedy-work", "greedy-settled"].map(id => at(id).textContent),
+  text: [...at("text").querySelectorAll("span, del")].map(e => [e.tagName, e.className, e.dataset.level, e.textContent]),
+  cells: [...document.querySelectorAll("#lanes .cell")].filter(e => getComputedStyle(e).visibility === "visible")
+    .map(e => [e.className, e.dataset.level, e.firstChild.textContent, e.lastChild.textContent]),
+  steps: [...document.querySelectorAll("#lanes .step")].filter(e => getComputedStyle(e).visibility === "visible")
+    .map(e => [e.style.gridColumnStart, e.style.gridRowStart]),
+  lead: getComputedStyle(document.querySelector("#lanes .marker")).visibility === "visible" ?
+    inside(document.querySelector("#lanes .marker").getBoundingClientRect(), at("lanes").getBoundingClientRect()) : null,
+  tip: at("text").lastChild.getBoundingClientRect().bottom <= at("text").getBoundingClientRect().bottom + 1,
+  wide: document.body.scrollWidth,
+});
+const press = (key, target = document.body, more = {}) =>
+  !target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
+const last = Number(at("slider").max), events = [...Array(last + 1).keys()];
+const drag = n => { at("slider").value = n; at("slider").dispatchEvent(new Event("input")); return look(); };
+const playing = () => [at("play").ariaLabel, tick !== null];
+
+seen.opened = look();
+seen.dragged = events.map(drag);
+drag(3);
+link();
+seen.address = location.hash;
+seen.back = events.map(n => drag(last - n)).reverse();
+press("Home");
+seen.right = events.map(n => (n && press("ArrowRight", at("slider")), look()));
+press("ArrowRight");
+seen.stays = look();
+press("Home");
+press("ArrowLeft");
+seen.home = look();
+seen.taken = [press("End", at("lanes")), press("x"), press("ArrowLeft", document.body, { altKey: true }), press(" ", at("play"))];
+seen.left = events.map(n => (n && press("ArrowLeft"), look())).reverse();
+press(" ");
+seen.plays = playing();
+tick();
+tick();
+seen.played = look();
+press(" ");
+seen.pauses = playing();
+press("End");
+at("play").click();
+seen.again = [look(), playing()];
+press("ArrowRight");
+seen.interrupted = playing();
+drag(last - 1);
+press(" ");
+tick();
+seen.ended = [look(), playing()];
+history.replaceState(null, "", "#5");
+dispatchEvent(new HashChangeEvent("hashchange"));
+seen.linked = look();
+history.replaceState(null, "", "#999999");
+dispatchEvent(new HashChangeEvent("hashchange"));
+seen.beyond = look();
+document.querySelectorAll("#lanes .step")[3].click();
+seen.clicked = look();
+const colours = () => [getComputedStyle(document.body).backgroundColor, at("theme").ariaLabel];
+seen.themes = [colours(), (at("theme").click(), colours()), (at("theme").click(), colours())];
+seen.page = { title: document.title, question: at("question").textContent, about: at("about").textContent,
+  images: document.images.length, scripts: document.scripts.length, fetched: performance.getEntriesByType("resource").length,
+  lanes: [...document.querySelectorAll("#lanes .lane")].map(e => [e.firstChild.textContent, e.lastChild.textContent]) };
+const pre = document.createElement("pre");
+pre.id = "collected";
+pre.textContent = JSON.stringify(seen);
+document.body.append(pre);
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def browsed(tmp_path_factory):
+    """A generation on a ladder of all kinds of levels, its trace, and all that a phone's browser
+    showed of it."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        pytest.skip("no chromium or chrome to open the page in")
+    out, trace, _ = traced(random_model(27), [1, 2] * 5, 40, **EVERYTHING)
+    folder = tmp_path_factory.mktemp("browsed")
+    page.write(folder / "page.html", trace)
+    with (folder / "page.html").open("a", encoding="utf-8") as file:
+        file.write(COLLECT)
+    command = [
+        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+        f"--user-data-dir={folder / 'profile'}", "--blink-settings=preferredColorScheme=1", "--window-size=500,844",
+        "--dump-dom", f"{(folder / 'page.html').as_uri()}#12",
+    ]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=200)
+    found = re.search(r'<pre id="collected">(.*?)</pre>', run.stdout, re.S)
+    assert found, "the page's script failed: " + "\n".join(re.findall(".*CONSOLE.*", run.stderr))
+    return out, trace, json.loads(html.unescape(found[1]))
+
+
+def expected(trace: dict, n: int) -> dict:
+    """All that the page must show at event n, as the trace has it."""
+    depths, texts, last = trace["depths"], trace["texts"], len(trace["events"])
+    cells, shown = replay(trace, n)
+    cells.sort(key=lambda cell: cell["event"])
+    settled = sum(cell["state"] == "settled" for cell in shown)
+    passes = sum(event["level"] == len(depths) - 1 for event in trace["events"][:n])
+    layers = [deep - shallow for shallow, deep in zip([0, *depths], depths)]
+    positions = trace["events"][n - 1]["positions"] if n else [0] * len(depths)
+    work = sum(a * b for a, b in zip(layers, positions))
+    greedy = (trace["prompt_tokens"] + settled - 1) * depths[-1] if settled else 0
+    classes = {"settled": "writer", "struck": ""}
+    return dict(
+        count=f"{n} / {last}", slider=str(n), said=f"event {n} of {last}",
+        words=trace["events"][n - 1]["words"] if n else "the prompt alone: press play",
+        counts=[f"{count:,}" for count in (passes, work, settled, settled, greedy, settled)],
+        text=[["SPAN", "prompt", None, trace["prompt"].replace("↵", "↵\n")]] + [
+            ["DEL" if cell["state"] == "struck" else "SPAN", classes.get(cell["state"], "writer tentative"),
+             str(cell["level"]), texts[str(cell["token"])].replace("↵", "↵\n")]
+            for cell in shown
+        ],
+        cells=sorted(
+            ["cell " + cell["state"] + " judged" * cell["judged"], str(cell["level"]), texts[str(cell["token"])], cell["marks"]]
+            for cell in cells
+        ),
+        steps=[[str(i + 2), str(event["level"] + 2)] for i, event in enumerate(trace["events"][:n])],
+        lead=True if n else None, tip=True, wide=390,
+    )  # fmt: skip
+
+
+def test_every_event_looks_as_the_trace_says(browsed):
+    _, trace, seen = browsed
+    every = [expected(trace, n) for n in range(len(trace["events"]) + 1)]
+    kinds = {cell[0] for look in every for cell in look["cells"]} | {
+        cell[3] for look in every for cell in look["cells"]
+    }
+    assert trace["events"][-1]["kept"] > len(trace["events"][-1]["text"])
+    assert kinds >= {
+        "cell drafted",
+        "cell accepted judged",
+        "cell settled",
+        "cell struck judged",
+        "",
+        "+",
+        "↺",
+        "✓✗",
+    }
+    for way in ("dragged", "back", "right", "left"):
+        for want, got in zip(every, seen[way], strict=True):
+            got["cells"].sort()
+            for name in want:
+                assert got.get(name) == want[name], (way, want["count"], name)
+
+
+def test_keys_buttons_and_links(browsed):
+    _, trace, seen = browsed
+    last = len(trace["events"])
+
+    def at(look):
+        return int(look["slider"])
+
+    assert [
+        at(seen[name]) for name in ("opened", "home", "stays", "linked", "beyond", "clicked")
+    ] == [
+        12,
+        0,
+        last,
+        5,
+        last,
+        4,
+    ]
+    assert seen["address"] == "#3"
+    assert seen["taken"] == [True, False, False, False]
+    assert (
+        seen["plays"] == ["pause", True]
+        and at(seen["played"]) == 2
+        and seen["pauses"] == ["play", False]
+    )
+    assert at(seen["again"][0]) == 0 and seen["again"][1] == ["pause", True]
+    assert seen["interrupted"] == ["play", False]
+    assert at(seen["ended"][0]) == last and seen["ended"][1] == ["play", False]
+    light, dark, light_again = seen["themes"]
+    assert (
+        light == light_again == ["rgb(255, 255, 255)", "dark colours"]
+        and dark[1] == "light colours"
+    )
+    assert max(map(int, re.findall(r"\d+", dark[0]))) < 50
+
+
+def test_the_last_counters_are_the_statistics(browsed):
+    out, trace, seen = browsed
+    layers = [1 - 0, 3 - 1, 5 - 3]
+    work = sum(n * level.positions for n, level in zip(layers, out.levels[1:]))
+    tokens = len(out.tokens)
+    counts = [out.levels[-1].calls, work, tokens, tokens, (10 + tokens - 1) * 5, tokens]
+    assert [int(count.replace(",", "")) for count in seen["dragged"][-1]["counts"]] == counts
+
+
+def test_no_text_breaks_the_page(browsed):
+    _, trace, seen = browsed
+    said = page.visible(nasty([0, 1, 4]))
+    assert page.visible(NASTY[4]) in trace["texts"].values()
+    assert seen["page"]["question"] == said and seen["page"]["title"] == f"{said} | random"
+    assert (seen["page"]["images"], seen["page"]["scripts"], seen["page"]["fetched"]) == (0, 3, 0)
+    assert (
+        seen["page"]["about"]
+        == "Model random, ladder: look-up → exit 1 → exit 3 → full model, 5 layers"
+    )
+    lanes = [
+        ["look-up", "no layer"],
+        ["exit 1", "layers 1–1"],
+        ["exit 3", "layers 2–3"],
+        ["full model, 5 layers", "layers 4–5"],
+    ]
+    assert seen["page"]["lanes"] == lanes

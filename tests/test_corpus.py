@@ -1,0 +1,45 @@
+"""Text to train on: what is held out, what an epoch reads, what a model writes side by side."""
+
+import torch
+from conftest import random_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hispec import generate
+from lab import corpus
+
+
+def test_held_out_files_are_never_trained_on():
+    names = corpus.read_corpus(None)
+    held = {n for n in names if corpus.is_held_out(n)}
+    assert 0.01 < len(held) / len(names) < 0.08
+    assert not any({"site-packages", "test", "tests"} & set(n.split("/")) for n in names)
+    assert 5e6 < sum(map(len, names.values())) < 3e7
+
+
+@given(st.integers(40, 400), st.integers(1, 5), st.integers(1, 9))
+def test_an_epoch_reads_every_window_once(length, rows, context):
+    text = torch.arange(length)
+    windows = (length - 1) // context - 1
+    if windows < 1:
+        return
+    starts = []
+    for step in range(-(-windows // rows)):
+        batch = corpus.batch(text, step, rows, context, seed=0)
+        assert batch.shape == (rows, context + 1)
+        assert (batch[:, 1:] == batch[:, :-1] + 1).all()
+        starts += batch[:, 0].tolist()
+    first_epoch = starts[:windows]
+    assert len(set(first_epoch)) == windows
+    assert len({start % context for start in first_epoch}) == 1
+
+
+def test_sampling_side_by_side_is_greedy_decoding():
+    model = random_model().float()
+    openings = torch.randint(11, (3, 4))
+    rows = corpus.sample(model, openings, 20, torch.tensor([False, True, False]))
+    for i in (0, 2):
+        assert (
+            rows[i].tolist()
+            == openings[i].tolist() + generate(model, openings[i].tolist(), 16).tokens
+        )

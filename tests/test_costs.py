@@ -1,0 +1,104 @@
+"""What passes cost, what a ladder made of them would take, and what bounds a generation."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import random_model
+
+import bench
+from hispec import Generation, generate
+from lab.costs import WIDTHS, Costs, Trace, best_threads, measure_costs, memory_limit, replay, trace
+
+EVERY_WIDTH = range(WIDTHS[-1] + 1)
+
+ONE_A_PASS = Costs(
+    {e: [0.0 for _ in EVERY_WIDTH] for e in range(9)},
+    {e: [1.0 for _ in EVERY_WIDTH] for e in range(1, 9)},
+    0.0,
+)
+
+
+def test_a_replay_takes_the_steps_that_a_generation_takes():
+    """Counted in steps, along a text on which one exit is wrong here and there and the other
+    never."""
+    model = random_model(3)
+    text = trace(model, [1, 2], 40, (), (1, 3), partial(generate, model))
+    for exits, windows in [
+        ((), ()),
+        ((1,), (3,)),
+        ((3,), (2,)),
+        ((3,), (6,)),
+        ((0,), (4,)),
+        ((0, 3), (2, 4)),
+    ]:
+        out = generate(model, [1, 2], 40, exits=exits, windows=windows)
+        steps = replay(
+            text, (exits, windows, (0.0,) * len(exits)), ONE_A_PASS, model.config.n_layers
+        )
+        assert steps == pytest.approx(
+            sum(level.calls for level in out.levels if level.exit > 0), rel=0.1
+        )
+    # a draft in doubt stops: at threshold 1 after every token, as a window of 1 does
+    doubting = replay(text, ((3,), (6,), (1.0,)), ONE_A_PASS, model.config.n_layers)
+    assert doubting == replay(text, ((3,), (1,), (0.0,)), ONE_A_PASS, model.config.n_layers)
+
+
+def test_a_replay_charges_each_segment_the_difference_of_its_depths():
+    """All drafts right, two a step: level 0 runs layers 0..2, the full model 3..7, a head each."""
+    trunk = {e: [e**2 * w for w in EVERY_WIDTH] for e in (0, 2, 7)}
+    costs = Costs(trunk, {2: [0.5 for _ in EVERY_WIDTH], 7: [3.0 for _ in EVERY_WIDTH]}, 0.25)
+    text = Trace([1], 0.0, {2: [5] * 6, 7: [5] * 6}, {2: [1.0] * 6, 7: [1.0] * 6})
+    # the second round begins with the full model's own token, which level 0 has not run
+    drafts, checks = 4, 2
+    # five positions in all: the first round's drafts and token, then two drafts
+    layers = 4 * 5 + (49 - 4) * 5
+    assert replay(text, ((2,), (2,), (0.0,)), costs, 7) == layers + drafts * 0.75 + checks * 3.25
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_costs_are_measured_by_width_or_by_the_pass_if_it_is_fixed(monkeypatch, fixed):
+    monkeypatch.setattr("lab.costs.timed", lambda call, on_gpu: 1.0)
+    model = random_model()
+    costs = measure_costs(model, (1, 3), bench.decoder(model, 64 if fixed else None), fixed)
+    assert costs.trunk.keys() == {0, 1, 3, 5} and costs.head.keys() == {1, 3, 5} and costs.loop >= 0
+    assert set(costs.trunk[0]) == {0}
+    for row in costs.trunk[5], *costs.head.values():
+        assert len(row) == len(EVERY_WIDTH) and row[0] == 0
+    # each timing takes a second: the fixed step needs two passes for more than sixteen positions
+    assert costs.trunk[5][1:] == [1 + (fixed and w > 16) for w in EVERY_WIDTH[1:]]
+    assert costs.trunk[3][1] == pytest.approx(3 / 5 if fixed else 1)
+
+
+def test_costs_between_the_timed_widths_are_interpolated(monkeypatch):
+    model = random_model()
+    run = lambda h, first, last, start=0, cache=None: h  # noqa: E731
+    monkeypatch.setattr(model, "run", run)
+    monkeypatch.setattr(
+        "lab.costs.timed", lambda call, on_gpu: float(call().shape[1]) if call().ndim == 3 else 1.0
+    )
+    costs = measure_costs(model, (1, 3), lambda prompt, n: Generation([3] * n, [], 1.0), False)
+    assert costs.trunk[3] == pytest.approx([float(w) for w in EVERY_WIDTH])
+
+
+@pytest.mark.parametrize(
+    "seconds, best",
+    [({1: 1.0, 2: 0.97, 4: 2.0}, 1), ({1: 1.0, 2: 0.5, 4: 0.3}, 4), ({1: 1, 2: 0.8, 4: 3}, 2)],
+)
+def test_best_threads_is_the_fewest_of_the_fastest(monkeypatch, seconds, best):
+    now = {}
+    monkeypatch.setattr("lab.costs.os.cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: now.update(threads=n))
+    monkeypatch.setattr(
+        "lab.costs.generate", lambda model, prompt, n: Generation([], [], seconds[now["threads"]])
+    )
+    assert best_threads(None) == best
+
+
+def test_the_memory_limit_counts_each_weight_of_a_pass_once():
+    # tied embeddings
+    model = random_model(vocab_size=11, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=24)
+    limit = memory_limit(model)
+    layer = 16 * (16 + 8 + 8) + 16 * 16 + 3 * 16 * 24 + 2 * 16
+    assert limit["pass_bytes"] == 8 * (2 * layer + 16 + 11 * 16)
+    assert limit["greedy_tokens_per_second"] == limit["bytes_per_second"] / limit["pass_bytes"] > 0

@@ -1,0 +1,249 @@
+"""The figures of a whole run on a small random model: written whole, and each number in its
+place."""
+
+import dataclasses
+import re
+import sys
+from collections import defaultdict
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+import pytest
+import test_bench
+import test_figures
+from matplotlib.figure import Figure
+from test_figures import gather, small_run
+
+import bench
+from lab import figures, plots, tune
+from lab.costs import WIDTHS, Costs
+
+few_windows = test_figures.few_windows  # the fixture: smaller grids
+small_bench = test_bench.small_bench  # the fixture: bench.main on a small random model
+
+HEADER = {
+    "model": "m", "dtype": "float32", "device": "a processor", "threads": 1, "versions": {"torch": "2"},
+    "command": "python bench.py --figures out",
+}  # fmt: skip
+
+
+def test_a_run_draws_each_figure_whole_and_twice(small_bench, few_windows, tmp_path):
+    _, result = small_bench("--quick", "--figures", str(tmp_path / "new" / "folder"))
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
+    assert drawn.keys() == {f"{name}.{kind}" for name in plots.PLOTS for kind in ("png", "svg")}
+    assert len(drawn) == 22
+    for name, content in drawn.items():
+        if name.endswith(".png"):
+            assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
+            assert content[16:24] == (1440).to_bytes(4, "big") + (840).to_bytes(4, "big")
+        else:
+            texts = [
+                text
+                for e in ElementTree.fromstring(content).iter()
+                for text in (e.text, e.tail)
+                if text
+            ]
+            words = " ".join(" ".join(texts).split())
+            assert (
+                f"{result['model']}, {result['dtype']}, {result['device']}, threads: {result['threads']}"
+                in words
+            )
+            assert f"torch {result['versions']['torch']}" in words
+            assert (
+                result["command"].split()
+                == words[words.index("python bench.py") :].split()[: len(result["command"].split())]
+            )
+            assert not re.search(rb"<dc:date>", content)
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc/none"])
+def test_a_folder_that_cannot_be_written_ends_at_once(monkeypatch, tmp_path, folder):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--figures", str(tmp_path / folder)])
+    monkeypatch.setattr(bench, "load", lambda *arguments: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=f"cannot write to '{tmp_path / folder}'"):
+        bench.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_the_trial_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["bench.py", "--device", "cpu", "--figures", str(tmp_path / "new")]
+    )
+    assert bench.parse_arguments().figures == tmp_path / "new"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_figure_is_written_whole_or_not_at_all_and_always_alike(
+    few_windows, monkeypatch, tmp_path
+):
+    data = gather(small_run())
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        plots.save(tmp_path / folder, data, HEADER)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+    def half(figure, to, **options):
+        to.write_text("half")
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Figure, "savefig", half)
+    (tmp_path / "c").mkdir()
+    with pytest.raises(OSError, match="full"):
+        plots.save(tmp_path / "c", data, HEADER)
+    assert list((tmp_path / "c").iterdir()) == []
+    # the style is the figures' own
+    assert matplotlib.rcParams["font.size"] == matplotlib.rcParamsDefault["font.size"]
+
+
+@pytest.fixture
+def data(few_windows):
+    return gather(small_run())
+
+
+def drawn(plot, data):
+    figure = Figure()
+    assert plot(figure, data)
+    return figure.axes
+
+
+def test_the_wall_shows_milliseconds_of_a_token(data):
+    widths = range(WIDTHS[-1] + 1)
+    trunk = {e: [0.001 * e * w for w in widths] for e in (0, 1, 2, 4, 9)}
+    costs = Costs(trunk, {e: [0.01 for _ in widths] for e in (1, 2, 4, 9)}, 0.002)
+    (axes,) = drawn(plots.plot_wall, dataclasses.replace(data, costs=costs))
+    drafted, checked, full = (
+        {x: y for x, y in zip(*line.get_data(), strict=True)} for line in axes.lines
+    )
+    assert drafted == pytest.approx({e: e + 12 for e in (1, 2, 4, 9)})
+    # N_d = 2: three positions
+    assert checked == pytest.approx({e: (2 + 3 * (e - 2) + 12) / 3 for e in (4, 9)})
+    assert full == pytest.approx({9: (4 + 5 * 5 + 12) / 5})  # N_i = 4: five positions, above exit 4
+
+
+def test_one_pass_is_drawn_beside_as_many_of_one_position(data):
+    trunk = {9: [0.001 * (4 + w) for w in range(WIDTHS[-1] + 1)]}
+    costs = dataclasses.replace(data.costs, trunk=trunk, head={9: [0.001 for _ in trunk[9]]})
+    (axes,) = drawn(plots.plot_pass, dataclasses.replace(data, costs=costs))
+    many, one, each = (dict(zip(*line.get_data(), strict=True)) for line in axes.lines)
+    assert [line[7] for line in (many, one, each)] == pytest.approx([7 * 6, 12, 12 / 7])
+    assert "8 positions takes 2.2 times" in axes.get_title()
+
+
+def test_layers_are_counted_with_and_without_what_levels_share(data):
+    """HiSpec's positions 2, 1.5 and 1.25 in segments of 2, 2 and 5 layers; alone they would be of
+    2, 4 and 9."""
+    (axes,) = drawn(plots.plot_reuse, data)
+    heights = defaultdict(list)
+    for bar in axes.patches:
+        heights[round(bar.get_center()[0])].append(bar.get_height())
+    assert heights == {0: [9 * 1.25], 1: [4 * 1.5, 5 * 1.25], 2: [2 * 2, 2 * 1.5, 5 * 1.25]}
+    assert [line.get_ydata()[0] for line in axes.lines] == [11.25, 4 * 1.5 + 11.25, 4 + 6 + 11.25]
+    assert (
+        axes.get_title()
+        == "HiSpec runs 13 layers a token; if its levels shared nothing, it would be 21"
+    )
+
+
+def test_agreement_is_drawn_at_its_layer(data):
+    (axes,) = drawn(plots.plot_agreement, data)
+    for line, share in zip(axes.lines[:2], data.agreement, strict=True):
+        assert dict(zip(*line.get_data(), strict=True)) == {
+            e: 100 * a for e, a in enumerate(share, 1)
+        }
+    assert [line.get_xdata()[0] for line in axes.lines[2:]] == [2, 4]
+
+
+def test_a_law_is_drawn_by_the_full_models_likeliest_tokens(data, monkeypatch):
+    monkeypatch.setattr(plots, "SHOWN", 2)
+    law = np.array([[0.5, 0.25, 0.25], [0.1, 0.3, 0.6], [0.15, 0.25, 0.6]])
+    (axes,) = drawn(plots.plot_sampling, dataclasses.replace(data, law=law))
+    bars = [[bar.get_height() for bar in bars] for bars in axes.containers]
+    assert bars == [pytest.approx(b) for b in ([25, 25, 50], [60, 30, 10], [60, 25, 15])]
+    assert (
+        axes.get_title()
+        == "HiSpec's samples are 5.0% off the full model's law, the draft's law is 40% off"
+    )
+
+
+def test_both_steps_are_drawn_by_the_width_of_a_pass(data):
+    (axes,) = drawn(plots.plot_one_shape, data)
+    for line, far in zip(axes.lines, data.moved.values(), strict=True):
+        assert dict(zip(*line.get_data(), strict=True)) == dict(enumerate(far, 1))
+
+
+def test_windows_are_drawn_by_n_d_over_n_i(data):
+    (axes,) = drawn(plots.plot_windows, data)
+    one, three, adaptive, greedy = axes.lines
+    speed = {x[1]: tokens for x, tokens in list(data.speed.items())[1:-1]}
+    assert dict(zip(*one.get_data(), strict=True)) == {2: speed[1, 2], 4: speed[1, 4]}
+    assert dict(zip(*three.get_data(), strict=True)) == {4: speed[3, 4]}
+    assert adaptive.get_ydata()[0] == list(data.speed.values())[-1]
+    assert greedy.get_ydata()[0] == data.speed[tune.GREEDY]
+
+
+def test_the_heat_map_has_each_pair_in_its_place(data):
+    data.pairs.update({pair: k + 1.0 for k, pair in enumerate(data.pairs)})
+    axes, _ = drawn(plots.plot_exits, data)
+    drafts, middles = (
+        [int(t.get_text()) for t in ticks]
+        for ticks in (axes.get_yticklabels(), axes.get_xticklabels())
+    )
+    table = axes.images[0].get_array()
+    seen = {
+        (d, i): table[row, column]
+        for row, d in enumerate(drafts)
+        for column, i in enumerate(middles)
+        if d < i
+    }
+    assert seen == {pair: speed_up for pair, speed_up in data.pairs.items() if len(pair) == 2}
+    texts = {
+        (drafts[int(t.get_position()[1])], middles[int(t.get_position()[0])]): t.get_text()
+        for t in axes.texts
+    }
+    assert texts == {pair: f"{speed_up:.2f}" for pair, speed_up in seen.items()}
+    centres = [patch.get_center() for patch in axes.patches]
+    marked = [(drafts[round(row)], middles[round(column)]) for column, row in centres]
+    assert marked == [figures.paper_exits(9), data.ladder[0]] == [(2, 3), (2, 4)]
+
+
+def test_categories_have_a_bar_for_each_method_but_greedy(data):
+    (axes,) = drawn(plots.plot_categories, data)
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["all", "chat", "code", "maths"]
+    heights = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    assert heights == {
+        "single-layer (4)": [1.5, 1.5, 1.75, 2.0],
+        "hispec (2, 4)": [1.75, 1.75, 2.0, 2.25],
+        "peer": [0.5, 0.5, 0.75, 1.0],
+    }
+    assert axes.get_title() == "HiSpec over greedy: 1.75x (chat) to 2.25x (maths)"
+
+
+def test_predictions_are_drawn_against_measurements():
+    compared = {"a": [(1.0, 2.0), (3.0, 2.0)], "b": [(2.0, 2.0)]}
+    (axes,) = drawn(plots.plot_predictions, SimpleNamespace(compared=compared))
+    *kinds, diagonal = axes.lines
+    assert [list(zip(*line.get_data(), strict=True)) for line in kinds] == list(compared.values())
+    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
+    assert "Half of 3 predictions are within 50%" in axes.get_title()
+
+
+def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):
+    asked, real = [], figures.speed_up_by_rates
+
+    def watched(d, i, p, q):
+        asked.append((d, i, np.shape(p), np.shape(q)))
+        return real(d, i, p, q)
+
+    monkeypatch.setattr(plots, "speed_up_by_rates", watched)
+    first, *_ = drawn(plots.plot_where, data)
+    steps = [data.costs.trunk[e][1] + data.costs.head[e][1] + data.costs.loop for e in (2, 4, 9)]
+    here = steps[0] / steps[2], steps[1] / steps[2]
+    fractions = [here, (1 / 8, 1 / 4), (1 / 32, 1 / 8), here]
+    assert [x[:2] for x in asked] == [pytest.approx(x) for x in fractions]
+    assert asked[0][2:] == ((len(plots.RATES), 1), (len(plots.RATES),))  # p up, q to the right
+    points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in first.lines]
+    assert points == [(q, p) for p, q in data.rates.values()]
