@@ -20,7 +20,8 @@ from torch import Tensor
 
 import hispec
 from faststep import WIDTH, FixedStep
-from hispec import generate, look_up
+from hispec import generate
+from lookup import look_up
 from kvcache import KVCache
 from model import Llama
 
