@@ -30,7 +30,7 @@ class Generation:
     tokens: list[int]
     levels: list[LevelStats] = field(repr=False)
     seconds: float
-    prefill_seconds: float  # of these, until the prompt was read and the first token written
+    prefill_seconds: float = 0.0  # of these, until the prompt was read and the first token written
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,6 @@ def main() -> None:
     room = most_tokens(model, tokenizer, questions, args.max_new_tokens)
     make_decoder = partial(decoder, model, room if fixed else None)
     with tqdm(total=len(questions), desc="warm-up and greedy reference", leave=False) as bar:
-        # the decoder is not kept: what its step holds is not the other ladders'
         opened = open_requests(make_decoder(), tokenizer, questions, *limits, room, bar)
         requests = list(opened)
     if not requests:
@@ -109,7 +108,6 @@ def compare(
     """
     peaks, longest = [], max((request.prompt for request in requests), key=len)
     for ladder in ladders.values():
-        fixed_step.cache_clear()  # what other ladders' steps hold is not this one's
         peaks.append(peak_memory(make_decoder, ladder, longest, limits[0]))
     methods = [Method(name, x[0], x[1], make_decoder(*x), x[2]) for name, x in ladders.items()]
     ours = list(methods)
@@ -134,11 +132,11 @@ def decoder(
     model: Llama, room: int | None, exits=(), windows=(), thresholds=()
 ) -> Callable[..., Generation]:
     """generate with this ladder: a fixed step for at most `room` tokens, or the plain one."""
-    fast = fixed_step(model, exits, room) if room else None
+    fast = fixed_step(model, room) if room else None
     return partial(generate, model, exits=exits, windows=windows, thresholds=thresholds, fast=fast)
 
 
-fixed_step = cache(FixedStep)  # ladders that differ in their windows only can share one
+fixed_step = cache(FixedStep)  # one for all ladders
 
 
 def all_ladders(model: Llama, chosen: dict) -> dict[str, Rungs]:
@@ -174,7 +172,7 @@ def peer_methods(model: Llama, exit: int) -> list[Method]:
         options |= {"eos_token_id": list(stop), "pad_token_id": 0}
         options |= {"attention_mask": torch.ones_like(ids)}
         out = theirs.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, **options)
-        return Generation(out[0, len(prompt) :].tolist(), [], time.perf_counter() - began)
+        return Generation(out[0, len(prompt) :].tolist(), [], time.perf_counter() - began, 0.0)
 
     options = {
         "transformers": {},

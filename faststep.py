@@ -17,7 +17,7 @@ a CPU nothing is captured, and padding costs more than it brings: there it serve
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -34,14 +34,14 @@ GRAPHS = 256  # captured passes that are kept: the oldest go first
 class FixedStep:
     """A step for every ladder of one model, on one cache; one generation at a time can use it.
 
-    exits: all depths that these ladders read. max_len: the longest sequence, prompt included.
+    max_len: the longest sequence, prompt included, in tokens.
     """
 
-    def __init__(self, model: Llama, exits: Sequence[int], max_len: int):
-        self.model, self.exits, self.max_len = model, tuple(exits), max_len
+    def __init__(self, model: Llama, max_len: int):
+        self.model, self.max_len = model, max_len
         weight, c = model.embed.weight, model.config
         # padded positions write too: a pass that begins at the last position needs room behind it
-        self.cache = KVCache(model, self.exits, max_len + WIDTH)
+        self.cache = KVCache(model, model.blocks, max_len + WIDTH)
         self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # where a pass begins
         self.ids = torch.zeros(WIDTH, dtype=torch.long, device=weight.device)  # and the tokens there
         self.states = weight.new_zeros(WIDTH, c.dim)  # what a segment leaves for the head
@@ -58,14 +58,12 @@ class FixedStep:
         """
         if model is not self.model:
             raise ValueError("the step was made for another model")
-        if absent := [exit for exit in exits if exit and exit not in self.exits]:
-            raise ValueError(f"the step was made for exits {self.exits}, exit {absent[0]} is not among them")
         if limit > self.max_len:
             raise ValueError(f"the step was made for at most {self.max_len} tokens, this may take {limit}")
         if not self.busy.acquire(blocking=False):
             raise ValueError("the step is in use: one generation at a time, or a step for each")
         try:
-            self.cache.clear(len(exits) + 1)
+            self.cache.open(exits)
             yield self.cache
         finally:
             self.busy.release()

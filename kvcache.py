@@ -43,12 +43,12 @@ class KVCache:
         blocks = [exit for exit in exits if exit in model.blocks]
         self.slots = {exit: c.n_layers + i for i, exit in enumerate(blocks)}  # where blocks write
         room, layers = up_to_chunk(max_len + self.pad - 1), c.n_layers + len(blocks)
-        self.group = c.n_heads // c.n_kv_heads
+        self.group, self.dim = c.n_heads // c.n_kv_heads, c.dim
         self.keys = weight.new_zeros(layers, batch, c.n_kv_heads, room, c.head_dim)
         self.values = torch.zeros_like(self.keys)
-        self.hidden = {exit: weight.new_zeros(batch, room, c.dim) for exit in exits if exit > 0}
+        self.hidden: dict[int, Tensor] = {}
         self.columns = torch.arange(room, device=weight.device)
-        self.lengths = [0] * (len(exits) + 1)
+        self.open(exits)
 
     def passes(self, segment: int, length: int) -> Iterator[tuple[int, int]]:
         """The positions < length that a segment has not processed, as passes (first, last + 1)."""
@@ -95,11 +95,17 @@ class KVCache:
         """Forget what any segment holds at positions >= length."""
         self.lengths = [min(processed, length) for processed in self.lengths]
 
-    def clear(self, segments: int) -> None:
-        """Make ready for another text, in so many segments. Zeros: a mask does not hide a stale NaN."""
-        self.lengths = [0] * segments
+    def open(self, exits: tuple[int, ...]) -> None:
+        """Make ready for another text and ladder: nothing of an earlier one is left.
+
+        Not even a NaN, which no mask would hide: 0 x NaN is NaN.
+        """
         for t in (self.keys, self.values, *self.hidden.values()):
             t.zero_()
+        for exit in exits:
+            if exit > 0 and exit not in self.hidden:
+                self.hidden[exit] = self.keys.new_zeros(self.keys.shape[1], self.keys.shape[3], self.dim)
+        self.lengths = [0] * (len(exits) + 1)
 
     @property
     def nbytes(self) -> int:

@@ -207,7 +207,9 @@ class Attention(nn.Module):
         qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, N, E)
-        if cache is None:
+        if cache is None and self.training and x.device.type == "cpu":
+            y = attend_in_blocks(q, k, v)
+        elif cache is None:
             q = q.transpose(1, 2)  # (B, H, N, E)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
@@ -224,6 +226,24 @@ class Attention(nn.Module):
             q = F.pad(q, (0, 0, 0, len(mask) - rows))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :rows]
         return y.view(B, self.kv_heads, N, -1, E).transpose(1, 2)  # (B, N, G, H/G, E)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, size: int = 128) -> Tensor:
+    """Causal attention (B, N, H, E) of queries (B, N, H, E) to keys and values (B, G, N, E).
+
+    In plain products, `size` queries at a time with the keys up to the last of them: to train on a
+    CPU, compiled, this takes half as long as PyTorch's fused kernel and its gradient.
+    """
+    (B, N, H, E), G = q.shape, k.shape[1]
+    q, blocks = (q.transpose(1, 2) * E**-0.5).reshape(B, G, H // G, N, E), []
+    for start in range(0, N, size):
+        stop = min(start + size, N)
+        scores = q[:, :, :, start:stop].reshape(B, G, -1, E) @ k[:, :, :stop].transpose(2, 3)
+        ahead = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
+        scores = scores.view(B, G, -1, stop - start, stop).masked_fill(ahead, -math.inf)
+        weights = scores.softmax(-1).view(B, G, -1, stop)  # (B, G, H/G * n, stop)
+        blocks.append((weights @ v[:, :, :stop]).view(B, H, stop - start, E))
+    return torch.cat(blocks, 2).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):

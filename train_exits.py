@@ -64,7 +64,6 @@ from model import Config, Llama
 KEPT = 4 * 2**30  # bytes of a frozen trunk's hidden states that are kept for the next epoch
 DRAFT_WEIGHT = 0.3  # loss weight of a new model's first exit; the last layer's is 1
 EXIT_WEIGHT = 1.0  # of other exits
-EXTRA_WEIGHT = 0.1  # of the one depth outside the ladder that each step trains
 MAX_DROP, MAX_DROP_GIVEN = 0.6, 0.1  # how often the last layer is skipped at first: a new one, M's
 MAX_SHARE = 0.8  # of the last layer's distribution, against the text, in what an exit learns
 WARM_UP, DECAY = 60, 0.45  # steps in which the rate rises; share of the run in which it falls to 0
@@ -115,7 +114,8 @@ def train(args: argparse.Namespace, rank: int, world: int) -> None:
     if args.freeze_trunk:
         losses, reads = HeadLosses(work), FrozenTrunk(work, text, args, rank, world)
     else:
-        losses, reads = LayerSkipLosses(work, original), LayerSkip(work, text, args, rank, world)
+        losses = LayerSkipLosses(work, original, args.compile)
+        reads = LayerSkip(work, text, args, rank, world)
     if world > 1:  # unused parameters: of skipped layers
         losses = DistributedDataParallel(losses, find_unused_parameters=not args.freeze_trunk)
     loop(args, run, losses, reads.pieces, held, rank, world)
@@ -174,13 +174,11 @@ class LayerSkip:
         rows = batch(self.text, step, local * self.world, context, args.seed)
         rows = rows[self.rank * local : (self.rank + 1) * local].to(args.device)
         drop = (MAX_DROP_GIVEN if args.model else MAX_DROP) * (1 - done)
-        skipped, extra = draw_depths(self.model.config.n_layers, exits, drop, step, args.seed)
+        skipped = draw_skips(self.model.config.n_layers, drop, step, args.seed)
         # a given model knows its text already: its first exit may weigh as much as the others
         weights = {
             exit: EXIT_WEIGHT if i or args.model else DRAFT_WEIGHT for i, exit in enumerate(exits)
         }
-        if exits:
-            weights[extra] = EXTRA_WEIGHT
         share = 1.0 if args.model else MAX_SHARE * min(1.0, 2 * done)
         return [
             (piece, skipped, weights, share)
@@ -197,9 +195,10 @@ class LayerSkipLosses(nn.Module):
     then each exit's agreement with it.
     """
 
-    def __init__(self, model: Llama, original: Llama | None = None):
+    def __init__(self, model: Llama, original: Llama | None = None, compiled: bool = False):
         super().__init__()
         self.model = model
+        self.exit_losses = torch.compile(exit_losses, dynamic=False) if compiled else exit_losses
         # in a list, so that it is no submodule: nothing to train or to share
         self.original = [original]
 
@@ -225,32 +224,27 @@ class LayerSkipLosses(nn.Module):
             last = F.cross_entropy(logits, kept)
         total, stats = last, [last.detach()]
         for exit, weight in weights.items():
-            # (B*N, V)
-            read = model.logits(model.read(hidden[exit], exit), exit).flatten(0, 1).float()
+            read = model.logits(model.read(hidden[exit], exit), exit).flatten(0, 1)  # (B*N, V)
             stats.append((read.detach().argmax(-1) == choice).float().mean())
-            total = total + weight * exit_loss(read, goal, target, share)
+            text, soft = self.exit_losses(read, goal, target)
+            total = total + weight * ((1 - share) * text + share * soft)
         return total, torch.stack(stats)
 
 
-def exit_loss(logits: Tensor, goal: Tensor, target: Tensor, share: float) -> Tensor:
-    """Cross-entropy of logits (M, V) with tokens (M,) and, in a share, with goal (M, V)."""
-    logp = logits.log_softmax(-1)
-    soft = -(goal * logp).sum(-1).mean()
-    return soft if share == 1 else (1 - share) * F.nll_loss(logp, target) + share * soft
+def exit_losses(logits: Tensor, goal: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropies of logits (M, V): with the text's tokens (M,), with laws goal (M, V)."""
+    logp = logits.float().log_softmax(-1)
+    return F.nll_loss(logp, target), -(goal * logp).sum(-1).mean()
 
 
-def draw_depths(
-    n_layers: int, exits: tuple, drop: float, step: int, seed: int
-) -> tuple[frozenset[int], int]:
-    """The layers this step skips and the one more depth it trains: the same in every process.
+def draw_skips(n_layers: int, drop: float, step: int, seed: int) -> frozenset[int]:
+    """The layers this step skips: the same in every process.
 
     Layer l of L is skipped with probability drop * (2^(l / (L-1)) - 1) (LayerSkip, equation 2).
     """
     rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
     growth = torch.exp(torch.arange(n_layers) * math.log(2) / (n_layers - 1)) - 1  # 0 .. 1
-    skipped = (torch.rand(n_layers, generator=rng) < drop * growth).nonzero().flatten().tolist()
-    others = [e for e in range(1, n_layers) if e not in exits] or [n_layers - 1]
-    return frozenset(skipped), others[int(torch.randint(len(others), (1,), generator=rng))]
+    return frozenset((torch.rand(n_layers, generator=rng) < drop * growth).nonzero().flatten().tolist())
 
 
 # ---- recipe 2: the trunk is frozen, heads learn -------------------------------------------------
@@ -328,7 +322,7 @@ class HeadLosses(nn.Module):
             # (B*N, len(vocab))
             goal = F.linear(model.norm(last), rows).float().softmax(-1).flatten(0, 1)
         for exit, h in zip(exits, hidden, strict=True):
-            logits = self.heads[str(exit)].known(model.read(h, exit), matrix).float().flatten(0, 1)
+            logits = self.heads[str(exit)].known(model.read(h, exit), model.head).float().flatten(0, 1)
             best = logits.detach().argmax(-1)
             stats.append(
                 ((best if vocab is None else vocab[best]) == choices.flatten()).float().mean()

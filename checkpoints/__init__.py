@@ -46,12 +46,13 @@ def load(
         raise ValueError(f"no checkpoint {name_or_path!r}: give one of {known}, a .gguf file or a Hugging Face folder")
     try:
         if path.is_dir():
-            return load_folder(path, device, dtype)
-        model, tokenizer = load_gguf(path, device, dtype)
-        if name_or_path in NAMES:
+            model, tokenizer = load_folder(path, device, dtype)
+        else:
+            model, tokenizer = load_gguf(path, device, dtype)
+        if name_or_path in NAMES and path.is_file():
             add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors")
             model.exits = tuple(sorted(map(int, model.exit_heads)))
-        return model, tokenizer
+        return (model.pack() if device.type == "cpu" else model), tokenizer
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt safetensors file ({error})") from error
     except (ValueError, TypeError, AttributeError, KeyError) as error:  # also a number where a text belongs, and so on

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from checkpoints.files import write_whole
 from checkpoints.tokenizer import END, Tokenizer
+from kvcache import KVCache
 from model import Llama
 
 LONG = 8  # every sixth step reads rows so many times as long: far positions are trained too
@@ -178,13 +179,14 @@ def sample(
     first of these tokens, or ASK tokens.
     """
     (B, P), device = openings.shape, model.embed.weight.device
-    cache, first = SideBySide(model, B, length), 0
+    cache, first = KVCache(model, (), length, batch=B), 0
     rows = torch.zeros(B, length, dtype=torch.long, device=device)
     rows[:, :P] = openings
     warm, asking = warm.to(device), torch.full((B,), bool(until), device=device)
     last = torch.tensor(until, dtype=torch.long, device=device)
     for at in range(P, length):
-        h = model.run(model.embed(rows[:, first:at]), 0, model.config.n_layers, first, cache)
+        cache.place(first, at)
+        h = model.run(model.embed(rows[:, first:at]), 0, model.config.n_layers, cache)
         first = at
         logits = model.logits(h[:, -1], model.config.n_layers).float()  # (B, V)
         below = logits.softmax(-1).cumsum(-1)
@@ -195,21 +197,3 @@ def sample(
         asking &= ~torch.isin(token, last)
         asking &= at < P + ASK
     return rows.cpu()
-
-
-class SideBySide:
-    """Keys and values of sequences sampled side by side: what `Attention` asks of a cache."""
-
-    def __init__(self, model: Llama, rows: int, length: int):
-        c, weight = model.config, model.embed.weight
-        shape = (2, c.n_layers, rows, c.n_kv_heads, length, c.head_dim)
-        self.held = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        stop = start + k.shape[2]
-        for held, new in zip(self.held[:, layer], (k, v)):
-            held[:, :, start:stop] = new
-        return tuple(self.held[:, layer, :, :, :stop])  # (B, G, stop, E) each
-
-    def mask(self, start: int, n: int) -> None:
-        return None  # an opening, or one token a row

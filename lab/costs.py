@@ -20,10 +20,11 @@ from torch import Tensor
 
 import hispec
 from faststep import WIDTH, FixedStep
-from hispec import generate
+from hispec import generate, step
+from kvcache import KVCache, up_to_chunk
+from linear import Linear
 from lookup import look_up
-from kvcache import KVCache
-from model import Llama
+from model import Llama, RMSNorm
 
 # positions in a timed pass, up to more than any ladder takes; others in between
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 20)
@@ -62,19 +63,20 @@ def measure_costs(model: Llama, exits: tuple[int, ...], decode: Callable, fixed:
 def plain_passes(model: Llama, depths: tuple[int, ...], context: int) -> tuple[ByDepth, ByDepth]:
     """Costs.trunk and Costs.head, of passes as wide as they need be."""
     weight, longest = model.embed.weight, WIDTHS[-1]
-    device, dtype = weight.device, weight.dtype
-    cache = KVCache(model.config, (), context + longest, device, dtype, model.blocks)
-    ids = torch.zeros(1, longest, dtype=torch.long, device=device)
-    states = [model.embed(ids[:, :n]) for n in WIDTHS]
+    cache = KVCache(model, model.blocks, context + longest)
+    ids = torch.zeros(1, longest + model.pad, dtype=torch.long, device=weight.device)
 
-    def run_down_to(e: int, h: Tensor) -> Tensor:
-        return model.run(h, 0, e, context, cache)
+    def run_down_to(e: int, n: int) -> Tensor:
+        cache.place(context, context + n)
+        return model.run(model.embed(ids[:, : len(cache.at)]), 0, e, cache)
 
-    def choose_at(e: int, h: Tensor) -> Tensor:
-        return model.logits(model.read(h, e, context, cache), e).argmax(-1)
+    def choose_at(e: int, n: int) -> Tensor:
+        cache.place(context, context + n)
+        h = model.embed(ids[:, : len(cache.at)])
+        return model.logits(model.read(h, e, cache), e)[:, :n].argmax(-1)
 
     def by_width(call: Callable, e: int) -> list[float]:
-        seconds = [timed(partial(call, e, h), weight.is_cuda) for h in states]
+        seconds = [timed(partial(call, e, n), weight.is_cuda) for n in WIDTHS]
         return [0.0, *np.interp(range(1, longest + 1), WIDTHS, seconds).tolist()]
 
     trunk = {0: [0.0] * (longest + 1)} | {e: by_width(run_down_to, e) for e in depths}
@@ -83,13 +85,13 @@ def plain_passes(model: Llama, depths: tuple[int, ...], context: int) -> tuple[B
 
 def fixed_passes(model: Llama, depths: tuple[int, ...], context: int) -> tuple[ByDepth, ByDepth]:
     """The same of passes of one shape, which cost the same however few positions they are for."""
-    L, on_gpu = model.config.n_layers, model.embed.weight.is_cuda
+    L, on_gpu, end = model.config.n_layers, model.embed.weight.is_cuda, up_to_chunk(context)
+    fast = FixedStep(model, context)
     passes = [math.ceil(width / WIDTH) for width in range(WIDTHS[-1] + 1)]
-    layer = timed(FixedStep(model, (), context).segments[0], on_gpu) / L
+    layer = timed(partial(fast.run, 0, L, end), on_gpu) / L
     trunk, head = {0: [0.0] * len(passes)}, {}
-    for e in depths:
-        step = FixedStep(model, (e,) if e < L else (), context)
-        whole = timed(lambda step=step: (step.segments[0](), step.heads[0]()), on_gpu)
+    for e in depths:  # a segment's pass takes an exit's own block too
+        whole = timed(lambda e=e: (fast.run(0, e, end), fast.run(e)), on_gpu)
         trunk[e] = [n * e * layer for n in passes]
         head[e] = [n * max(0.0, whole - e * layer) for n in passes]
     return trunk, head
@@ -138,7 +140,8 @@ def replay(trace: Trace, ladder: Rungs, costs: Costs, n_layers: int) -> float:
     """Seconds after the prompt: hispec's recursion, with recorded choices in place of the model."""
     exits, windows, thresholds = ladder
     depths, thresholds = (*exits, n_layers), (*thresholds, 0.0)
-    text, seen, end, seconds = [], [-1] * len(depths), len(trace.choices[n_layers]), 0.0
+    text, end, seconds = trace.choices[n_layers][:1], len(trace.choices[n_layers]), 0.0
+    seen = [-1] * len(depths)  # the prompt's pass has written the first token
 
     def propose(k: int, want: int) -> None:
         nonlocal seconds
@@ -163,7 +166,7 @@ def replay(trace: Trace, ladder: Rungs, costs: Costs, n_layers: int) -> float:
             text[kept:] = [choices[kept]]
             seen[:] = [min(s, kept - 1) for s in seen]
 
-    propose(len(exits), end)
+    propose(len(exits), end - 1)
     return seconds
 
 
@@ -173,21 +176,21 @@ def replay(trace: Trace, ladder: Rungs, costs: Costs, n_layers: int) -> float:
 @contextmanager
 def timed_steps(depths: tuple[int, ...]):
     """While open, model steps are timed: yields the seconds spent at each level so far."""
-    seconds, real = [0.0] * len(depths), hispec.Ladder.predict
+    seconds, real = [0.0] * len(depths), hispec.Ladder.run
 
-    def predict(ladder, k, rows):
+    def run(ladder, k, base):
         began = time.perf_counter()
-        logits = real(ladder, k, rows)
+        logits = real(ladder, k, base)
         if logits.is_cuda:
             torch.cuda.synchronize()
         seconds[k] += time.perf_counter() - began
         return logits
 
-    hispec.Ladder.predict = predict  # type: ignore[method-assign]
+    hispec.Ladder.run = run  # type: ignore[method-assign]
     try:
         yield seconds
     finally:
-        hispec.Ladder.predict = real  # type: ignore[method-assign]
+        hispec.Ladder.run = real  # type: ignore[method-assign]
 
 
 def time_shares(depths: tuple[int, ...], decode, prompts, max_new_tokens: int, stop) -> dict:
@@ -209,14 +212,15 @@ def memory_limit(model: Llama) -> dict:
     pass reads too, are left out.
     """
     weight = model.embed.weight
-    passed = [*model.layers.parameters(), *model.norm.parameters(), model.head.weight]
+    passed = [*(m for m in model.layers.modules() if isinstance(m, Linear)), model.head]
     matrix = torch.ones(8192, 8192, device=weight.device, dtype=weight.dtype)
     fastest = math.inf
     for _ in range(6):  # the first warms up
         began = time.perf_counter()
         (matrix @ matrix[0])[0].item()
         fastest = min(fastest, time.perf_counter() - began)
-    pass_bytes = sum(p.nbytes for p in passed)
+    norms = [m.weight for m in (*model.layers.modules(), model.norm) if isinstance(m, RMSNorm)]
+    pass_bytes = sum(read.nbytes for read in (*passed, *norms))
     speed = matrix.nbytes / fastest
     return {
         "bytes_per_second": speed,
@@ -227,29 +231,25 @@ def memory_limit(model: Llama) -> dict:
 
 @torch.inference_mode()
 def pass_times(model: Llama, fixed: bool) -> dict:
-    """Seconds of a full pass over one position, and of its parts run alone: a layer, the head."""
+    """Seconds of full passes, head included, by number of positions; and of its parts run alone.
+
+    The parts are one layer and the head, over one position.
+    """
     L, weight = model.config.n_layers, model.embed.weight
-    if fixed:
-        whole, single = FixedStep(model, (), CONTEXT), FixedStep(model, (1,), CONTEXT)
-        layer, head = single.segments[0], whole.heads[0]
+    fast = FixedStep(model, CONTEXT + WIDTH) if fixed else None
+    cache, run_step = (fast.cache, fast) if fast else (KVCache(model, (), CONTEXT + WIDTH), step)
+    tokens = torch.zeros(up_to_chunk(CONTEXT + WIDTH), dtype=torch.long, device=weight.device)
 
-        def full() -> None:
-            whole.segments[0]()
-            whole.heads[0]()
+    def full(n: int) -> None:
+        cache.lengths = [CONTEXT]
+        run_step(model, cache, (L,), tokens, CONTEXT + n, 0, n).argmax(-1)
 
-    else:
-        cache = KVCache(model.config, (), CONTEXT, weight.device, weight.dtype)
-        h, at = model.embed(torch.zeros(1, 1, dtype=torch.long, device=weight.device)), CONTEXT - 1
-        layer, head = lambda: model.run(h, 0, 1, at, cache), lambda: model.logits(h, L)
-
-        def full() -> None:
-            model.logits(model.run(h, 0, L, at, cache), L)
-
-    seconds = {
-        "pass_seconds": timed(full, weight.is_cuda),
-        "layer_seconds": timed(layer, weight.is_cuda),
-    }
-    return seconds | {"layers": L, "head_seconds": timed(head, weight.is_cuda)}
+    passes = {str(n): timed(partial(full, n), weight.is_cuda) for n in (1, 2, 4, 8, 16)}
+    cache.place(CONTEXT, CONTEXT + 1)
+    h = model.embed(tokens[None, : len(cache.at)])
+    layer = timed(lambda: model.run(h, 0, 1, cache), weight.is_cuda)
+    head = timed(lambda: model.logits(h, L), weight.is_cuda)
+    return {"pass_seconds": passes, "layer_seconds": layer, "layers": L, "head_seconds": head}
 
 
 def peak_memory(make_decoder, ladder: Rungs, prompt: list[int], max_new_tokens: int) -> int | None:

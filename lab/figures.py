@@ -19,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 from faststep import WIDTH, FixedStep
-from hispec import probabilities, step
-from kvcache import KVCache
+from arguments import checked
+from hispec import Ladder, step
+from kvcache import KVCache, up_to_chunk
 from lab.agreement import measure
 from lab.costs import CONTEXT, Costs, Rungs, Trace, measure_costs, replay, trace
 from lab.prompts import Request
@@ -121,7 +122,7 @@ def gather(
         pairs=best_pairs(depths, recorded),
         compared=compared(tuned, faster, results, recorded, few),
         rates={category: rates(some, ladder[0], n) for category, some in of.items()},
-        law=law(model, requests, ladder, make_decoder),
+        law=law(model, requests, ladder),
         moved=moved(
             model, [token for i in few for token in requests[i].prompt + requests[i].greedy]
         ),
@@ -196,45 +197,60 @@ def agreement(model: Llama, requests: list) -> tuple[list[float], list[float]]:
 
 
 @torch.inference_mode()
-def law(model: Llama, requests: list, ladder: Rungs, make_decoder: Callable) -> np.ndarray:
-    """One token's distribution (3, V) at temperature 1: the draft exit's, the full model's,
-    HiSpec's in SAMPLES runs.
+def law(model: Llama, requests: list[Request], ladder: Rungs) -> np.ndarray:
+    """One token's law (3, V) at temperature 1: the draft exit's, the full model's, SAMPLES samples'.
 
     After the first OPENING tokens of the prompt for which draft and full model differ most on one
-    token.
+    token. The prompt has been read before, so that HiSpec drafts this token and judges it.
     """
     both = {}
     for opening in {tuple(r.prompt[:OPENING]) for r in requests}:
         ids = torch.tensor([opening], device=model.embed.weight.device)
-        rows = torch.stack(
-            [model(ids, exit)[0, -1] for exit in (ladder[0][0], model.config.n_layers)]
-        )
-        both[opening] = probabilities(rows, 1.0)
+        depths = ladder[0][0], model.config.n_layers
+        rows = torch.stack([model(ids, exit)[0, -1] for exit in depths])
+        both[opening] = rows.double().softmax(-1)
     opening = max(both, key=lambda o: (both[o][0] - both[o][1]).abs().max().item())
-    decode, count = make_decoder(*ladder), np.zeros(model.config.vocab_size)
+    n, count = len(opening), np.zeros(model.config.vocab_size)
+    cache = KVCache(model, ladder[0], n + 1)
     for seed in tqdm(range(SAMPLES), "sampling one token", leave=False):
-        count[decode(opening, 1, temperature=1.0, seed=seed).tokens] += 1
+        asked = checked(model.config, opening, 1, *ladder, 1.0, 0, 1.0, seed, ())
+        run = Ladder(model, asked, cache, n + 1, step)
+        cache.rollback(n - 1)
+        if seed == 0 and n > 1:
+            step(model, cache, run.depths, run.tokens, n - 1, run.top, 1)
+        run.propose(run.top, 1)
+        count[run.text[n]] += 1
     return np.stack([*both[opening].cpu().numpy(), count / SAMPLES])
 
 
 @torch.inference_mode()
 def moved(model: Llama, text: list[int]) -> dict[str, list[float]]:
-    """By step: how far logits are from those of passes over one, if a pass holds 1 .. WIDTH."""
+    """How far logits are from those of passes over one, if a pass holds 1 .. WIDTH positions.
+
+    "plain": by a library's ordinary products, "ours": as decoding runs here.
+    """
     n, depths = min(CONTEXT + WIDTH, model.config.max_seq_len), (model.config.n_layers,)
-    weight, at = model.embed.weight, n - WIDTH
-    tokens = torch.tensor((text * n)[:n], device=weight.device)
-    fast = FixedStep(model, (), n)
-    plain = KVCache(model.config, (), n, weight.device, weight.dtype)
-    far: dict[str, list[float]] = {"plain": [], "fixed": []}
-    for name, run_step, cache in (("plain", step, plain), ("fixed", fast, fast.open(model, (), n))):
+    at, far = n - WIDTH, {}
+    device = model.embed.weight.device
+    tokens = torch.zeros(up_to_chunk(n + WIDTH), dtype=torch.long, device=device)
+    tokens[:n] = torch.tensor((text * n)[:n])
+    for name in ("plain", "ours"):
+        run_step, cache = step, None
+        if name == "plain":
+            model.train().eval()  # undoes packing
+        elif model.embed.weight.is_cuda:
+            run_step = FixedStep(model, n)
+            cache = run_step.cache
+        else:
+            model.pack()
+        cache = cache or KVCache(model, (), n)
         run_step(model, cache, depths, tokens, at, 0, 1)
-        alone = torch.cat(
-            [run_step(model, cache, depths, tokens, at + i, 0, 1) for i in range(1, WIDTH + 1)]
-        )
+        alone = [run_step(model, cache, depths, tokens, at + i + 1, 0, 1) for i in range(WIDTH)]
+        far[name] = []
         for width in range(1, WIDTH + 1):
             cache.rollback(at)
             logits = run_step(model, cache, depths, tokens, at + width, 0, width)
-            far[name].append((logits - alone[:width]).abs().max().item())
+            far[name].append((logits - torch.cat(alone[:width])).abs().max().item())
     return far
 
 

@@ -48,11 +48,12 @@ def print_limit(limit: dict, results: list[dict]) -> None:
         f"\nmemory: {speed:.1f} GB/s read, {size:.1f} MB of weights a full pass, "
         f"so at most {ceiling:.0f} tokens/s by greedy decoding; of that: {reached}"
     )
-    whole, layer, head = (1e3 * limit[f"{part}_seconds"] for part in ("pass", "layer", "head"))
+    passes = {n: 1e3 * seconds for n, seconds in limit["pass_seconds"].items()}
+    layers, head = 1e3 * limit["layers"] * limit["layer_seconds"], 1e3 * limit["head_seconds"]
+    wider = ", ".join(f"{n}: {ms / passes['1']:.2f}x" for n, ms in passes.items() if n != "1")
     print(
-        f"a full pass takes {whole:.2f} ms; alone, its layers take {limit['layers'] * layer:.2f} "
-        "ms "
-        f"and its head {head:.2f} ms"
+        f"a full pass over one position takes {passes['1']:.2f} ms; alone, its layers take "
+        f"{layers:.2f} ms and its head {head:.2f} ms; over more positions, {wider}"
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 import checkpoints
 from checkpoints.files import write_whole
 from lab.corpus import WHOLE, held_rows
+from linear import Linear
 from model import ExitHead, Llama
 
 DIVERGED = 2.0  # times the loss of uniform guessing
@@ -141,7 +142,7 @@ def add_heads(model: Llama, text: Tensor, args) -> None:
     for first, exit in zip((0, *model.exits), model.exits):
         h = model.run(h, first, exit)
         head = ExitHead(model.config, width, vocab).to(args.device)
-        equalise_norms(head, h, model.head.weight)
+        equalise_norms(head, h, model.head)
         model.exit_heads[str(exit)] = head
 
 
@@ -157,7 +158,7 @@ def common_choices(model: Llama, text: Tensor, args) -> list[int]:
 
 
 @torch.no_grad()
-def equalise_norms(head: ExitHead, h: Tensor, matrix: Tensor) -> None:
+def equalise_norms(head: ExitHead, h: Tensor, output: Linear) -> None:
     """Start a head's norms so that all coordinates of h (B, N, D) leave them equally large.
 
     Logits have size 1 then. A few coordinates of a trunk's hidden states are tens of times larger
@@ -168,5 +169,5 @@ def equalise_norms(head: ExitHead, h: Tensor, matrix: Tensor) -> None:
     if head.block is not None:
         head.block.attn_norm.weight.copy_(scale)
         head.block.mlp_norm.weight.copy_(scale)
-    logits = head(h, matrix)
+    logits = head(h, output)
     head.norm.weight.div_(logits[logits.isfinite()].std())

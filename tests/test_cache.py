@@ -110,7 +110,7 @@ def test_each_layer_sees_each_token_once(case, temperature):
 @given(cases(), st.sampled_from([0.0, 0.8]), st.booleans())
 def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, temperature, fixed):
     reads = Counter()
-    fast = FixedStep(case.model, case.exits, len(case.prompt) + case.max_new_tokens) if fixed else None
+    fast = FixedStep(case.model, len(case.prompt) + case.max_new_tokens) if fixed else None
 
     def counted(name, real):
         return lambda self, *args: (reads.update([name]), real(self, *args))[1]

@@ -51,8 +51,8 @@ def test_a_replay_charges_each_segment_the_difference_of_its_depths():
     text = Trace([1], 0.0, {2: [5] * 6, 7: [5] * 6}, {2: [1.0] * 6, 7: [1.0] * 6})
     # the second round begins with the full model's own token, which level 0 has not run
     drafts, checks = 4, 2
-    # five positions in all: the first round's drafts and token, then two drafts
-    layers = 4 * 5 + (49 - 4) * 5
+    # six positions in all: the prompt's own token, two drafts and a bonus, then two drafts
+    layers = 4 * 6 + (49 - 4) * 6
     assert replay(text, ((2,), (2,), (0.0,)), costs, 7) == layers + drafts * 0.75 + checks * 3.25
 
 
@@ -72,7 +72,7 @@ def test_costs_are_measured_by_width_or_by_the_pass_if_it_is_fixed(monkeypatch, 
 
 def test_costs_between_the_timed_widths_are_interpolated(monkeypatch):
     model = random_model()
-    run = lambda h, first, last, start=0, cache=None: h  # noqa: E731
+    run = lambda h, first, last, cache=None: h  # noqa: E731
     monkeypatch.setattr(model, "run", run)
     monkeypatch.setattr(
         "lab.costs.timed", lambda call, on_gpu: float(call().shape[1]) if call().ndim == 3 else 1.0

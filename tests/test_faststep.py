@@ -17,7 +17,7 @@ from model import ExitHead
 
 
 def fast_for(case: Case) -> FixedStep:
-    return FixedStep(case.model, case.exits, len(case.prompt) + case.max_new_tokens)
+    return FixedStep(case.model, len(case.prompt) + case.max_new_tokens)
 
 
 def run_twice(case: Case, **options):
@@ -50,7 +50,7 @@ def test_prompts_and_windows_wider_than_a_pass():
 
 def bits(model, ids: list[int], exits: tuple[int, ...], sizes: list[int]):
     """Hidden states, keys, values, and logits of every level at every position, advancing by sizes in turn."""
-    fast = FixedStep(model, exits, len(ids))
+    fast = FixedStep(model, len(ids))
     depths, tokens = (*exits, model.config.n_layers), torch.tensor(ids + WIDTH * [0])
     logits, at = [[] for _ in depths], 1
     with torch.inference_mode(), fast.open(model, exits, len(ids)) as cache:
@@ -81,11 +81,11 @@ def test_all_ladders_write_the_same_text_in_bfloat16():
     model, tokenizer = checkpoints.load("tiny", "cpu", torch.bfloat16)
     questions = bench.read_prompts(Path(bench.__file__).parent / "prompts.jsonl")
     ladders = [((), ()), ((8,), (6,)), ((2, 8), (2, 6)), ((0, 8), (8, 8)), ((1, 2, 8), (1, 3, 5))]
-    steps = {exits: FixedStep(model, exits, 800) for exits, _ in ladders}
+    fast = FixedStep(model, 800)
     for question in {q["category"]: q for q in questions}.values():
         prompt = tokenizer.chat(question["turns"][:1])
         texts = [
-            generate(model, prompt, 32, exits=e, windows=w, stop=tokenizer.stop, fast=steps[e]).tokens
+            generate(model, prompt, 32, exits=e, windows=w, stop=tokenizer.stop, fast=fast).tokens
             for e, w in ladders
         ]
         assert all(text == texts[0] for text in texts)
@@ -93,10 +93,9 @@ def test_all_ladders_write_the_same_text_in_bfloat16():
 
 def test_it_is_not_used_for_what_it_was_not_made_for():
     model, other = random_model(1), random_model(2)
-    fast = FixedStep(model, (2,), 20)
+    fast = FixedStep(model, 20)
     generate(model, [1, 2], 18, exits=(2,), windows=(3,), fast=fast)
-    with pytest.raises(ValueError, match=r"exits \(2,\), exit 1 is not among them"):
-        generate(model, [1, 2], 5, exits=(1, 3), windows=(1, 2), fast=fast)
+    generate(model, [1, 2], 5, exits=(1, 3), windows=(1, 2), fast=fast)  # any ladder will do
     with pytest.raises(ValueError, match="another model"):
         generate(other, [1, 2], 5, exits=(2,), windows=(3,), fast=fast)
     with pytest.raises(ValueError, match="at most 20 tokens, this may take 21"):
@@ -106,12 +105,12 @@ def test_it_is_not_used_for_what_it_was_not_made_for():
 def test_the_plain_step_is_left_alone(monkeypatch):
     monkeypatch.setattr(hispec, "step", None)  # to call it would fail
     model = random_model(1)
-    assert len(generate(model, [1, 2], 10, exits=(2,), windows=(3,), fast=FixedStep(model, (2,), 12)).tokens) == 10
+    assert len(generate(model, [1, 2], 10, exits=(2,), windows=(3,), fast=FixedStep(model, 12)).tokens) == 10
 
 
 def test_it_serves_one_generation_at_a_time():
     model = random_model(1)
-    fast = FixedStep(model, (2,), 20)
+    fast = FixedStep(model, 20)
     options = dict(exits=(2,), windows=(3,), fast=fast)
     with pytest.raises(ValueError, match="in use"):
         generate(model, [1, 2], 10, **options, watch=lambda event: generate(model, [1], 5, **options))
@@ -121,7 +120,7 @@ def test_it_serves_one_generation_at_a_time():
 def test_nothing_of_an_earlier_generation_is_left():
     """A NaN that one text left behind a mask would spoil all later ones, since 0 x NaN is NaN."""
     model = random_model(1)
-    fast = FixedStep(model, (1, 3), 60)
+    fast = FixedStep(model, 60)
     plain = generate(model, [1, 2], 30).tokens
     weight = model.layers[2].attn.qkv.weight.data.clone()
     model.layers[2].attn.qkv.weight.data.fill_(torch.nan)
@@ -134,7 +133,7 @@ def test_nothing_of_an_earlier_generation_is_left():
 
 def test_an_interrupted_generation_leaves_the_step_usable():
     model = random_model(1)
-    fast = FixedStep(model, (1, 3), 60)
+    fast = FixedStep(model, 60)
     options = dict(exits=(1, 3), windows=(2, 4), fast=fast)
 
     def interrupt(event):
@@ -164,7 +163,7 @@ def test_captured_passes_write_the_same_text(dtype):
     model, tokenizer = checkpoints.load("tiny", "cuda", dtype)
     prompt = tokenizer.encode("def add(a, b):")
     texts = [
-        generate(model, prompt, 100, exits=e, windows=w, fast=FixedStep(model, e, 200)).tokens
+        generate(model, prompt, 100, exits=e, windows=w, fast=FixedStep(model, 200)).tokens
         for e, w in [((), ()), ((8,), (6,)), ((2, 8), (2, 6)), ((0, 8), (8, 8))]
     ]
     assert all(text == texts[0] for text in texts)

@@ -186,12 +186,13 @@ def test_one_token_is_sampled_where_draft_and_full_model_differ_most(few_windows
     assert drawn == pytest.approx(np.bincount(tokens, minlength=len(full)) / 40)
 
 
-def test_company_moves_logits_in_the_plain_step_only(monkeypatch):
+def test_how_far_company_moves_logits(monkeypatch):
+    moved = figures.moved(random_model(4, dim=64, ffn_dim=96).float(), [3, 1, 4])
+    assert moved["ours"] == [0.0] * figures.WIDTH and moved["plain"][0] == 0
     real = figures.step
     monkeypatch.setattr(figures, "step", lambda *arguments: real(*arguments) + 0.5 * arguments[-1])
     moved = figures.moved(random_model(4), [3, 1, 4])
     assert moved["plain"] == pytest.approx([0.5 * more for more in range(figures.WIDTH)], abs=1e-9)
-    assert moved["fixed"] == [0.0] * figures.WIDTH
 
 
 def test_runs_keep_the_faster_turn_and_the_right_ladder():

@@ -18,12 +18,13 @@ LONGEST_FILE, LONGEST_FUNCTION, WIDEST = 400, 60, 100
 BELOW: dict[str, set[str]] = {
     "arguments": {"model"},
     "lookup": set(),
-    "model": set(),
+    "linear": set(),
+    "model": {"linear"},
     "kvcache": {"model"},
     "hispec": {"model", "kvcache", "arguments", "lookup"},
-    "faststep": {"model", "kvcache"},
+    "faststep": {"model", "kvcache", "hispec"},
     "checkpoints": {"model"},
-    "lab": {"model", "kvcache", "hispec", "arguments", "lookup", "faststep", "checkpoints"},
+    "lab": {"linear", "model", "kvcache", "hispec", "arguments", "lookup", "faststep", "checkpoints"},
     "show": {"model", "hispec", "checkpoints", "lab"},
 }
 BELOW["train_exits"] = {"model", "checkpoints", "lab"}

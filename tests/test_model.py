@@ -6,7 +6,7 @@ from conftest import random_model
 
 from hispec import generate
 from kvcache import KVCache
-from model import Config, ExitHead, Llama, RopeScaling, rotate
+from model import Config, ExitHead, Llama, RopeScaling, attend_in_blocks, rotate
 
 IDS = torch.arange(40).view(2, 20) * 7 % 11
 
@@ -44,6 +44,20 @@ def twin(model: Llama):
         weights |= {f"model.layers.{i}.{name}.weight": tensor for name, tensor in names.items()}
     theirs.load_state_dict(weights)
     return theirs.to(model.embed.weight.dtype).eval()
+
+
+@pytest.mark.parametrize("n, size", [(5, 8), (8, 8), (21, 8)])
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_in_blocks_is_attention(kv_heads, n, size):
+    q, k, v = (torch.randn(3, h, n, 6, dtype=torch.float64) for h in (4, kv_heads, kv_heads))
+    whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    blocks = attend_in_blocks(q.transpose(1, 2), k, v, size)
+    torch.testing.assert_close(blocks, whole.transpose(1, 2), rtol=1e-9, atol=1e-9)
+
+
+def test_training_mode_computes_the_same():
+    model = random_model()
+    torch.testing.assert_close(model.eval()(IDS), model.train()(IDS), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
