@@ -19,6 +19,10 @@ def write_whole(path: Path, fill: Callable[[Path], object] | None) -> None:
     try:
         fill(draft)
         os.replace(draft, path)
+    except OSError as error:
+        if error.filename == str(draft):  # nobody has heard of that one
+            error.filename = str(path)
+        raise
     finally:
         draft.unlink(missing_ok=True)
 
@@ -30,7 +34,8 @@ def must_be_writable(path: Path) -> None:
         draft.touch()
         draft.unlink()
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot write to {str(path)!r}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error  # the rest names the other file
+        raise ValueError(f"cannot write to {str(path)!r}: {reason}") from None
     if path.is_dir():
         raise ValueError(f"cannot write to {str(path)!r}: it is a folder")
 

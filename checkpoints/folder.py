@@ -5,6 +5,7 @@ Source: transformers' LlamaConfig, old and new spelling.
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,11 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints import tokenizer as text
+from checkpoints import vocabulary
 from checkpoints.files import write_whole
-from checkpoints.tokenizer import Tokenizer, read_json
-from checkpoints.weights import HF, build, layout, need
+from checkpoints.tokenizer import Tokenizer
+from checkpoints.vocabulary import read_json
+from checkpoints.weights import HF, build, layout, linear, need
 from model import Config, ExitHead, Llama, RopeScaling
+
+# what `save` writes or removes of a tokenizer; the last two it only removes, since it puts what they say elsewhere
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 
 def load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer | None]:
@@ -45,11 +50,13 @@ def load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[L
         return where[name].get_tensor(name)
 
     embed, head = f"{HF['embed']}.weight", f"{HF['head']}.weight"
-    if config.tie_embeddings and head in shapes and embed in shapes:  # a copy is harmless, a second matrix is not
-        if not torch.equal(read(head), read(embed)):
+    if config.tie_embeddings and head in shapes:
+        if embed not in shapes:  # one matrix, under its other name
+            where[embed], shapes[embed] = where[head], shapes[head]
+        elif not torch.equal(read(head), read(embed)):  # a copy is harmless, a second matrix is not
             raise ValueError(f"tie_word_embeddings is true, but {head} is not {embed}")
         del shapes[head]
-    tokenizer = text.from_folder(path, config.vocab_size)
+    tokenizer = vocabulary.from_folder(path, settings, config.vocab_size)
     model = build(config, HF, shapes, read, device, dtype)
     model.exits = tuple(exits)
     add_exit_heads(model, path / "exits.safetensors")
@@ -94,16 +101,16 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     heads = {key.removeprefix("exit_heads."): t for key, t in state.items() if key.startswith("exit_heads.")}
     write_whole(folder / "model.safetensors", lambda to: save_file(weights, to, metadata={"format": "pt"}))
     write_whole(folder / "exits.safetensors", (lambda to: save_file(heads, to)) if heads else None)
-    words = None if tokenizer is None else text.to_json(tokenizer, model.config.vocab_size)
+    files: dict[str, str | None] = dict.fromkeys(TEXT_FILES)
+    if tokenizer is not None:
+        files |= vocabulary.to_files(tokenizer, model.config.vocab_size)
+    files["config.json"] = json.dumps(_config_to_hf(model, tokenizer), indent=1)
+    for name, content in files.items():
+        write_whole(folder / name, None if content is None else partial(_write, content))
 
-    def write_json(name: str, content: dict | None) -> None:
-        dumped = json.dumps(content, indent=1)
-        write_whole(folder / name, (lambda to: to.write_text(dumped, "utf-8")) if content else None)
 
-    write_json("tokenizer.json", words)
-    # without this line transformers would rebuild a Llama-2 tokenizer around the vocabulary
-    write_json("tokenizer_config.json", words and {"tokenizer_class": "PreTrainedTokenizerFast"})
-    write_json("config.json", _config_to_hf(model, tokenizer))
+def _write(content: str, to: Path) -> None:
+    to.write_text(content, "utf-8")
 
 
 def _config_from_hf(c: dict) -> Config:
@@ -120,9 +127,10 @@ def _config_from_hf(c: dict) -> Config:
     for key, value in only.items():
         if (got := c.get(key, rope.get(key))) not in (None, value):
             raise ValueError(f"{key} {got!r} is not supported" + (f", only {value!r}" if value is not None else ""))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"RoPE scaling {kind!r} is not supported, only 'default' and 'llama3'")
-    scaling = None
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"RoPE scaling {kind!r} is not supported, only 'default', 'linear' and 'llama3'")
+    context = c.get("max_position_embeddings", 2048)
+    scaling = linear(need(rope, "factor"), context) if kind == "linear" else None
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = RopeScaling(*(need(rope, key) for key in keys))
@@ -136,7 +144,7 @@ def _config_from_hf(c: dict) -> Config:
         ffn_dim=need(c, "intermediate_size"),
         rope_theta=rope.get("rope_theta", c.get("rope_theta", 10_000.0)),
         norm_eps=c.get("rms_norm_eps", 1e-6),
-        max_seq_len=c.get("max_position_embeddings", 2048),
+        max_seq_len=context,
         tie_embeddings=c.get("tie_word_embeddings", False),
         rope_scaling=scaling,
         head_dim=c.get("head_dim") or 0,
@@ -146,7 +154,9 @@ def _config_from_hf(c: dict) -> Config:
 def _config_to_hf(model: Llama, tokenizer: Tokenizer | None) -> dict:
     c, scaling = model.config, model.config.rope_scaling
     rope = None
-    if scaling is not None:
+    if scaling is not None and scaling == linear(scaling.factor, c.max_seq_len):
+        rope = {"rope_type": "linear", "factor": scaling.factor}
+    elif scaling is not None:
         rope = {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -170,7 +180,7 @@ def _config_to_hf(model: Llama, tokenizer: Tokenizer | None) -> dict:
         "max_position_embeddings": c.max_seq_len,
         "tie_word_embeddings": c.tie_embeddings,
         "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
-        "bos_token_id": None,
+        "bos_token_id": tokenizer.bos[0] if tokenizer and tokenizer.bos else None,
         "eos_token_id": list(tokenizer.stop) if tokenizer else None,
         "exits": list(model.exits),
     }
