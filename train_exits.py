@@ -51,7 +51,8 @@ from tqdm import tqdm
 
 import checkpoints
 from checkpoints.files import describe, in_words, write_whole
-from checkpoints.tokenizer import END, Tokenizer, learn_bpe
+from checkpoints.tokenizer import Tokenizer
+from checkpoints.vocabulary import END, learn
 from model import Config, ExitHead, Llama
 
 HELD_OUT = 28  # one document in so many is never trained on
@@ -409,7 +410,7 @@ def prepare(args, rank: int, world: int) -> tuple[Llama, Tokenizer | None, Tenso
         model, tokenizer = checkpoints.load(args.model, args.device, torch.float32)
     else:
         documents = read_corpus(args.corpus)
-        tokenizer = learn_bpe([text for name, text in documents.items() if not is_held_out(name)], args.vocab)
+        tokenizer = learn([text for name, text in documents.items() if not is_held_out(name)], args.vocab)
         shape = (tokenizer.n_vocab, args.dim, args.layers, args.heads, args.kv_heads, args.ffn)
         model = Llama(Config(*shape)).to(args.device)
     depth = model.config.n_layers

@@ -46,13 +46,16 @@ def load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[L
     where = {key: file for file in files for key in file.keys() if not key.endswith("rotary_emb.inv_freq")}
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key, file in where.items()}
 
+    own_name: dict[str, str] = {}  # in the file, where it is another
+
     def read(name: str) -> Tensor:
+        name = own_name.get(name, name)
         return where[name].get_tensor(name)
 
     embed, head = f"{HF['embed']}.weight", f"{HF['head']}.weight"
     if config.tie_embeddings and head in shapes:
         if embed not in shapes:  # one matrix, under its other name
-            where[embed], shapes[embed] = where[head], shapes[head]
+            own_name[embed], shapes[embed] = head, shapes[head]
         elif not torch.equal(read(head), read(embed)):  # a copy is harmless, a second matrix is not
             raise ValueError(f"tie_word_embeddings is true, but {head} is not {embed}")
         del shapes[head]

@@ -39,10 +39,9 @@ class Tokenizer:
         self.special = engine.reserve(self.template.literals if self.template else "")
         longest_first = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self.bos = engine.opening()
-        if "add_bos_token" in settings or "add_eos_token" in settings:
-            first = engine.id_of(names.get("bos_token", ""))
-            self.bos = [first] if settings.get("add_bos_token") and first is not None else []
+        first = engine.id_of(names.get("bos_token", ""))
+        added = [first] if settings.get("add_bos_token") and first is not None else []
+        self.bos = engine.opening() or added
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, BOS first if the files ask for it. Special tokens are never read out of it."""

@@ -146,6 +146,8 @@ def to_files(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str]:
         merges = [[_written(piece) for piece in pair] for pair in made if len(pair) == 2]
         content = _byte_level(vocab, merges, engine.named, engine.plain, engine.encoding._pat_str, True)
         settings["engine"] = "tiktoken"
+    if tokenizer.bos and not engine.opening():  # transformers has it from here alone
+        content = json.dumps(json.loads(content) | {"post_processor": _opened(settings, tokenizer.bos)})
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=1)}
 
 
@@ -312,6 +314,14 @@ def _bpe(model: dict, named: dict[str, int], plain: frozenset[str], **steps) -> 
     content: dict = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": None}
     content |= {"post_processor": None, "decoder": None, **steps, "model": {"type": "BPE", **model}}
     return json.dumps(content, indent=1)
+
+
+def _opened(settings: dict, ids: list[int]) -> dict:
+    bos = spelled(settings.get("bos_token"))
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    token = {bos: {"id": bos, "ids": ids, "tokens": [bos]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": token}
 
 
 def _check_json(content: dict) -> None:

@@ -12,7 +12,7 @@ from conftest import random_model
 import bench
 import tune
 from bench import Method, Request, differing_tokens, figures, read_prompts
-from checkpoints.tokenizer import Tokenizer
+from checkpoints.tokenizer import Tiktoken, Tokenizer
 from hispec import Generation, LevelStats, generate
 
 METHODS = [
@@ -147,7 +147,8 @@ def test_missing_or_empty_prompts(tmp_path):
 def small_bench(monkeypatch, tmp_path):
     """bench.main on a random model whose tokens are bytes; returns run(*arguments) -> the JSON it wrote."""
     ranks = {bytes([i]): i for i in range(256)}
-    tokenizer = Tokenizer(tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={}))
+    encoding = tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+    tokenizer = Tokenizer(Tiktoken(encoding, {}), {})
     model = random_model(vocab_size=256, max_seq_len=256).float()
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(tune, "LADDERS", tmp_path / "results" / "ladders.json")

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from test_tokenizer import byte_level
 import checkpoints
 from checkpoints import folder as hugging_face_folder
 from checkpoints import save
-from model import ExitHead, RopeScaling
+from checkpoints.weights import linear
+from model import ExitHead, RopeScaling, rope_table
 
 load = partial(checkpoints.load, device="cpu")
 IDS = torch.arange(40).view(2, 20) * 7 % 11
@@ -50,6 +52,7 @@ def hugging_face(folder, shard="1GB", **config):
         dict(num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-3),
         dict(head_dim=10, num_key_value_heads=2),
         dict(rope_parameters={"rope_type": "llama3", "rope_theta": 10_000.0, **ROPE}),
+        dict(rope_parameters={"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}),
         dict(shard="3KB"),
         dict(shard="3KB", tie_word_embeddings=True),
     ],
@@ -102,7 +105,7 @@ def with_exits(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32)])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32), linear(4.0, 64)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_round_trip_keeps_every_bit(tmp_path, tied, scaling, dtype):
     model = with_exits(random_model(tie_embeddings=tied, head_dim=6, rope_scaling=scaling).to(dtype))
@@ -119,7 +122,7 @@ def test_a_round_trip_keeps_every_bit(tmp_path, tied, scaling, dtype):
     assert (again.head.weight is again.embed.weight) == tied
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32)])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32), linear(4.0, 64)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_reads_what_save_wrote(tmp_path, tied, scaling):
     transformers = pytest.importorskip("transformers")
@@ -172,7 +175,12 @@ CONFIG_REFUSED = [
     (dict(mlp_bias=True), "mlp_bias True"),
     (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
     (dict(quantization_config={"quant_method": "gptq"}), "quantization_config .*gptq"),
-    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling 'linear'"),
+    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "RoPE scaling 'dynamic'"),
+    (
+        dict(rope_scaling={"type": "linear", "factor": 0}),
+        "factor of linear RoPE scaling must be a number above 0, got 0",
+    ),
+    (dict(rope_scaling={"type": "linear"}), "factor is missing"),
     (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "RoPE scaling 'yarn'"),
     (dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor is missing"),
@@ -251,6 +259,97 @@ def test_a_tied_folder_may_hold_a_copy_of_the_head(tmp_path):
     assert model.head.weight is model.embed.weight
 
 
+def test_a_tied_folder_may_hold_the_head_alone(tmp_path):
+    save(random_model(tie_embeddings=True), None, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    matrix = weights.pop("model.embed_tokens.weight")
+    save_file(weights | {"lm_head.weight": matrix}, tmp_path / "model.safetensors")
+    model, _ = load(tmp_path, dtype=matrix.dtype)
+    assert model.head.weight is model.embed.weight and torch.equal(model.embed.weight, matrix)
+
+
+def test_linear_scaling_is_transformers_to_the_bit(tmp_path):
+    theirs = hugging_face(tmp_path, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0})
+    model, _ = load(tmp_path)
+    positions = torch.arange(model.config.max_seq_len)[None]
+    cos, sin = theirs.model.rotary_emb(torch.zeros(1), positions)  # (1, T, E)
+    ours = rope_table(model.config)[:, :, 0]  # (2, T, E), its first half of sin negated
+    half = ours.shape[-1] // 2
+    assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1, :, half:], sin[0, :, half:])
+
+
+def test_load_leaves_a_core_for_others(tmp_path, monkeypatch):
+    save(random_model(), None, tmp_path)
+    monkeypatch.setattr(checkpoints.os, "cpu_count", lambda: 8)
+    before, chosen = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    load(tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    load(tmp_path)  # fewer stay fewer
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    load(tmp_path)
+    assert chosen == [4, 1] and before == 1
+
+
+# ---- by name from the Hub ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An offline cache with one model, laid out as huggingface_hub does."""
+    import huggingface_hub
+
+    cache = tmp_path / "hub"
+    root = cache / "models--owner--name"
+    commit = "0" * 40
+    save(random_model(tie_embeddings=True), None, root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def test_a_model_of_the_hubs_cache(hub):
+    assert load("owner/name")[0].config.n_layers == 5
+
+
+def test_what_the_hub_lacks_ends_in_one_line(hub, monkeypatch):
+    from huggingface_hub import errors
+
+    with pytest.raises(
+        ValueError, match="owner/other is no folder here and not in the Hub's cache: go online"
+    ) as error:
+        load("owner/other")
+    assert "\n" not in str(error.value)
+    response = Mock(headers={})
+    for raised, message in {
+        errors.GatedRepoError(
+            "no", response=response
+        ): "owner/x is gated: ask for access at https://huggingface.co/owner/x",
+        errors.RepositoryNotFoundError(
+            "no", response=response
+        ): "owner/x is no folder here and no model on the Hub: check",
+        TimeoutError("two\nlines"): "owner/x could not be fetched from the Hub: TimeoutError: two lines",
+    }.items():
+
+        def fail(*args, error=raised, **options):
+            assert not any(
+                "bin" in pattern or "pt" in pattern or "py" in pattern for pattern in options["allow_patterns"]
+            )
+            raise error
+
+        monkeypatch.setattr(checkpoints.hub, "snapshot_download", fail)
+        with pytest.raises(ValueError, match=message):
+            load("owner/x")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="nor a name the Hub could have"):
+        load("owner/a..b")
+
+
 def test_exit_heads_must_fit(tmp_path):
     save(with_exits(random_model()), None, tmp_path)
     file = tmp_path / "exits.safetensors"
@@ -273,7 +372,7 @@ def test_exit_heads_must_fit(tmp_path):
 def test_unknown_names_are_told_what_exists(tmp_path):
     (tmp_path / "weights.txt").write_text("")
     for name in ("smolllm", tmp_path / "nowhere", tmp_path / "weights.txt"):
-        with pytest.raises(ValueError, match="smollm2.*gguf file or a Hugging Face folder"):
+        with pytest.raises(ValueError, match="smollm2.*gguf file, a Hugging Face folder, or owner/name"):
             load(name)
 
 

@@ -70,6 +70,14 @@ def test_a_turn_cannot_forge(pair, before, after, data):
         assert count(conversation(theirs, turns)) > count(ours.chat(turns))
 
 
+def test_a_train_of_thought_is_cut_as_the_template_cuts_it(tmp_path):
+    theirs = write_family("deepseek", tmp_path)
+    ours = vocabulary.from_folder(tmp_path, {}, 400)
+    turns = ["a", "<think>\nhm, <tool>\n</think>\n\nYes.", "b"]
+    assert ours.chat(turns) == conversation(theirs, turns)
+    assert ours.chat(["<｜User｜>"]) != conversation(theirs, ["<｜User｜>"])  # not marked special, and yet no turn's
+
+
 def test_every_token_is_spelled(pair):
     """The bytes of the tokens are the bytes of the text, but for the blank that sentencepiece puts first."""
     ours, _ = pair
@@ -133,3 +141,8 @@ def test_gguf_gives_the_ids_of_the_folder(name, tmp_path):
         assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text))
         assert all(ours.spell(id) == folder.spell(id) for id in ours.encode(text))
     assert ours.stop == (theirs.eos_token_id,) and ours.prompt == folder.prompt
+    save(random_model(vocab_size=400), ours, tmp_path / "again")
+    again, read = load(tmp_path / "again", "cpu")[1], type(theirs).from_pretrained(tmp_path / "again")
+    for text in [PROSE, *HOSTILE]:
+        assert again.encode(text) == read(text).input_ids == ours.encode(text)
+    assert again.chat([PROSE]) == ours.chat([PROSE])

@@ -187,17 +187,32 @@ def test_a_token_past_the_vocabulary_loads(tmp_path):
         generate(model, [size], 1)
 
 
-@pytest.mark.parametrize("settings, bos", [({}, [1]), ({"add_bos_token": True}, [1]), ({"add_bos_token": False}, [])])
-def test_bos_is_the_post_processors_or_the_configs(tmp_path, settings, bos):
+BEGINNINGS = [
+    (True, {}, [1]),
+    (True, {"add_bos_token": True}, [1]),
+    (True, {"add_bos_token": False}, [1]),  # so transformers 5, which reads the post-processor alone
+    (False, {}, []),
+    (False, {"add_bos_token": False}, []),
+    (False, {"add_bos_token": True}, [1]),  # transformers 4, and the llama.cpp converter
+]
+
+
+@pytest.mark.parametrize("processor, settings, bos", BEGINNINGS)
+def test_bos_is_the_post_processors_or_the_configs(tmp_path, processor, settings, bos):
     transformers = pytest.importorskip("transformers")
-    llama_2().save(str(tmp_path / "tokenizer.json"))
+    content = json.loads(llama_2().to_str())
+    content["post_processor"] = content["post_processor"] if processor else None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": {"content": "<s>"}, **settings}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<s>"}))
-    read = transformers.AutoTokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     ours = vocabulary.from_folder(tmp_path, {}, 600)
-    assert ours.bos == bos and ours.encode("hello") == read("hello").input_ids
-    assert ours.prompt == ("plain text with BOS" if bos else "plain text")
+    assert ours.bos == bos and ours.prompt == ("plain text with BOS" if bos else "plain text")
+    save(random_model(vocab_size=600), ours, tmp_path / "again")
+    assert vocabulary.from_folder(tmp_path / "again", {}, 600).encode("hello") == ours.encode("hello")
+    settings["bos_token"] = "<s>"
+    (tmp_path / "again" / "tokenizer_config.json").write_text(json.dumps(settings))
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert ours.encode("hello") == read("hello").input_ids
 
 
 ENDS = [
