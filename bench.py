@@ -72,12 +72,15 @@ def main() -> None:
     model, tokenizer = load(args.model, device, dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
+    if args.chat == "never":
+        tokenizer.template = None
     stop = tokenizer.stop
     if device == "cpu":
         torch.set_num_threads(best_threads(model))
     header = {"step": args.step, **describe(args.model, device, dtype)}
     chosen = saved_ladders(header, model)
-    print(header["device"], f"{header['threads']} threads", header["dtype"], header["model"], sep=" · ", flush=True)
+    print(header["device"], f"{header['threads']} threads", header["dtype"], header["model"], sep=" · ")
+    print("prompt:", tokenizer.prompt, flush=True)
 
     room = most_tokens(model, tokenizer, questions, max_new_tokens)
     make_decoder = partial(decoder, model, room if args.step == "fixed" else None)
@@ -493,9 +496,14 @@ def print_divergence(model, methods, requests, generations) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", help="tiny, smollm2, a Hugging Face Llama folder, or a .gguf file")
+    parser.add_argument(
+        "--model", default="tiny", help="tiny, smollm2, a folder or owner/name of Hugging Face's, or a .gguf file"
+    )
     parser.add_argument(
         "--prompts", type=Path, default=Path(__file__).parent / "prompts.jsonl", help="JSONL with category and turns"
+    )
+    parser.add_argument(
+        "--chat", choices=["auto", "never"], default="auto", help="never: plain text, whatever the model"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     dtypes = ["float32", "bfloat16", "float16", "float64"]

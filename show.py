@@ -76,7 +76,12 @@ def main() -> None:
         prog="python hispec.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("prompt", help="what the model is asked")
-    parser.add_argument("--model", default="tiny", help="tiny, smollm2, a Hugging Face Llama folder, or a .gguf file")
+    parser.add_argument(
+        "--model", default="tiny", help="tiny, smollm2, a folder or owner/name of Hugging Face's, or a .gguf file"
+    )
+    parser.add_argument(
+        "--chat", choices=["auto", "never"], default="auto", help="never: plain text, whatever the model"
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="write so many at most (default 64)"
     )
@@ -115,7 +120,10 @@ def show(args: argparse.Namespace) -> None:
         torch.set_num_threads(best_threads(model))
     exits = default_exits(model)[:2] if args.exits is None else tuple(args.exits)
     windows = tuple(2 ** (k + 1) for k in range(len(exits))) if args.windows is None else tuple(args.windows)
+    if args.chat == "never":
+        tokenizer.template = None
     prompt = tokenizer.chat([args.prompt])
+    print("prompt:", tokenizer.prompt)
     painter, events = Painter(exits, tokenizer.spell), []
 
     def watch(event: Event) -> None:

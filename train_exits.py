@@ -557,7 +557,7 @@ def make_openings(model, tokenizer, args, i: int, rng: torch.Generator) -> tuple
         return torch.randint(V, (SIDE_BY_SIDE, 4), generator=rng), ()
     turn, other = tokenizer.chat(["a"]), tokenizer.chat(["b"])
     before = next(j for j, pair in enumerate(zip(turn, other)) if pair[0] != pair[1])  # where the user's words belong
-    if before and i % 4:
+    if tokenizer.template is not None and i % 4:  # BOS alone is no chat
         return torch.tensor(turn[:before]).expand(SIDE_BY_SIDE, -1), tokenizer.stop
     words = encode(tokenizer, {n: t for n, t in read_corpus(args.corpus).items() if not is_held_out(n)})
     words = words[words < V]

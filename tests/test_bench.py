@@ -189,6 +189,17 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json"}  # and no half-written file
 
 
+def test_chat_never_leaves_the_template_out(small_bench, capsys):
+    class Shout:
+        def cut(self, turns):
+            return ["!", turns[0], "!"]
+
+    for flag, line in ((), "chat template of the model"), (("--chat", "never"), "plain text"):
+        small_bench.tokenizer.template = Shout()
+        small_bench("--quick", *flag)
+        assert f"\nprompt: {line}\n" in capsys.readouterr().out
+
+
 def test_the_fixed_step_answers_alike(small_bench, capsys):
     _, plain = small_bench("--quick", "--max-new-tokens", "9")
     _, fixed = small_bench("--quick", "--max-new-tokens", "9", "--step", "fixed")

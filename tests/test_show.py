@@ -76,11 +76,12 @@ def test_the_command_prints_plain_text_where_there_is_no_terminal():
     run = hispec_command("def add(a, b):", "--max-new-tokens", "8")
     assert run.returncode == 0, run.stderr
     assert "\033" not in run.stdout
+    assert run.stdout.startswith("prompt: plain text\n")
     assert "8 tokens in" in run.stdout and "accepted: exit 2" in run.stdout
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [(["--exits", "9", "3"], "ascend"), (["--model", "none/such"], "none/such")]
+    "arguments, message", [(["--exits", "9", "3"], "ascend"), (["--model", "./none/such"], "none/such")]
 )
 def test_the_command_says_what_is_wrong_in_one_line(arguments, message):
     run = hispec_command("a prompt", *arguments)
