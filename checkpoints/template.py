@@ -1,8 +1,8 @@
 """Chat templates: a checkpoint's own program for what stands around the turns of a conversation.
 
-The program comes from a file, so it runs in jinja2's sandbox, with what transformers gives it and no
-more, and a bounded number of steps. `Template.cut` tells what the template wrote from what a turn
-says: only in the first may special tokens be read. Knows no tokens.
+The program comes from a file, so it runs in jinja2's sandbox, with what transformers gives it and
+no more, and a bounded number of steps. `Template.cut` tells what the template wrote from what a
+turn says: only in the first may special tokens be read. Knows no tokens.
 """
 
 import json
@@ -73,7 +73,11 @@ class Template:
         self._sandbox.begin()
         try:
             return self._program.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self.names
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self.names,
             )
         except (Exception, MemoryError) as error:  # whatever a program from a file can do
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -144,7 +148,9 @@ class _Counted(NodeTransformer):
 
     def visit_Output(self, node):
         self.generic_visit(node)
-        node.nodes = [n if isinstance(n, nodes.TemplateData) else _call("shown", n) for n in node.nodes]
+        node.nodes = [
+            n if isinstance(n, nodes.TemplateData) else _call("shown", n) for n in node.nodes
+        ]
         return node
 
 
@@ -168,4 +174,6 @@ def _refuse(message: str):
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """As transformers has it: jinja2's own escapes what HTML would read."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )

@@ -1,4 +1,5 @@
-"""Text to token ids and back, as a checkpoint's files say: what begins a text, frames a turn, ends an answer.
+"""Text to token ids and back, as a checkpoint's files say: what begins a text, frames a turn, ends
+an answer.
 
 Two libraries do the work behind one face. `Library` is Hugging Face's tokenizers, which defines
 tokenizer.json and reads all of it. `Tiktoken` is byte-level BPE in the library of that name, the
@@ -27,7 +28,13 @@ class Tokenizer:
     settings: what tokenizer_config.json says (or would, for a GGUF file). Made by `load`.
     """
 
-    def __init__(self, engine: "Library | Tiktoken", settings: dict, stop: tuple[int, ...] = (), where: str = ""):
+    def __init__(
+        self,
+        engine: "Library | Tiktoken",
+        settings: dict,
+        stop: tuple[int, ...] = (),
+        where: str = "",
+    ):
         self.engine, self.settings, self.stop, self.n_vocab = engine, settings, stop, engine.n_vocab
         tokens = {key: spelled(token) for key, token in settings.items() if key.endswith("_token")}
         names = {key: token for key, token in tokens.items() if token}
@@ -35,7 +42,7 @@ class Tokenizer:
         if isinstance(source, list):  # several, by name
             source = {t["name"]: t["template"] for t in source}.get("default")
         self.template = Template(source, where, names) if source else None
-        # what a template writes by itself is as good as special: <｜User｜> of DeepSeek is not marked so
+        # what a template writes itself is as good as special: <｜User｜> of DeepSeek is not marked
         self.special = engine.reserve(self.template.literals if self.template else "")
         longest_first = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -44,7 +51,9 @@ class Tokenizer:
         self.bos = engine.opening() or added
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, BOS first if the files ask for it. Special tokens are never read out of it."""
+        """Token ids of a text, BOS first if the files ask for it. Special tokens are never read out
+        of it.
+        """
         return [*self.bos, *self.engine.ids([text])]
 
     def decode(self, ids: list[int]) -> str:
@@ -56,14 +65,17 @@ class Tokenizer:
         return self.engine.spell(id)
 
     def chat(self, turns: list[str]) -> list[int]:
-        """Token ids of a conversation (user, assistant, user, ...), ready for the assistant's answer.
+        """Token ids of a conversation (user, assistant, user, ...), ready for the assistant's
+        answer.
 
         As the checkpoint's chat template has it; without one, BOS and the turns, a newline between
         them. Special tokens are read only in what the template writes, so that no turn can forge an
         end of turn. Raises ValueError if the last turn is not the user's, or the template refuses.
         """
         if len(turns) % 2 == 0:
-            raise ValueError(f"a conversation must end with the user's turn, got {len(turns)} turns")
+            raise ValueError(
+                f"a conversation must end with the user's turn, got {len(turns)} turns"
+            )
         if self.template is None:
             return self.encode("\n".join(turns))
         parts: list[str | int] = []
@@ -78,15 +90,20 @@ class Tokenizer:
     @property
     def prompt(self) -> str:
         """How `chat` tells a conversation, in words."""
-        return "chat template of the model" if self.template else "plain text" + " with BOS" * bool(self.bos)
+        return (
+            "chat template of the model"
+            if self.template
+            else "plain text" + " with BOS" * bool(self.bos)
+        )
 
 
 class Library:
-    """A tokenizer.json, by tokenizers. Raises ValueError if it is damaged, or the library refuses it.
+    """A tokenizer.json, by tokenizers. Raises ValueError if it is damaged, or the library refuses
+    it.
 
-    extra: tokens that only tokenizer_config.json lists, by id. What must not be read out of a text is
-    made special, and special tokens are off; where one is meant, a name that no text can hold stands
-    for it, with the same flags, so that the library cuts and strips around it as it would.
+    extra: tokens that only tokenizer_config.json lists, by id. What must not be read out of a text
+    is made special, and special tokens are off; where one is meant, a name that no text can hold
+    stands for it, with the same flags, so that the library cuts and strips around it as it would.
     """
 
     def __init__(self, content: str, extra: dict[int, dict] | None = None):
@@ -108,7 +125,9 @@ class Library:
         self.n_vocab = max(self._engine.get_vocab().values(), default=-1) + 1
         self._added = set(self._engine.get_added_tokens_decoder())
         self._bytes = "ByteLevel" in str(self._engine.decoder)
-        self._unknown = self._engine.token_to_id(getattr(self._engine.model, "unk_token", None) or "")
+        self._unknown = self._engine.token_to_id(
+            getattr(self._engine.model, "unk_token", None) or ""
+        )
         self._names: dict[int, str] = {}  # by the id of a reserved token
         self._meant: dict[int, int] = {}  # the id a name has in the library: that of its token
 
@@ -139,11 +158,15 @@ class Library:
         ids = self._engine.encode(text, add_special_tokens=False).ids
         for id in ids:
             if id in self._names and id != self._unknown:
-                raise ValueError(f"the text spells {self._engine.id_to_token(id)!r} as an ordinary word would be")
+                raise ValueError(
+                    f"the text spells {self._engine.id_to_token(id)!r} as an ordinary word would be"
+                )
         return [self._meant.get(id, id) for id in ids]
 
     def decode(self, ids: list[int]) -> str:
-        return self._engine.decode([i for i in ids if 0 <= i < self.n_vocab], skip_special_tokens=False)
+        return self._engine.decode(
+            [i for i in ids if 0 <= i < self.n_vocab], skip_special_tokens=False
+        )
 
     def spell(self, id: int) -> bytes:
         token = self._engine.id_to_token(id) if 0 <= id < self.n_vocab else None
@@ -161,7 +184,12 @@ class Tiktoken:
     Of these the text may spell those in `plain`.
     """
 
-    def __init__(self, encoding: tiktoken.Encoding, named: dict[str, int], plain: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        encoding: tiktoken.Encoding,
+        named: dict[str, int],
+        plain: frozenset[str] = frozenset(),
+    ):
         self.encoding, self.named, self.plain = encoding, named, plain
         self.n_vocab = encoding.n_vocab
 
@@ -182,7 +210,10 @@ class Tiktoken:
             if isinstance(part, str):
                 text += part
             else:
-                ids += [*self.encoding.encode(text, allowed_special=self.plain, disallowed_special=()), part]
+                ids += [
+                    *self.encoding.encode(text, allowed_special=self.plain, disallowed_special=()),
+                    part,
+                ]
                 text = ""
         return ids[:-1]
 

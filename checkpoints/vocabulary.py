@@ -1,4 +1,5 @@
-"""Vocabularies: from a Hugging Face folder, a GGUF file's metadata or a text corpus to a `Tokenizer`, and to JSON.
+"""Vocabularies: from a Hugging Face folder, a GGUF file's metadata or a text corpus to a
+`Tokenizer`, and to JSON.
 
 tokenizers takes any of them. tiktoken has one number for a token's id and its merge priority, and
 merges any two pieces whose union is a token, where the others merge listed pairs in listed order.
@@ -7,8 +8,9 @@ the token's own bytes: where pieces of a text meet whose union is a token, they 
 pair, since what stands around them has not changed what became of them. `_fast` checks both.
 
 A byte the vocabulary lacks gets an id past it, since tiktoken needs all 256. SmolLM2 lacks 21: 0x04
-06 13 14 16 1D C0 C1 F1 F2 F5-FF, so only six control characters and far planes of Unicode meet them.
-The model has neither embedding nor logit for such an id: it is never emitted and must not be fed.
+06 13 14 16 1D C0 C1 F1 F2 F5-FF, so only six control characters and far planes of Unicode meet
+them. The model has neither embedding nor logit for such an id: it is never emitted and must not be
+fed.
 
 Sources: docs/gguf.md of ggml-org/ggml, the pre-tokenizers and the sentencepiece merges of
 ggml-org/llama.cpp, the tokenizer of meta-llama/llama-models.
@@ -29,8 +31,8 @@ _CHARS = {b: c for c, b in BYTES.items()}
 
 # How text is cut into pieces before any merge. Each pattern matches every character: none is lost.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's after each digit was cut out: a digit ends the text for what stands before it, so white space
-# there stays whole, where GPT-2 would leave its last space to the next word
+# GPT-2's after each digit was cut out: a digit ends the text for what stands before it, so white
+# space there stays whole, where GPT-2 would leave its last space to the next word
 SMOLLM = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3 = (
     r"(?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -45,7 +47,8 @@ def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None
     """The tokenizer of a Hugging Face folder, None if it has none. config: its config.json.
 
     Its answers end at the eos_token_id of config.json and of generation_config.json; if neither has
-    one, at tokenizer_config.json's eos_token. Raises ValueError if a file is damaged or contradicts.
+    one, at tokenizer_config.json's eos_token. Raises ValueError if a file is damaged or
+    contradicts.
     """
     settings: dict = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -54,7 +57,7 @@ def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None
     if (folder / "chat_template.jinja").is_file():
         where = folder / "chat_template.jinja"
         settings["chat_template"] = where.read_text("utf-8")
-    # tokenizer.json first: it states the split and the special tokens, which tokenizer.model leaves to code
+    # tokenizer.json first: it states the split and the special tokens, where tokenizer.model does not
     if (folder / "tokenizer.json").is_file():
         content = read_json(folder / "tokenizer.json")
         _check_json(content)
@@ -65,7 +68,9 @@ def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None
         engine = engine or Library((folder / "tokenizer.json").read_text("utf-8"), extra)
         for token in content.get("added_tokens") or ():
             if engine.id_of(token["content"]) != token["id"]:
-                raise ValueError(f"tokenizer.json: {token['content']!r} cannot have id {token['id']}")
+                raise ValueError(
+                    f"tokenizer.json: {token['content']!r} cannot have id {token['id']}"
+                )
     elif (folder / "tokenizer.model").is_file():
         engine = _from_model((folder / "tokenizer.model").read_bytes(), vocab_size)
         settings = {"bos_token": "<|begin_of_text|>", "add_bos_token": True} | settings
@@ -81,7 +86,9 @@ def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None
 
 
 def from_gguf(meta: dict, vocab_size: int, where: str = "") -> Tokenizer | None:
-    """The tokenizer in a GGUF file's metadata, None if there is none. Raises ValueError if unsupported."""
+    """The tokenizer in a GGUF file's metadata, None if there is none. Raises ValueError if
+    unsupported.
+    """
     own = {key.removeprefix("tokenizer.ggml."): value for key, value in meta.items()}
     if "tokenizer.ggml.model" not in meta:
         return None
@@ -95,7 +102,9 @@ def from_gguf(meta: dict, vocab_size: int, where: str = "") -> Tokenizer | None:
         if not isinstance(own.get(key), list):
             raise ValueError(f"tokenizer.ggml.{key} is missing, or no list")
         if key != "merges" and len(own[key]) != len(own["tokens"]):
-            raise ValueError(f"tokenizer.ggml.{key} has {len(own[key])} entries, tokens {len(own['tokens'])}")
+            raise ValueError(
+                f"tokenizer.ggml.{key} has {len(own[key])} entries, tokens {len(own['tokens'])}"
+            )
     tokens = own["tokens"]
     vocab = {token: id for id, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
@@ -105,13 +114,19 @@ def from_gguf(meta: dict, vocab_size: int, where: str = "") -> Tokenizer | None:
     else:
         engine = Library(_sentencepiece(own, vocab))
     settings = {"add_bos_token": own.get("add_bos_token", kind == "llama" or SPLITS[pre] == LLAMA3)}
-    for name, key in (("bos_token", "bos_token_id"), ("eos_token", "eos_token_id"), ("unk_token", "unknown_token_id")):
+    for name, key in (
+        ("bos_token", "bos_token_id"),
+        ("eos_token", "eos_token_id"),
+        ("unk_token", "unknown_token_id"),
+    ):
         id = own.get(key, {"bos_token": 1, "eos_token": 2}.get(name) if kind == "llama" else None)
         if id is not None and 0 <= id < len(tokens):
             settings[name] = tokens[id]
     if "tokenizer.chat_template" in meta:
         settings["chat_template"] = meta["tokenizer.chat_template"]
-    stop = {own[key]: None for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in own}
+    stop = {
+        own[key]: None for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in own
+    }
     return Tokenizer(engine, settings, tuple(stop), where)
 
 
@@ -120,7 +135,9 @@ def learn(texts: list[str], vocab_size: int) -> Tokenizer:
     engine = tokenizers.Tokenizer(tokenizers.models.BPE())
     pre = tokenizers.pre_tokenizers
     split = pre.Split(tokenizers.Regex(SMOLLM), behavior="isolated")
-    engine.pre_tokenizer = pre.Sequence([split, pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+    engine.pre_tokenizer = pre.Sequence(
+        [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
     )
@@ -140,14 +157,20 @@ def to_files(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str]:
     if isinstance(engine, Library):
         content = engine.content
     else:
-        ranks = {token: i for token, i in engine.encoding._mergeable_ranks.items() if i < vocab_size}
+        ranks = {
+            token: i for token, i in engine.encoding._mergeable_ranks.items() if i < vocab_size
+        }
         vocab = {_written(token): i for token, i in ranks.items()}
         made = (_pieces(token, ranks) for token in sorted(ranks, key=ranks.__getitem__))
         merges = [[_written(piece) for piece in pair] for pair in made if len(pair) == 2]
-        content = _byte_level(vocab, merges, engine.named, engine.plain, engine.encoding._pat_str, True)
+        content = _byte_level(
+            vocab, merges, engine.named, engine.plain, engine.encoding._pat_str, True
+        )
         settings["engine"] = "tiktoken"
     if tokenizer.bos and not engine.opening():  # transformers has it from here alone
-        content = json.dumps(json.loads(content) | {"post_processor": _opened(settings, tokenizer.bos)})
+        content = json.dumps(
+            json.loads(content) | {"post_processor": _opened(settings, tokenizer.bos)}
+        )
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=1)}
 
 
@@ -181,7 +204,9 @@ def _byte_level_gguf(own: dict, vocab: dict[str, int], vocab_size: int) -> Libra
     merges = [merge.split(" ") for merge in own["merges"]]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= ordinary.keys():
-            raise ValueError(f"tokenizer.ggml.merges has {' '.join(merge)!r}, of tokens that are not there")
+            raise ValueError(
+                f"tokenizer.ggml.merges has {' '.join(merge)!r}, of tokens that are not there"
+            )
     split = SPLITS[own["pre"]]
     whole_pieces = split == LLAMA3
     fast = _fast(ordinary, merges, named, split, vocab_size, whole_pieces, plain)
@@ -202,7 +227,8 @@ def _fast(
     vocab: dict[str, int], merges: list, named: dict[str, int], split: str, vocab_size: int,
     ignore_merges: bool, plain: frozenset[str] = frozenset(),
 ) -> Tiktoken | None:  # fmt: skip
-    """The byte-level BPE with these tokens (in GPT-2's spelling) and merges; None if tiktoken would differ.
+    """The byte-level BPE with these tokens (in GPT-2's spelling) and merges; None if tiktoken would
+    differ.
 
     ignore_merges: a piece that is a token is taken whole even if no merges lead to it.
     """
@@ -220,26 +246,34 @@ def _fast(
     return _tiktoken(ranks, named, plain, split, vocab_size)
 
 
-def _tiktoken(ranks: dict[bytes, int], named: dict, plain: frozenset, split: str, vocab_size: int) -> Tiktoken:
+def _tiktoken(
+    ranks: dict[bytes, int], named: dict, plain: frozenset, split: str, vocab_size: int
+) -> Tiktoken:
     ids = [*ranks.values(), *named.values()]
     if len(set(ids)) < len(ids):
         raise ValueError("two tokens of the tokenizer share an id")
     missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
     past = max([vocab_size - 1, *ids]) + 1
     ranks = ranks | {byte: past + i for i, byte in enumerate(missing)}
-    encoding = tiktoken.Encoding("checkpoint", pat_str=split, mergeable_ranks=ranks, special_tokens=named)
+    encoding = tiktoken.Encoding(
+        "checkpoint", pat_str=split, mergeable_ranks=ranks, special_tokens=named
+    )
     return Tiktoken(encoding, named, plain)
 
 
 def _from_model(data: bytes, vocab_size: int) -> Tiktoken:
-    """Llama 3's tokenizer.model, a base64 token and its rank a line; the special tokens follow, named as since 3.1."""
+    """Llama 3's tokenizer.model, a base64 token and its rank a line; the special tokens follow,
+    named as since 3.1.
+    """
     try:
         lines = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except ValueError as error:
-        raise ValueError("tokenizer.model is not Llama 3's; for a sentencepiece one give tokenizer.json") from error
-    names = """begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 finetune_right_pad_id
-        step_id start_header_id end_header_id eom_id eot_id python_tag image""".split()
+        raise ValueError(
+            "tokenizer.model is not Llama 3's; for a sentencepiece one give tokenizer.json"
+        ) from error
+    names = """begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1
+        finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image""".split()
     names += [f"reserved_special_token_{i}" for i in range(2, 258 - len(names))]  # 256 in all
     named = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
     return _tiktoken(ranks, named, frozenset(), LLAMA3, vocab_size)
@@ -265,8 +299,18 @@ def _pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _byte_level(vocab, merges, named, plain, split: str, ignore_merges: bool) -> str:
-    split_step = {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False}
-    bytes_step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split_step = {
+        "type": "Split",
+        "pattern": {"Regex": split},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    bytes_step = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     pre = {"type": "Sequence", "pretokenizers": [split_step, bytes_step]}
     model = {"ignore_merges": ignore_merges, "vocab": vocab | named, "merges": merges}
     return _bpe(model, named, plain, pre_tokenizer=pre, decoder=bytes_step)
@@ -311,7 +355,12 @@ def _bpe(model: dict, named: dict[str, int], plain: frozenset[str], **steps) -> 
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     by_id = sorted(named.items(), key=lambda item: item[1])
     added = [{"id": id, "content": t, "special": t not in plain, **flags} for t, id in by_id]
-    content: dict = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": None}
+    content: dict = {
+        "version": "1.0",
+        "added_tokens": added,
+        "normalizer": None,
+        "pre_tokenizer": None,
+    }
     content |= {"post_processor": None, "decoder": None, **steps, "model": {"type": "BPE", **model}}
     return json.dumps(content, indent=1)
 

@@ -22,11 +22,15 @@ GGUF = dict(
 
 
 def layout(config: Config, names: dict[str, str]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """For each parameter of the model, the file's tensors (name, shape) whose rows make it up, in order."""
+    """For each parameter of the model, the file's tensors (name, shape) whose rows make it up, in
+    order.
+    """
     D, F, V = config.dim, config.ffn_dim, config.vocab_size
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     outer = {"embed": (V, D), "norm": (D,)} | ({} if config.tie_embeddings else {"head": (V, D)})
-    parameters = {f"{ours}.weight": [(f"{names[ours]}.weight", shape)] for ours, shape in outer.items()}
+    parameters = {
+        f"{ours}.weight": [(f"{names[ours]}.weight", shape)] for ours, shape in outer.items()
+    }
     layer: dict[str, dict[str, tuple[int, ...]]] = {
         "attn_norm": {"attn_norm": (D,)},
         "attn.qkv": {"q": (q, D), "k": (kv, D), "v": (kv, D)},
@@ -45,8 +49,8 @@ def layout(config: Config, names: dict[str, str]) -> dict[str, list[tuple[str, t
 
 
 def build(
-    config: Config, names: dict[str, str], shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor],
-    device: torch.device, dtype: torch.dtype,
+    config: Config, names: dict[str, str], shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype,
 ) -> Llama:  # fmt: skip
     """The model, from a file whose tensors have these shapes; `read` fetches one."""
     parameters = layout(config, names)
@@ -64,7 +68,9 @@ def build(
     for ours, parts in parameters.items():
         tensors = [read(name).to(device, dtype) for name, _ in parts]
         state[ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-    model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied head has no tensor of its own
+    model.load_state_dict(
+        state, strict=False, assign=True
+    )  # not strict: a tied head has no tensor of its own
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     return model.eval().requires_grad_(False)
@@ -80,9 +86,13 @@ class _Unfilled(TorchFunctionMode):
 
 
 def linear(factor: float, context: int) -> RopeScaling:
-    """All frequencies divided by factor: none of them turns so often within the context that it stays."""
+    """All frequencies divided by factor: none of them turns so often within the context that it
+    stays.
+    """
     if not isinstance(factor, (int, float)) or not factor > 0:
-        raise ValueError(f"the factor of linear RoPE scaling must be a number above 0, got {factor!r}")
+        raise ValueError(
+            f"the factor of linear RoPE scaling must be a number above 0, got {factor!r}"
+        )
     return RopeScaling(factor, float(context), context + 1.0, context)
 
 
