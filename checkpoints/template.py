@@ -22,7 +22,7 @@ LENGTH = 4_000_000  # characters printed, or in one value
 
 
 class Template:
-    """source: the template. where: the file it is from, for errors. names: bos_token and the like."""
+    """where: the file the source is from, for errors. names: bos_token and the like."""
 
     def __init__(self, source: str, where: str, names: dict[str, str]):
         self.source, self.where, self.names = source, where, names

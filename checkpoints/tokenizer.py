@@ -231,7 +231,7 @@ _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def spelled(token: Any) -> str:
-    """A token as tokenizer_config.json names it, plainly or with its flags; empty if there is none."""
+    """A token as tokenizer_config.json names it, plainly or with its flags; empty if none."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else ""
 

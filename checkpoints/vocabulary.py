@@ -57,7 +57,7 @@ def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None
     if (folder / "chat_template.jinja").is_file():
         where = folder / "chat_template.jinja"
         settings["chat_template"] = where.read_text("utf-8")
-    # tokenizer.json first: it states the split and the special tokens, where tokenizer.model does not
+    # tokenizer.json first: it states the split and the special tokens, as the other does not
     if (folder / "tokenizer.json").is_file():
         content = read_json(folder / "tokenizer.json")
         _check_json(content)
@@ -150,7 +150,7 @@ def learn(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def to_files(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json, which give the same ids here and in transformers."""
+    """tokenizer.json and tokenizer_config.json, for the same ids here and in transformers."""
     engine, settings = tokenizer.engine, dict(tokenizer.settings)
     # without this line transformers would rebuild a Llama-2 tokenizer around the vocabulary
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -272,8 +272,11 @@ def _from_model(data: bytes, vocab_size: int) -> Tiktoken:
         raise ValueError(
             "tokenizer.model is not Llama 3's; for a sentencepiece one give tokenizer.json"
         ) from error
-    names = """begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1
-        finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image""".split()
+    names = """
+        begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1
+        finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id
+        python_tag image
+    """.split()
     names += [f"reserved_special_token_{i}" for i in range(2, 258 - len(names))]  # 256 in all
     named = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
     return _tiktoken(ranks, named, frozenset(), LLAMA3, vocab_size)

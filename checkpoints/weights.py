@@ -1,4 +1,4 @@
-"""Which of a file's tensors make up which parameter of the model, for both formats. Knows no file."""
+"""Which of a file's tensors make up which of the model's, in both formats. Knows no file."""
 
 from collections.abc import Callable
 
