@@ -1,4 +1,4 @@
-"""What `hispec.generate` takes, each argument checked before any work is done, and what it returns."""
+"""What `hispec.generate` takes, checked before any work is done, and what it returns."""
 
 import numbers
 import operator
@@ -35,7 +35,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Event:
-    """One step of one level, as `watch` is told: the level judged drafts and added a token of its own."""
+    """One step of one level, as `watch` is told: drafts judged, a token of its own added."""
 
     level: int  # 0 is the shallowest
     base: int  # position of the first draft, counted from the prompt's first token
@@ -83,7 +83,17 @@ class Arguments:
 
 
 def checked(
-    config: Config, prompt, max_new_tokens, exits, windows, thresholds, temperature, top_k, top_p, seed, stop
+    config: Config,
+    prompt,
+    max_new_tokens,
+    exits,
+    windows,
+    thresholds,
+    temperature,
+    top_k,
+    top_p,
+    seed,
+    stop,
 ) -> Arguments:
     """The arguments of `generate`; ValueError with what is wrong and what is allowed."""
     V, T = config.vocab_size, config.max_seq_len
@@ -91,13 +101,19 @@ def checked(
     if not prompt:
         raise ValueError("the prompt is empty: it needs at least one token")
     if len(prompt) >= T:
-        raise ValueError(f"the prompt has {len(prompt)} tokens, which leaves no room in the model's context of {T}")
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens: no room is left in the model's context of {T}"
+        )
     for name, tokens in (("prompt", prompt), ("stop", stop)):
         if outside := [token for token in tokens if not 0 <= token < V]:
-            raise ValueError(f"{name} holds token id {outside[0]}, outside the vocabulary 0..{V - 1}")
+            raise ValueError(
+                f"{name} holds token id {outside[0]}, outside the vocabulary 0..{V - 1}"
+            )
     (new,) = whole_numbers([max_new_tokens], "max_new_tokens")
     if not 0 <= new <= T:
-        raise ValueError(f"max_new_tokens must be between 0 and the model's context of {T}, got {new}")
+        raise ValueError(
+            f"max_new_tokens must be between 0 and the model's context of {T}, got {new}"
+        )
     ladder = checked_ladder(config.n_layers, exits, windows, thresholds)
     if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
@@ -110,26 +126,34 @@ def checked(
         (seed,) = whole_numbers([seed], "seed")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be None or a whole number in 0..2**63-1, got {seed}")
-    return Arguments(prompt, new, *ladder, float(temperature), top_k, float(top_p), seed, frozenset(stop))
+    return Arguments(
+        prompt, new, *ladder, float(temperature), top_k, float(top_p), seed, frozenset(stop)
+    )
 
 
 def checked_ladder(
     n_layers: int, exits, windows, thresholds=()
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
-    """Exits, windows and thresholds (none given: never in doubt); ValueError if they make no ladder."""
+    """Exits, windows and thresholds (none given: all 0); ValueError if they make no ladder."""
     exits, windows = whole_numbers(exits, "exits"), whole_numbers(windows, "windows")
     if any(not below < exit < n_layers for below, exit in zip((-1, *exits), exits, strict=False)):
         raise ValueError(f"exits must ascend strictly within 0..{n_layers - 1}, got {exits}")
     if len(windows) != len(exits):
-        raise ValueError(f"windows needs one length for each of the {len(exits)} exits, got {windows}")
+        raise ValueError(
+            f"windows needs one length for each of the {len(exits)} exits, got {windows}"
+        )
     if any(window < 1 for window in windows):
         raise ValueError(f"windows must be at least 1 each, got {windows}")
     try:
         thresholds = tuple(thresholds) or (0.0,) * len(exits)
     except TypeError:
-        raise ValueError(f"thresholds must be a list of probabilities, got {thresholds!r}") from None
+        raise ValueError(
+            f"thresholds must be a list of probabilities, got {thresholds!r}"
+        ) from None
     if len(thresholds) != len(exits):
-        raise ValueError(f"thresholds needs one probability for each of the {len(exits)} exits, got {thresholds}")
+        raise ValueError(
+            f"thresholds needs one probability for each of the {len(exits)} exits, got {thresholds}"
+        )
     if any(not isinstance(t, numbers.Real) or not 0 <= t <= 1 for t in thresholds):
         raise ValueError(f"thresholds must be probabilities, 0 to 1, got {thresholds}")
     return exits, windows, tuple(map(float, thresholds))

@@ -62,13 +62,16 @@ def main() -> None:
     model, tokenizer = load(args.model, args.device, args.dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
+    if args.chat == "never":
+        tokenizer.template = None
     header = {"step": args.step, **describe(args.model, args.device, args.dtype)}
     if args.device == "cpu":
         header["threads"] = kept_threads(header, model, anew=args.tune)
         torch.set_num_threads(header["threads"])
     chosen = saved_ladders(header, model)
     setting = header["device"], f"{header['threads']} threads", header["dtype"], header["model"]
-    print(*setting, sep=" · ", flush=True)
+    print(*setting, sep=" · ")
+    print("prompt:", tokenizer.prompt, flush=True)
 
     fixed, limits = args.step == "fixed", (args.max_new_tokens, tokenizer.stop)
     room = most_tokens(model, tokenizer, questions, args.max_new_tokens)
@@ -255,10 +258,12 @@ def parse_arguments() -> argparse.Namespace:
     """What is asked, defaults filled in. ValueError for what is wrong, before any work."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    models = "tiny, smollm2, a Hugging Face Llama folder, or a .gguf file"
+    models = "tiny, smollm2, a folder or owner/name of Hugging Face's, or a .gguf file"
     add("--model", default="tiny", help=models)
     ours = Path(__file__).parent / "prompts.jsonl"
     add("--prompts", type=Path, default=ours, help="JSONL with category and turns")
+    plain = "never: plain text, whatever the model"
+    add("--chat", choices=["auto", "never"], default="auto", help=plain)
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     add("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")

@@ -10,9 +10,9 @@ padded. Then
 - the same kernels run on the same addresses whenever a segment is run, so that CUDA can record them
   once and replay them with one launch.
 
-The prompt is read by the plain step in wide passes, which are the same whatever the ladder. The loop
-in hispec.py does not change: `generate(fast=...)` calls a `FixedStep` in place of its own `step`. On
-a CPU nothing is captured, and padding costs more than it brings: there it serves to prove the bits.
+The prompt is read by the plain step in wide passes, which are the same whatever the ladder. The
+loop in hispec.py does not change: `generate(fast=...)` calls a `FixedStep` in place of its `step`.
+On a CPU nothing is captured, and padding costs more than it brings: there it serves for tests.
 """
 
 import inspect
@@ -43,7 +43,9 @@ class FixedStep:
         # padded positions write too: a pass that begins at the last position needs room behind it
         self.cache = KVCache(model, model.blocks, max_len + WIDTH)
         self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # where a pass begins
-        self.ids = torch.zeros(WIDTH, dtype=torch.long, device=weight.device)  # and the tokens there
+        self.ids = torch.zeros(
+            WIDTH, dtype=torch.long, device=weight.device
+        )  # and the tokens there
         self.states = weight.new_zeros(WIDTH, c.dim)  # what a segment leaves for the head
         self.out = weight.new_zeros(WIDTH, c.vocab_size)  # the head's logits
         self.captured: dict[tuple[int, ...], Callable] = {}
@@ -59,7 +61,9 @@ class FixedStep:
         if model is not self.model:
             raise ValueError("the step was made for another model")
         if limit > self.max_len:
-            raise ValueError(f"the step was made for at most {self.max_len} tokens, this may take {limit}")
+            raise ValueError(
+                f"the step was made for at most {self.max_len} tokens, this may take {limit}"
+            )
         if not self.busy.acquire(blocking=False):
             raise ValueError("the step is in use: one generation at a time, or a step for each")
         try:
@@ -87,7 +91,9 @@ class FixedStep:
                     if j == k and last > length - rows:
                         self.run(depth)
                         # a copy, since the next replay overwrites it
-                        logits.append(self.out[max(0, length - rows - first) : last - first].clone())
+                        logits.append(
+                            self.out[max(0, length - rows - first) : last - first].clone()
+                        )
                 cache.lengths[j] = length
         return torch.cat(logits)
 
@@ -98,7 +104,7 @@ class FixedStep:
                 yield first, min(first + WIDTH, stop)
 
     def run(self, *key: int) -> None:
-        """A pass (above, depth, end) through a segment, or (depth,) through a head: captured once on CUDA."""
+        """A pass (above, depth, end) through a segment, or (depth,) through a head."""
         if key not in self.captured:
             work = self._head if len(key) == 1 else self._segment
             if len(self.captured) == GRAPHS:
@@ -115,7 +121,7 @@ class FixedStep:
 
 
 def capture(work: Callable[[], None], model: Llama, pool) -> Callable[[], None]:
-    """`work` as a CUDA graph, to be replayed on the tensors it was captured with; elsewhere itself."""
+    """`work` as a CUDA graph, replayed on the tensors it was captured with; elsewhere itself."""
     if pool is None:
         return work
     side = torch.cuda.Stream()  # a few runs first, aside: libraries set themselves up in them

@@ -93,7 +93,8 @@ class Ladder:
         while self.length < min(goal, self.end) and sure >= self.thresholds[k]:
             base = self.length  # the token before it is level k's latest: it has yet to run it
             if k > 0 and self.cache.lengths[k] > 0:  # the first pass reads the prompt alone
-                self.propose(k - 1, min(self.asked.windows[k - 1], goal - base))  # drafts from below
+                window = self.asked.windows[k - 1]
+                self.propose(k - 1, min(window, goal - base))  # the level below drafts
             logits = self.run(k, base)
             own, kept = self.judge(k, base, logits)
             self.settle(k, base, own, kept)
@@ -179,7 +180,7 @@ def step(model: Llama, cache: KVCache, depths, tokens, length: int, k: int, rows
 
 
 def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The level's own token (1,), where drafts (n,) first differ or end, and how many precede it."""
+    """The level's own token (1,), where drafts (n,) differ or end, and how many precede it (1,)."""
     choice = logits.argmax(dim=-1)  # (n+1,)
     kept = leading(choice[:-1] == drafts)
     return choice.index_select(0, kept), kept

@@ -1,9 +1,10 @@
 """The cache that all levels of a ladder share.
 
-A ladder with exits e_0 < e_1 < ... < e_{K-1} cuts the model's L layers into K+1 segments: segment 0
-ends at e_0, segment k goes on from e_{k-1} to e_k, the last one ends at L. The cache holds, by position,
+A ladder with exits e_0 < e_1 < ... < e_{K-1} cuts the model's L layers into K+1 segments: segment
+0 ends at e_0, segment k goes on from e_{k-1} to e_k, the last ends at L. The cache holds, by
+position,
 
-- each layer's keys and values, and those of the blocks that trained exit heads may own;
+- each layer's keys and values, and those of the blocks that exits' own heads may have;
 - the hidden states at each exit, from which the segment above it starts;
 - for each segment one integer: how many positions it has processed.
 
@@ -14,8 +15,11 @@ A pass never crosses a multiple of CHUNK, and attends over the keys up to the ne
 keys a position is compared with depends on the position alone, not on its company in a pass, nor on
 how long the text may get: one condition for the same bits whatever the ladder.
 
-Bytes, for T positions (max_len, padding included, rounded up to CHUNK), s bytes a number, G key/value heads of size E, width D,
-L layers (blocks of all heads included) and K exits above depth 0:  s * T * (2 * L * G * E  +  K * D)
+Bytes, for T positions (rounded up to CHUNK), s bytes a number, G key/value heads of size E, width
+D, L layers (the blocks of heads included) and K exits above depth 0:
+
+    s * T * (2 * L * G * E  +  K * D)
+
 The file knows nothing of tokens, drafts or levels: that is hispec.py.
 """
 
@@ -28,14 +32,14 @@ from torch import Tensor
 from model import Llama
 
 CHUNK = 256  # positions; also the most that a pass can hold, which bounds activations and mask
-ROWS = 4  # attention takes its rows in fours: on a CPU fewer would take another kernel, with other bits
+ROWS = 4  # attention takes its rows in fours: on a CPU fewer would get other bits
 
 
 class KVCache:
-    """Keys, values, hidden states and segment lengths of `batch` sequences of at most max_len positions.
+    """Keys, values, hidden states, segment lengths of `batch` sequences of at most max_len.
 
-    exits: the ladder's depths. A pass holds a multiple of `model.pad` positions: what is padded is written
-    beyond the segment's length, and so is stale from the start.
+    exits: the ladder's depths. A pass holds a multiple of `model.pad` positions: what is padded is
+    written beyond the segment's length, and so is stale from the start.
     """
 
     def __init__(self, model: Llama, exits: tuple[int, ...], max_len: int, batch: int = 1):
@@ -65,8 +69,9 @@ class KVCache:
     def begin(self, at: Tensor, end: int) -> None:
         """Begin a pass over positions `at` (N,), which attends over keys 0 .. end-1.
 
-        Works out once what every layer of the pass needs: `mask` (rows, end), 0 where a row may look and
-        -inf elsewhere. The query heads that share a key head are rows of it, position by position.
+        Works out once what every layer of the pass needs: `mask` (rows, end), 0 where a row may
+        look and -inf elsewhere. Query heads that share a key head are its rows, position by
+        position.
         """
         self.at, self.end = at, end
         rows = at.repeat_interleave(self.group)  # (N * H/G,)
@@ -75,13 +80,13 @@ class KVCache:
         self.mask = torch.zeros_like(ahead, dtype=self.keys.dtype).masked_fill_(ahead, -torch.inf)
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, G, N, E) at the pass's positions; return all that it attends over (B, G, end, E)."""
+        """Store k, v (B, G, N, E) at the pass's positions; return all it sees, (B, G, end, E)."""
         self.keys[layer].index_copy_(2, self.at, k)
         self.values[layer].index_copy_(2, self.at, v)
         return self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
 
     def run(self, model: Llama, ids: Tensor, above: int, depth: int) -> Tensor:
-        """Take the pass through layers above..depth-1: the states (N, D) that the head at `depth` reads.
+        """Take the pass through layers above..depth-1; the states (N, D) for the head at `depth`.
 
         It starts from the tokens ids (N,), or above the first segment from what that has left.
         """
@@ -104,7 +109,9 @@ class KVCache:
             t.zero_()
         for exit in exits:
             if exit > 0 and exit not in self.hidden:
-                self.hidden[exit] = self.keys.new_zeros(self.keys.shape[1], self.keys.shape[3], self.dim)
+                self.hidden[exit] = self.keys.new_zeros(
+                    self.keys.shape[1], self.keys.shape[3], self.dim
+                )
         self.lengths = [0] * (len(exits) + 1)
 
     @property

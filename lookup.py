@@ -1,12 +1,13 @@
-"""The draft that costs no layer: what followed the end of the text where it occurred before (prompt lookup)."""
+"""The draft that costs no layer: what followed where the text's end stood before (prompt lookup)."""
 
 from collections.abc import Sequence
 
 
 def look_up(text: Sequence[int], want: int) -> list[int]:
-    """The `want` tokens that followed the last two of `text` where these two last occurred before; else none.
+    """The `want` tokens that followed the last two of `text` where these last stood before, if any.
 
-    Where the copy reaches the end of the text it goes on with its own beginning, as a text in a loop would.
+    Where the copy reaches the end of the text it goes on with its own beginning, as a text in a
+    loop would.
     """
     for i in range(len(text) - 1, 1, -1):
         if text[i - 1] == text[-1] and text[i - 2] == text[-2]:

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear import ROWS, Linear
+from operators import ROWS, Linear, RMSNorm, attend_in_blocks
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,19 @@ class Config:
     head_dim: int = 0  # 0 or None: dim / n_heads; a few checkpoints choose it freely
 
     def __post_init__(self):
-        for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "max_seq_len"):
+        for name in (
+            "vocab_size",
+            "dim",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "ffn_dim",
+            "max_seq_len",
+        ):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}"
+                )
         for name in ("rope_theta", "norm_eps"):
             if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
@@ -67,14 +77,16 @@ class Config:
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
+            raise ValueError(
+                f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})"
+            )
 
 
 class Cache(Protocol):
-    """What the layers ask of a cache in a pass: where it is, what not to look at, a place for keys and values."""
+    """What the layers ask of a cache in a pass: where it is, what to see, where to write."""
 
     at: Tensor  # (N,) the pass's positions
-    mask: Tensor  # (rows, T) added to attention's scores: rows are query heads, position by position, padded
+    mask: Tensor  # (rows, T) added to scores; a row is a query head at a position, then padding
     slots: dict[int, int]  # exit -> where its own block keeps keys and values
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
@@ -100,15 +112,21 @@ class Llama(nn.Module):
 
     def _init(self, module: nn.Module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            # each layer adds two branches to the residual stream: scale them so it does not grow with depth
+            # each layer adds two branches to the residual stream: it shall not grow with depth
             branch = getattr(module, "ends_branch", False)
             std = 0.02 / math.sqrt(2 * self.config.n_layers) if branch else 0.02
             nn.init.normal_(module.weight, std=std)
 
     def pack(self) -> "Llama":
-        """Lay the weights out for inference on a CPU (linear.py). train() and to() undo it."""
-        alike = [m.pack(m.weight is self.embed.weight) for m in self.modules() if isinstance(m, Linear)]
-        alike += [head.gather(self.head).pack() for head in self.exit_heads.values() if head.vocab is not None]
+        """Lay the weights out for inference on a CPU (operators.py). train() and to() undo it."""
+        alike = [
+            m.pack(m.weight is self.embed.weight) for m in self.modules() if isinstance(m, Linear)
+        ]
+        alike += [
+            head.gather(self.head).pack()
+            for head in self.exit_heads.values()
+            if head.vocab is not None
+        ]
         self.pad = 1 if all(alike) else ROWS
         return self
 
@@ -133,8 +151,8 @@ class Llama(nn.Module):
     def run(self, h: Tensor, first: int, last: int, cache: Cache | None = None) -> Tensor:
         """Send h (B, N, D), the input of layer `first`, through layers first..last-1.
 
-        Without a cache, h is the whole sequence. With one, h stands at the positions `cache.at`; each layer
-        writes its keys and values there and attends to all before them.
+        Without a cache, h is the whole sequence. With one, h stands at the positions `cache.at`;
+        each layer writes its keys and values there and attends to all before them.
         """
         rope = self._rope(h, cache)
         for i in range(first, last):
@@ -163,13 +181,17 @@ class Llama(nn.Module):
         return tuple(int(exit) for exit, head in self.exit_heads.items() if head.block is not None)
 
     def _rope(self, h: Tensor, cache: Cache | None) -> Tensor:
-        """cos and sin (2, N, 1, E) for the positions of h (B, N, D), in float32 whatever the weights' dtype."""
+        """cos and sin (2, N, 1, E) for the positions of h (B, N, D), in float32 in any dtype."""
         if self._rope_table is None or self._rope_table.device != h.device:
-            with torch.inference_mode(False):  # so that training can use a table first built while decoding
+            with torch.inference_mode(
+                False
+            ):  # so that training can use a table first built while decoding
                 self._rope_table = rope_table(self.config).to(h.device)
         if cache is None:
             return self._rope_table[:, : h.shape[1]]
-        return self._rope_table.index_select(1, cache.at.clamp(max=self.config.max_seq_len - 1))  # padding may lie past
+        return self._rope_table.index_select(
+            1, cache.at.clamp(max=self.config.max_seq_len - 1)
+        )  # padding may lie past
 
 
 class Layer(nn.Module):
@@ -188,14 +210,18 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention: H / G query heads share each key/value head (arXiv 2305.13245).
+    """Causal attention in which H / G query heads share a key/value head (arXiv 2305.13245).
 
     slot says which slice of the cache is this layer's.
     """
 
     def __init__(self, config: Config):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            config.n_heads,
+            config.n_kv_heads,
+            config.head_dim,
+        )
         # one product for queries, keys and values: fewer, larger reads
         self.qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, config.dim)
@@ -211,14 +237,16 @@ class Attention(nn.Module):
             y = attend_in_blocks(q, k, v)
         elif cache is None:
             q = q.transpose(1, 2)  # (B, H, N, E)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
+                1, 2
+            )
         else:
             k, v = cache.write(slot, k, v)  # (B, G, T, E)
             y = self._attend(q, k, v, cache.mask)
         return self.out(y.reshape(B, N, -1))  # from (B, N, H, E)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Query heads that share a key head are rows of it: every fused kernel takes that, at any width."""
+        """Query heads that share a key head are rows of it: every fused kernel takes that."""
         B, N, H, E = q.shape
         q = q.view(B, N, self.kv_heads, -1, E).transpose(1, 2).reshape(B, self.kv_heads, -1, E)
         rows = q.shape[2]  # N * H/G
@@ -226,24 +254,6 @@ class Attention(nn.Module):
             q = F.pad(q, (0, 0, 0, len(mask) - rows))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :rows]
         return y.view(B, self.kv_heads, N, -1, E).transpose(1, 2)  # (B, N, G, H/G, E)
-
-
-def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, size: int = 128) -> Tensor:
-    """Causal attention (B, N, H, E) of queries (B, N, H, E) to keys and values (B, G, N, E).
-
-    In plain products, `size` queries at a time with the keys up to the last of them: to train on a
-    CPU, compiled, this takes half as long as PyTorch's fused kernel and its gradient.
-    """
-    (B, N, H, E), G = q.shape, k.shape[1]
-    q, blocks = (q.transpose(1, 2) * E**-0.5).reshape(B, G, H // G, N, E), []
-    for start in range(0, N, size):
-        stop = min(start + size, N)
-        scores = q[:, :, :, start:stop].reshape(B, G, -1, E) @ k[:, :, :stop].transpose(2, 3)
-        ahead = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
-        scores = scores.view(B, G, -1, stop - start, stop).masked_fill(ahead, -math.inf)
-        weights = scores.softmax(-1).view(B, G, -1, stop)  # (B, G, H/G * n, stop)
-        blocks.append((weights @ v[:, :, :stop]).view(B, H, stop - start, E))
-    return torch.cat(blocks, 2).transpose(1, 2)
 
 
 class SwiGLU(nn.Module):
@@ -261,14 +271,14 @@ class SwiGLU(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """An exit's own way from hidden states to logits: a light block, a norm, and maybe fewer tokens.
+    """An exit's own way from hidden states to logits: a light block, a norm, maybe fewer tokens.
 
-    logits = W[vocab] @ norm(block(h)), with W the model's output matrix; `Llama.read` runs the block, which
-    attends, and `forward` does the rest. The block is one more `Layer`, with its own keys and values, whose
-    SwiGLU is `width` wide (0: no block); freshly made, it adds nothing. `vocab` lists the token ids the exit
-    may draft; every other token gets -inf. That loses nothing, since a deeper level verifies, and reads
-    len(vocab) rows of W in place of V. In eval mode these rows are gathered once: after a change to W,
-    call eval() again.
+    logits = W[vocab] @ norm(block(h)), with W the model's output matrix; `Llama.read` runs the
+    block, which attends, and `forward` does the rest. The block is one more `Layer`, with its own
+    keys and values, whose SwiGLU is `width` wide (0: no block); freshly made, it adds nothing.
+    `vocab` lists the token ids the exit may draft; every other token gets -inf. That loses nothing,
+    since a deeper level verifies, and reads len(vocab) rows of W in place of V. In eval mode these
+    rows are gathered once: after a change to W, call eval() again.
 
     Raises ValueError if vocab is empty, repeats an id or leaves the vocabulary.
     """
@@ -279,9 +289,13 @@ class ExitHead(nn.Module):
         super().__init__()
         ids = None
         if vocab is not None:
-            ids = torch.tensor(sorted(set(vocab)), dtype=torch.long)  # ascending: ties break as in the full row
+            ids = torch.tensor(
+                sorted(set(vocab)), dtype=torch.long
+            )  # ascending: ties break as in the full row
             if len(ids) == 0 or len(ids) < len(vocab) or ids[0] < 0 or ids[-1] >= config.vocab_size:
-                raise ValueError(f"vocab must be distinct token ids in 0..{config.vocab_size - 1}, at least one")
+                raise ValueError(
+                    f"vocab must be distinct token ids in 0..{config.vocab_size - 1}, at least one"
+                )
         self.vocab_size = config.vocab_size
         self.block = Layer(replace(config, ffn_dim=width)) if width else None
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -289,10 +303,12 @@ class ExitHead(nn.Module):
             nn.init.zeros_(self.block.attn.out.weight)
             nn.init.zeros_(self.block.mlp.down.weight)
         self.register_buffer("vocab", ids)
-        self._rows: list[Linear] = []  # in a list, so that it is no part of what is saved or trained
+        self._rows: list[
+            Linear
+        ] = []  # in a list, so that it is no part of what is saved or trained
 
     def forward(self, h: Tensor, head: Linear) -> Tensor:
-        """Logits (..., V) from h (..., D), as `Llama.read` leaves it, and the model's output layer."""
+        """Logits (..., V) from h (..., D), as `Llama.read` leaves it, and the output layer."""
         reduced = self.known(h, head)
         if self.vocab is None:
             return reduced
@@ -310,7 +326,9 @@ class ExitHead(nn.Module):
     def gather(self, head: Linear) -> Linear:
         """The rows of the output layer that the exit reads, gathered once in eval mode."""
         if not self._rows:
-            with torch.inference_mode(False):  # as the RoPE table: a gradient may pass through later
+            with torch.inference_mode(
+                False
+            ):  # as the RoPE table: a gradient may pass through later
                 rows = Linear(head.in_features, len(self.vocab))
                 rows.weight = nn.Parameter(head.dense()[self.vocab], requires_grad=False)
                 self._rows = [rows]
@@ -325,21 +343,6 @@ class ExitHead(nn.Module):
         return super()._apply(fn, recurse)
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
-
-    In inference on a CPU by four operators in place of PyTorch's eight: on a small model calls set the pace.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or torch.is_grad_enabled():
-            return super().forward(x)
-        D, accurate = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accurate)  # sqrt(D * mean(x^2))
-        scale = torch.hypot(size, size.new_tensor(math.sqrt(D * self.eps)))
-        return (x * (self.weight * math.sqrt(D)) / scale).to(x.dtype)
-
-
 def rope_table(config: Config) -> Tensor:
     """cos and sin (2, max_seq_len, 1, E) of every position's angles (arXiv 2104.09864), float32.
 
@@ -349,12 +352,16 @@ def rope_table(config: Config) -> Tensor:
     freq = 1.0 / config.rope_theta ** (torch.arange(0, E, 2, dtype=torch.float32) / E)  # (E/2,)
     if config.rope_scaling is not None:
         s = config.rope_scaling
-        turns = s.original_max_seq_len * freq / (2 * math.pi)  # full turns within the original context
+        turns = (
+            s.original_max_seq_len * freq / (2 * math.pi)
+        )  # full turns within the original context
         keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / s.factor
     angle = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), freq)  # (T, E/2)
     cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).unsqueeze(2)  # (2, T, 1, E)
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).unsqueeze(
+        2
+    )  # (2, T, 1, E)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

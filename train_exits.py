@@ -5,12 +5,12 @@
     python train_exits.py --out DIR --model M                   3. all of M, held close to itself
 
 1 is LayerSkip's recipe (arXiv 2404.16710): layers are skipped at random, deep ones more often, and
-the exits are read through the shared norm and output matrix. Every step trains the ladder's exits
-and one more depth. An exit learns the text and, in a share that grows to 4/5 by half-way, the last
-layer's distribution; the first exit weighs 0.3 in the loss, the others as much as the last layer.
-Two more changes: skipping fades out instead of in, which is cheap while the deep layers know
-little, and matrices are trained with Muon. The text is Python's own standard library; its
-vocabulary is learned, and whole files are held out to measure on.
+the exits are read through the shared norm and output matrix. An exit learns the text and, in a
+share that grows to 4/5 by half-way, the last layer's distribution; the first exit weighs 0.3 in the
+loss, the others as much as the last layer. Two more changes: skipping fades out instead of in,
+which is cheap while the deep layers know little, and matrices are trained with Muon. The text is
+Python's own standard library, or that and all packages installed beside it; its vocabulary is
+learned, and whole files are held out to measure on.
 2 distils the full model into ExitHeads: one light block, a norm, the output rows of the tokens M
 uses most. The trunk never changes, so it reads each row once; after that only the heads are
 computed.
@@ -29,6 +29,7 @@ into speed.
 
 import argparse
 import copy
+import datetime
 import math
 import os
 import time
@@ -43,7 +44,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints.tokenizer import Tokenizer, learn_bpe
+from checkpoints.tokenizer import Tokenizer
+from checkpoints.vocabulary import learn
 from lab.agreement import measure, report
 from lab.commands import check_exits, command
 from lab.corpus import (
@@ -52,11 +54,11 @@ from lab.corpus import (
     batch,
     encode_split,
     held_rows,
-    is_held_out,
     own_samples,
     read_corpus,
     shuffled,
 )
+from lab.installed import INSTALLED, installed_tokens, is_held_out
 from lab.options import arguments, check_arguments
 from lab.training import Run, add_heads
 from model import Config, Llama
@@ -78,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     args.device = torch.device(place)
     check_arguments(args, rank, world)
     if world > 1:
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        patience = datetime.timedelta(hours=12)  # a run may be paused
+        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=patience)
     try:
         train(args, rank, world)
     finally:
@@ -244,7 +247,8 @@ def draw_skips(n_layers: int, drop: float, step: int, seed: int) -> frozenset[in
     """
     rng = torch.Generator().manual_seed(seed * 1_000_003 + step)
     growth = torch.exp(torch.arange(n_layers) * math.log(2) / (n_layers - 1)) - 1  # 0 .. 1
-    return frozenset((torch.rand(n_layers, generator=rng) < drop * growth).nonzero().flatten().tolist())
+    skipped = torch.rand(n_layers, generator=rng) < drop * growth
+    return frozenset(skipped.nonzero().flatten().tolist())
 
 
 # ---- recipe 2: the trunk is frozen, heads learn -------------------------------------------------
@@ -322,7 +326,8 @@ class HeadLosses(nn.Module):
             # (B*N, len(vocab))
             goal = F.linear(model.norm(last), rows).float().softmax(-1).flatten(0, 1)
         for exit, h in zip(exits, hidden, strict=True):
-            logits = self.heads[str(exit)].known(model.read(h, exit), model.head).float().flatten(0, 1)
+            known = self.heads[str(exit)].known(model.read(h, exit), model.head)
+            logits = known.float().flatten(0, 1)
             best = logits.detach().argmax(-1)
             stats.append(
                 ((best if vocab is None else vocab[best]) == choices.flatten()).float().mean()
@@ -338,13 +343,22 @@ class HeadLosses(nn.Module):
 def prepare(args, rank: int, world: int) -> tuple[Llama, Tokenizer | None, Tensor, Tensor]:
     """The model, marked what to train; its tokenizer; tokens (T,) to train on and held out."""
     documents: dict[str, str] = {}
-    if not (args.model and args.self_distill):
+    installed = args.corpus == INSTALLED and not args.self_distill
+    if not installed and not (args.model and args.self_distill):
         documents = read_corpus(args.corpus)
+    model, tokenizer = None, None
     if args.model:
         model, tokenizer = checkpoints.load(args.model, args.device, torch.float32)
-    else:
+        if tokenizer is None and not args.self_distill:
+            raise ValueError(f"{args.model} has no tokenizer: only --self-distill can train it")
+    if installed:
+        tokenizer, text, held = installed_tokens(
+            args, tokenizer, read_corpus, encode_split, rank, world
+        )
+    elif not args.model:
         texts = [text for name, text in documents.items() if not is_held_out(name)]
-        tokenizer = learn_bpe(texts, args.vocab)
+        tokenizer = learn(texts, args.vocab)
+    if model is None:
         shape = (tokenizer.n_vocab, args.dim, args.layers, args.heads, args.kv_heads, args.ffn)
         model = Llama(Config(*shape)).to(args.device)
     choose_exits(model, args)
@@ -352,9 +366,7 @@ def prepare(args, rank: int, world: int) -> tuple[Llama, Tokenizer | None, Tenso
         raise ValueError(f"{LONG} x --context must fit the model's {longest}, got {args.context}")
     if args.self_distill:
         text, held = own_samples(model, tokenizer, args, rank, world)
-    elif tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer: only --self-distill can train it")
-    else:
+    elif not installed:
         text, held = encode_split(tokenizer, documents)
     need, kept = 2 * LONG * args.context + 2, 2 * args.context + 1
     if len(text) < need or len(held) < kept:

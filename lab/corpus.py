@@ -5,7 +5,7 @@ rows. What is learned from them is not known here.
 """
 
 import copy
-import hashlib
+import functools
 import json
 import sysconfig
 from pathlib import Path
@@ -18,12 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints.files import write_whole
-from checkpoints.tokenizer import END, Tokenizer
+from checkpoints.tokenizer import Tokenizer
+from checkpoints.vocabulary import END
 from kvcache import KVCache
+from lab.installed import HELD_OUT, INSTALLED, is_held_out, read_installed
 from model import Llama
 
 LONG = 8  # every sixth step reads rows so many times as long: far positions are trained too
-HELD_OUT = 28  # one document in so many is never trained on
 WHOLE = 4  # samples, and the rows a frozen trunk reads, have so many times --context
 SIDE_BY_SIDE = 64  # samples written at once
 ASK = 64  # a question of the model's own has at most so many tokens
@@ -31,11 +32,15 @@ ASK = 64  # a question of the model's own has at most so many tokens
 NO_TEXT = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 
 
-def read_corpus(path: Path | None) -> dict[str, str]:
+def read_corpus(path: Path | str | None) -> dict[str, str]:
     """Name -> text of every UTF-8 file under path, or of each 32,768 characters of one file.
 
     None: the standard library's modules, without tests and tables of characters: about 11 MB.
+    INSTALLED: these and the packages beside them (installed.py). ValueError if there is no text.
     """
+    if path == INSTALLED:
+        return read_installed(read_corpus(None), Path(sysconfig.get_paths()["purelib"]))
+    path = None if path is None else Path(path)
     if path is not None and path.is_file():
         text = path.read_text("utf-8", errors="replace")
         return {f"{path.name}:{i}": text[i : i + 2**15] for i in range(0, len(text), 2**15)}
@@ -54,16 +59,11 @@ def read_corpus(path: Path | None) -> dict[str, str]:
     return documents
 
 
-def is_held_out(name: str) -> bool:
-    """By a hash of the name: the same file stays held out when others come and go."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % HELD_OUT == 0
-
-
 def encode(tokenizer: Tokenizer, documents: dict[str, str]) -> Tensor:
     """All documents as one row of token ids (T,), each ended by END where the tokenizer has one."""
     end = [tokenizer.special[END]] if END in tokenizer.special else []
-    ids = [i for text in documents.values() for i in (*tokenizer.encode(text), *end)]
-    return torch.tensor(ids, dtype=torch.int32)
+    ids = [tokenizer.encode(text) + end for text in documents.values()]
+    return torch.cat([torch.tensor(row, dtype=torch.int32) for row in ids or [[]]])
 
 
 def encode_split(tokenizer, documents: dict[str, str]) -> tuple[Tensor, Tensor]:
@@ -75,8 +75,12 @@ def encode_split(tokenizer, documents: dict[str, str]) -> tuple[Tensor, Tensor]:
 
 def shuffled(i: int, n: int, seed: int) -> int:
     """The i-th of n windows in an order shuffled anew each epoch."""
-    rng = torch.Generator().manual_seed(seed * 1_000_003 + i // n)
-    return int(torch.randperm(n, generator=rng)[i % n])
+    return int(permutation(n, seed * 1_000_003 + i // n)[i % n])
+
+
+@functools.lru_cache(2)  # a step may end one epoch and begin the next
+def permutation(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def batch(text: Tensor, step: int, rows: int, context: int, seed: int) -> Tensor:
@@ -159,7 +163,7 @@ def make_openings(
     turn, other = tokenizer.chat(["a"]), tokenizer.chat(["b"])
     # where the user's words belong
     before = next(j for j, pair in enumerate(zip(turn, other)) if pair[0] != pair[1])
-    if before and i % 4:
+    if tokenizer.template is not None and i % 4:  # BOS alone is no chat
         return torch.tensor(turn[:before]).expand(SIDE_BY_SIDE, -1), tokenizer.stop
     words, _ = encode_split(tokenizer, read_corpus(args.corpus))
     words = words[words < V]

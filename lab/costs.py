@@ -22,7 +22,7 @@ import hispec
 from faststep import WIDTH, FixedStep
 from hispec import generate, step
 from kvcache import KVCache, up_to_chunk
-from linear import Linear
+from operators import Linear
 from lookup import look_up
 from model import Llama, RMSNorm
 

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from faststep import WIDTH, FixedStep
 from arguments import checked
+from faststep import WIDTH, FixedStep
 from hispec import Ladder, step
 from kvcache import KVCache, up_to_chunk
 from lab.agreement import measure
@@ -198,7 +198,7 @@ def agreement(model: Llama, requests: list) -> tuple[list[float], list[float]]:
 
 @torch.inference_mode()
 def law(model: Llama, requests: list[Request], ladder: Rungs) -> np.ndarray:
-    """One token's law (3, V) at temperature 1: the draft exit's, the full model's, SAMPLES samples'.
+    """One token's law (3, V) at temperature 1: the draft exit's, the full model's, as sampled.
 
     After the first OPENING tokens of the prompt for which draft and full model differ most on one
     token. The prompt has been read before, so that HiSpec drafts this token and judges it.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lab.commands import Parser, check_exits, must_take_files
 from lab.corpus import LONG
+from lab.installed import INSTALLED
 
 
 def arguments(argv: list[str] | None, description: str | None) -> argparse.Namespace:
@@ -16,7 +17,8 @@ def arguments(argv: list[str] | None, description: str | None) -> argparse.Names
     add("--model", metavar="M", help="a name, .gguf file or folder to start from: recipes 2 and 3")
     add("--freeze-trunk", action="store_true", help="recipe 2: train only heads at the exits")
     add("--self-distill", type=int, default=0, metavar="TOKENS", help="train M on its own writing")
-    add("--corpus", type=Path, metavar="PATH", help="a text file, or a folder (default: Python's)")
+    texts = f"a text file, a folder, or {INSTALLED}: every package here (default: Python's library)"
+    add("--corpus", type=corpus, metavar="PATH", help=texts)
     exits = "M's own, or 1/16 and 1/4 of the depth; none: no exit losses at all, for comparison"
     add("--exits", type=int, nargs="*", metavar="E", help=f"shallow to deep (default: {exits})")
     add("--steps", type=int, help="default 1000 without --minutes; 0: only measure --model")
@@ -46,6 +48,10 @@ def arguments(argv: list[str] | None, description: str | None) -> argparse.Names
     return args
 
 
+def corpus(word: str) -> Path | str:
+    return word if word == INSTALLED else Path(word)
+
+
 def check_arguments(args: argparse.Namespace, rank: int, world: int) -> None:
     """ValueError for what can be seen to be wrong before a model or a text is read."""
     if (args.freeze_trunk or args.self_distill) and not args.model:
@@ -66,7 +72,7 @@ def check_arguments(args: argparse.Namespace, rank: int, world: int) -> None:
             f"--batch must hold {LONG} x --context tokens for each of {world} processes, "
             f"got {args.batch}"
         )
-    if args.corpus is not None and not args.corpus.exists():
+    if args.corpus not in (None, INSTALLED) and not args.corpus.exists():
         raise ValueError(f"no corpus at {args.corpus}")
     check_out(args, rank)
 

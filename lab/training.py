@@ -20,7 +20,7 @@ from torch import Tensor
 import checkpoints
 from checkpoints.files import write_whole
 from lab.corpus import WHOLE, held_rows
-from linear import Linear
+from operators import Linear
 from model import ExitHead, Llama
 
 DIVERGED = 2.0  # times the loss of uniform guessing

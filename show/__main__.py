@@ -50,7 +50,10 @@ def main() -> None:
 
     if coloured():
         print(painter.legend())
+    if args.chat == "never":
+        tokenizer.template = None
     prompt = tokenizer.chat([args.prompt])
+    print("prompt:", tokenizer.prompt)
     out = generate(
         model, prompt, args.max_new_tokens, exits=exits, windows=windows, seed=args.seed,
         temperature=args.temperature, stop=tokenizer.stop,
@@ -71,8 +74,10 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(prog="python -m show", description=__doc__)
     add = parser.add_argument
     add("prompt", help="what the model is asked")
-    models = "tiny, smollm2, a Hugging Face Llama folder, or a .gguf file"
+    models = "tiny, smollm2, a folder or owner/name of Hugging Face's, or a .gguf file"
     add("--model", default="tiny", help=models)
+    plain = "never: plain text, whatever the model"
+    add("--chat", choices=["auto", "never"], default="auto", help=plain)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default 64)")
     own = "the ladder's, 0 for a look-up; default: two of the model's"
     add("--exits", type=int, nargs="*", metavar="E", help=own)

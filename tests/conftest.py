@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from lab import corpus
+from lab.installed import is_held_out
 from model import Config, ExitHead, Llama
 
 settings.register_profile("repo", deadline=None, max_examples=60, derandomize=True)
@@ -26,7 +28,9 @@ def seeded():
 def random_model(seed: int = 0, *, scale: float = 20, **shape) -> Llama:
     """A float64 Llama whose random weights are large enough that its exits disagree."""
     torch.manual_seed(seed)
-    defaults = dict(vocab_size=11, dim=16, n_layers=5, n_heads=4, n_kv_heads=2, ffn_dim=24, max_seq_len=64)
+    defaults = dict(
+        vocab_size=11, dim=16, n_layers=5, n_heads=4, n_kv_heads=2, ffn_dim=24, max_seq_len=64
+    )
     model = Llama(Config(**{**defaults, **shape}))
     for p in model.parameters():
         if p.dim() > 1:
@@ -48,7 +52,9 @@ class Case:
 
     @property
     def arguments(self) -> dict:
-        return dict(exits=self.exits, windows=self.windows, thresholds=self.thresholds, stop=self.stop)
+        return dict(
+            exits=self.exits, windows=self.windows, thresholds=self.thresholds, stop=self.stop
+        )
 
 
 @st.composite
@@ -94,3 +100,43 @@ def greedy(case: Case) -> list[int]:
         if ids[-1] in case.stop:
             break
     return ids[len(case.prompt) :]
+
+
+def module(name, lines=30):
+    """A made-up module: its lines are its own, and words."""
+    return "".join(
+        f"def {name}_number(value):  # returns what {name} has at {i}\n" for i in range(lines)
+    )
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder of packages, beside a standard library of three files of which one is held out."""
+    library, site = tmp_path / "lib", tmp_path / "site-packages"
+    held = next(f"held{i}.py" for i in range(1000) if is_held_out(f"held{i}.py"))
+    files = {library / name: module(name[:-3]) for name in ("json.py", "queue.py", held)}
+    for name in ("plain/code.py", "plain/deep/code.py", "networkx/graph.py", "plain/tests/code.py"):
+        files[site / name] = module(name.replace("/", "_")[:-3])
+    graph, code = files[site / "networkx/graph.py"], files[site / "plain/code.py"]
+    files |= {
+        site / "_alpha/graph.py": graph
+        + module("alpha", 5),  # a copy of what is held out, although read before it
+        site / "vendor/queue.py": files[library / "queue.py"],
+        site / "vendor/code.py": code.replace("\n", "\n    ") + module("vendor", 5),
+        site / "table/codes.py": "CODES = [\n"
+        + "".join(f"    0x{i:04x}, {i}, {i * i},\n" for i in range(200))
+        + "]\n",
+        site / "table/line.py": module("line") + "NAMES = '" + "word " * 100 + "'\n",
+        site / "table/made.py": "# This file was automatically generated from made.yaml.\n"
+        + module("made"),
+    }
+    for file, text in files.items():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, "utf-8")
+    (site / "plain" / "bad.py").write_bytes(b"name = '\xff\xfe'  # not UTF-8")
+    (tmp_path / "outside.py").write_text(module("outside"), "utf-8")
+    (site / "plain" / "link.py").symlink_to(tmp_path / "outside.py")
+    monkeypatch.setattr(
+        corpus.sysconfig, "get_paths", lambda: {"stdlib": str(library), "purelib": str(site)}
+    )
+    return site

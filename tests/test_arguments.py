@@ -63,7 +63,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("change, message", BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    "change, message", BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(BAD)]
+)
 def test_bad_arguments(monkeypatch, change, message):
     monkeypatch.setattr(hispec, "Ladder", None)  # any work at all would fail on this
     with pytest.raises(ValueError, match=message):
@@ -73,17 +75,33 @@ def test_bad_arguments(monkeypatch, change, message):
 def test_arguments_of_any_integer_kind():
     model = random_model()
     plain = generate(model, [1, 2], 4)
-    other = generate(model, torch.tensor([1, 2]), 4, exits=range(1, 3), windows=[2, 2], stop=iter(plain.tokens[-1:]))
+    other = generate(
+        model,
+        torch.tensor([1, 2]),
+        4,
+        exits=range(1, 3),
+        windows=[2, 2],
+        stop=iter(plain.tokens[-1:]),
+    )
     first = plain.tokens.index(plain.tokens[-1])
     assert other.tokens == plain.tokens[: first + 1]
     other_ladder = generate(model, [1, 2], 4, exits=[1], windows=[2]).tokens
     stop = torch.tensor(plain.tokens[-1:])
-    assert generate(model, [1, 2], 4, exits=torch.tensor([1]), windows=[2], stop=stop).tokens == other.tokens
+    assert (
+        generate(model, [1, 2], 4, exits=torch.tensor([1]), windows=[2], stop=stop).tokens
+        == other.tokens
+    )
     small = np.array([2, 1], dtype=np.int8)[::-1]
     assert (
-        generate(model, small, small[1] + 2, exits=small[:1], windows=small[1:], seed=small[0]).tokens == other_ladder
+        generate(
+            model, small, small[1] + 2, exits=small[:1], windows=small[1:], seed=small[0]
+        ).tokens
+        == other_ladder
     )
-    assert generate(model, b"\x01\x02", torch.tensor(4), temperature=Fraction(0)).tokens == plain.tokens
+    assert (
+        generate(model, b"\x01\x02", torch.tensor(4), temperature=Fraction(0)).tokens
+        == plain.tokens
+    )
     assert generate(model, [1, 2], 0).tokens == []
     assert generate(model, [1] * 63, 64).tokens == generate(model, [1] * 63, 1).tokens
 

@@ -12,7 +12,7 @@ from conftest import random_model
 
 import bench
 from bench import Method, differing_tokens, figures
-from checkpoints.tokenizer import Tokenizer
+from checkpoints.tokenizer import Tiktoken, Tokenizer
 from hispec import Generation, LevelStats, generate
 from lab import tune
 from lab.prompts import Request
@@ -144,9 +144,10 @@ def small_bench(monkeypatch, tmp_path):
     """bench.main on a random model whose tokens are bytes; returns run(*arguments) -> the JSON it
     wrote."""
     ranks = {bytes([i]): i for i in range(256)}
-    tokenizer = Tokenizer(
-        tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={}
     )
+    tokenizer = Tokenizer(Tiktoken(encoding, {}), {})
     model = random_model(vocab_size=256, max_seq_len=256).float()
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(tune, "LADDERS", tmp_path / "results" / "ladders.json")
@@ -207,6 +208,17 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
     assert "identical" in capsys.readouterr().out
     # and no half-written file; results holds the number of threads
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json", "results"}
+
+
+def test_chat_never_leaves_the_template_out(small_bench, capsys):
+    class Shout:
+        def cut(self, turns):
+            return ["!", turns[0], "!"]
+
+    for flag, line in ((), "chat template of the model"), (("--chat", "never"), "plain text"):
+        small_bench.tokenizer.template = Shout()
+        small_bench("--quick", *flag)
+        assert f"\nprompt: {line}\n" in capsys.readouterr().out
 
 
 def test_the_fixed_step_answers_alike(small_bench, capsys):

@@ -32,7 +32,15 @@ def run(case: Case, temperature: float = 0.0, after_settling=None, fast=None) ->
     ladder_of = (case.exits, case.windows, thresholds)
     with torch.inference_mode():
         asked = checked(
-            case.model.config, case.prompt, case.max_new_tokens, *ladder_of, temperature, 0, 1.0, 1, case.stop
+            case.model.config,
+            case.prompt,
+            case.max_new_tokens,
+            *ladder_of,
+            temperature,
+            0,
+            1.0,
+            1,
+            case.stop,
         )
         end = min(len(case.prompt) + case.max_new_tokens, case.model.config.max_seq_len)
         with fast.open(case.model, case.exits, end) if fast else nullcontext() as cache:
@@ -94,17 +102,23 @@ def test_each_layer_sees_each_token_once(case, temperature):
         return real(h, first, last, cache)
 
     def born(ladder, k):
-        for position in [p for p in births if p >= ladder.length - 1]:  # the one new token, and what was rejected
+        for position in [
+            p for p in births if p >= ladder.length - 1
+        ]:  # the one new token, and what was rejected
             del births[position]
 
     model.run = counting
     ladder = run(case, temperature, born)
     assert set(seen.values()) <= {1}
-    for position in range(ladder.length - 1 if case.max_new_tokens else 0):  # the last token has had no successor
+    for position in range(
+        ladder.length - 1 if case.max_new_tokens else 0
+    ):  # the last token has had no successor
         assert all((layer, births[position]) in seen for layer in range(model.config.n_layers))
     for first, level in zip((0, *case.exits), ladder.stats, strict=True):
         if level.exit > 0:  # a look-up has no layers
-            assert level.positions == sum(times for (layer, _), times in seen.items() if layer == first)
+            assert level.positions == sum(
+                times for (layer, _), times in seen.items() if layer == first
+            )
 
 
 @given(cases(), st.sampled_from([0.0, 0.8]), st.booleans())
@@ -116,18 +130,32 @@ def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, t
         return lambda self, *args: (reads.update([name]), real(self, *args))[1]
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("tolist", "item", "__bool__", "__int__", "__index__", "__float__", "cpu", "numpy"):
+        for name in (
+            "tolist",
+            "item",
+            "__bool__",
+            "__int__",
+            "__index__",
+            "__float__",
+            "cpu",
+            "numpy",
+        ):
             patch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
         ladder = run(case, temperature, fast=fast)
     verifications = sum(level.calls for level in ladder.stats[len(case.exits) > 0 :])
-    doubting = [level for level, threshold in zip(ladder.stats, case.thresholds, strict=False) if threshold > 0]
+    doubting = [
+        level
+        for level, threshold in zip(ladder.stats, case.thresholds, strict=False)
+        if threshold > 0
+    ]
     doubts = sum(level.calls for level in doubting if level.exit > 0)  # a look-up has no doubts
     assert reads == Counter(tolist=verifications, item=doubts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    ("exits", "blocks"), [((), ()), ((2,), ()), ((1, 3), ()), ((0, 3), (3,)), ((1, 3), (3,)), ((1, 3), (1, 3))]
+    ("exits", "blocks"),
+    [((), ()), ((2,), ()), ((1, 3), ()), ((0, 3), (3,)), ((1, 3), (3,)), ((1, 3), (1, 3))],
 )
 def test_bytes_are_as_the_formula_says(dtype, exits, blocks):
     c, max_len = Config(11, 16, 5, 4, 2, 24), CHUNK + 44
@@ -148,13 +176,18 @@ def test_nothing_is_allocated_in_proportion_to_the_context():
         cache = KVCache(model, (1,), 8192)
         cache.lengths = [length - rows] * 2
         tokens = torch.zeros(8192, dtype=torch.long)
-        with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        with (
+            torch.inference_mode(),
+            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
+        ):
             hispec.step(model, cache, (1, 2), tokens, length, 1, rows)
         return sum(max(0, event.self_cpu_memory_usage) for event in record.key_averages())
 
     for rows in (1, 4):
         allocated(1024, rows)  # builds the RoPE table
-        mask = 8192 * rows * model.config.n_heads // model.config.n_kv_heads  # of a pass, by far the most
+        mask = (
+            8192 * rows * model.config.n_heads // model.config.n_kv_heads
+        )  # of a pass, by far the most
         assert 0 < allocated(1024, rows) < allocated(8192, rows) < allocated(1024, rows) + 40 * mask
 
 
@@ -169,7 +202,9 @@ def test_a_pass_never_crosses_a_chunk_and_reads_keys_to_its_end():
         cache.place(first, last)
         assert cache.at.tolist() == list(range(first, last))
         assert cache.end % CHUNK == 0 and last <= cache.end < last + CHUNK
-        rows = cache.mask.view(-1, cache.end)[: (last - first) * 2 : 2]  # two query heads share a key head
+        rows = cache.mask.view(-1, cache.end)[
+            : (last - first) * 2 : 2
+        ]  # two query heads share a key head
         assert torch.equal(rows == 0, torch.arange(cache.end) <= torch.arange(first, last)[:, None])
 
 

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,11 +13,17 @@ from test_tokenizer import byte_level
 import checkpoints
 from checkpoints import folder as hugging_face_folder
 from checkpoints import save
-from model import ExitHead, RopeScaling
+from checkpoints.weights import linear
+from model import ExitHead, RopeScaling, rope_table
 
 load = partial(checkpoints.load, device="cpu")
 IDS = torch.arange(40).view(2, 20) * 7 % 11
-ROPE = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 def assert_same_logits(folder, theirs, **tolerance):
@@ -32,7 +39,13 @@ def assert_same_logits(folder, theirs, **tolerance):
 def hugging_face(folder, shard="1GB", **config):
     """Let transformers write a random Llama there; return it."""
     transformers = pytest.importorskip("transformers")
-    shape = dict(vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4)
+    shape = dict(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**shape, **config})).eval()
     for p in theirs.parameters():  # norms of one and tiny matrices would hide mistakes
@@ -50,6 +63,7 @@ def hugging_face(folder, shard="1GB", **config):
         dict(num_key_value_heads=1, tie_word_embeddings=True, rms_norm_eps=1e-3),
         dict(head_dim=10, num_key_value_heads=2),
         dict(rope_parameters={"rope_type": "llama3", "rope_theta": 10_000.0, **ROPE}),
+        dict(rope_parameters={"rope_type": "operators", "rope_theta": 10_000.0, "factor": 3.0}),
         dict(shard="3KB"),
         dict(shard="3KB", tie_word_embeddings=True),
     ],
@@ -62,7 +76,9 @@ def test_a_folder_gives_transformers_logits(tmp_path, config):
 
 
 def test_the_older_spelling_of_rope(tmp_path):
-    theirs = hugging_face(tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **ROPE})
+    theirs = hugging_face(
+        tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 500.0, **ROPE}
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     del config["rope_parameters"]
     for key in ("rope_type", "type"):
@@ -79,7 +95,9 @@ def test_bfloat16_weights_load_as_they_are(tmp_path):
     assert torch.equal(model.embed.weight, weights["model.embed_tokens.weight"])
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     weight = load(tmp_path)[0].embed.weight  # the default on a CPU
-    assert weight.dtype == torch.float32 and torch.equal(weight, weights["model.embed_tokens.weight"].float())
+    assert weight.dtype == torch.float32 and torch.equal(
+        weight, weights["model.embed_tokens.weight"].float()
+    )
 
 
 def test_the_default_device(tmp_path):
@@ -102,10 +120,12 @@ def with_exits(model):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32)])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32), linear(4.0, 64)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_round_trip_keeps_every_bit(tmp_path, tied, scaling, dtype):
-    model = with_exits(random_model(tie_embeddings=tied, head_dim=6, rope_scaling=scaling).to(dtype))
+    model = with_exits(
+        random_model(tie_embeddings=tied, head_dim=6, rope_scaling=scaling).to(dtype)
+    )
     save(model, None, tmp_path)
     again, tokenizer = load(tmp_path, dtype=dtype)
     assert tokenizer is None and again.config == model.config and again.exits == (1, 3)
@@ -119,11 +139,13 @@ def test_a_round_trip_keeps_every_bit(tmp_path, tied, scaling, dtype):
     assert (again.head.weight is again.embed.weight) == tied
 
 
-@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32)])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32), linear(4.0, 64)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_transformers_reads_what_save_wrote(tmp_path, tied, scaling):
     transformers = pytest.importorskip("transformers")
-    model = random_model(scale=5, tie_embeddings=tied, head_dim=6, rope_scaling=scaling, rope_theta=500.0)
+    model = random_model(
+        scale=5, tie_embeddings=tied, head_dim=6, rope_scaling=scaling, rope_theta=500.0
+    )
     save(model, None, tmp_path)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert theirs.config.rope_parameters["rope_theta"] == 500.0
@@ -167,20 +189,37 @@ def folder(tmp_path):
 CONFIG_REFUSED = [
     (dict(model_type="mistral"), "model_type 'mistral'"),
     (dict(model_type=None), "model_type None"),
-    (dict(architectures=["LlamaForSequenceClassification"]), "architectures .*LlamaForSequenceClassification"),
+    (
+        dict(architectures=["LlamaForSequenceClassification"]),
+        "architectures .*LlamaForSequenceClassification",
+    ),
     (dict(attention_bias=True), "attention_bias True"),
     (dict(mlp_bias=True), "mlp_bias True"),
     (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
     (dict(quantization_config={"quant_method": "gptq"}), "quantization_config .*gptq"),
-    (dict(rope_scaling={"type": "linear", "factor": 2.0}), "RoPE scaling 'linear'"),
+    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "RoPE scaling 'dynamic'"),
+    (
+        dict(rope_scaling={"type": "operators", "factor": 0}),
+        "factor of linear RoPE scaling must be a number above 0, got 0",
+    ),
+    (dict(rope_scaling={"type": "operators"}), "factor is missing"),
     (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "RoPE scaling 'yarn'"),
-    (dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
+    (
+        dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+        "partial_rotary_factor 0.5",
+    ),
     (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor is missing"),
     (dict(hidden_size=None), "hidden_size is missing"),
     (dict(hidden_size="16"), "config|not supported|'str'"),
     (dict(num_key_value_heads=3), "multiple of n_kv_heads"),
-    (dict(vocab_size=12), r"model.embed_tokens.weight has shape \(11, 16\), the config needs \(12, 16\)"),
-    (dict(num_key_value_heads=4), r"k_proj.weight has shape \(8, 16\), the config needs \(16, 16\)"),
+    (
+        dict(vocab_size=12),
+        r"model.embed_tokens.weight has shape \(11, 16\), the config needs \(12, 16\)",
+    ),
+    (
+        dict(num_key_value_heads=4),
+        r"k_proj.weight has shape \(8, 16\), the config needs \(16, 16\)",
+    ),
     (dict(num_hidden_layers=6), "layers.5.input_layernorm.weight is missing"),
     (dict(num_hidden_layers=4), "unexpected tensor model.layers.4"),
     (dict(tie_word_embeddings=True), "tie_word_embeddings is true, but lm_head.weight"),
@@ -189,7 +228,7 @@ CONFIG_REFUSED = [
     (dict(exits=[0, 2]), r"exits .*\[0, 2\]"),
     (dict(exits=[5]), r"exits .*between 1 and 4"),
     (dict(exits=["2"]), "exits"),
-    (dict(rope_scaling="linear"), "rope_scaling must be an object, got 'linear'"),
+    (dict(rope_scaling="operators"), "rope_scaling must be an object, got 'linear'"),
     (dict(rope_parameters={"rope_theta": "x"}), "rope_theta must be a number above 0, got 'x'"),
     (dict(hidden_size="16"), "dim must be a whole number of at least 1, got '16'"),
 ]
@@ -245,10 +284,107 @@ def test_a_tied_folder_may_hold_a_copy_of_the_head(tmp_path):
     save(random_model(tie_embeddings=True), None, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     save_file(
-        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, tmp_path / "model.safetensors"
+        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+        tmp_path / "model.safetensors",
     )
     model, _ = load(tmp_path)
     assert model.head.weight is model.embed.weight
+
+
+def test_a_tied_folder_may_hold_the_head_alone(tmp_path):
+    save(random_model(tie_embeddings=True), None, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    matrix = weights.pop("model.embed_tokens.weight")
+    save_file(weights | {"lm_head.weight": matrix}, tmp_path / "model.safetensors")
+    model, _ = load(tmp_path, dtype=matrix.dtype)
+    assert model.head.weight is model.embed.weight and torch.equal(model.embed.weight, matrix)
+
+
+def test_linear_scaling_is_transformers_to_the_bit(tmp_path):
+    theirs = hugging_face(
+        tmp_path, rope_parameters={"rope_type": "operators", "rope_theta": 500.0, "factor": 3.0}
+    )
+    model, _ = load(tmp_path)
+    positions = torch.arange(model.config.max_seq_len)[None]
+    cos, sin = theirs.model.rotary_emb(torch.zeros(1), positions)  # (1, T, E)
+    ours = rope_table(model.config)[:, :, 0]  # (2, T, E), its first half of sin negated
+    half = ours.shape[-1] // 2
+    assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1, :, half:], sin[0, :, half:])
+
+
+def test_load_leaves_a_core_for_others(tmp_path, monkeypatch):
+    save(random_model(), None, tmp_path)
+    monkeypatch.setattr(checkpoints.os, "cpu_count", lambda: 8)
+    before, chosen = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    load(tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    load(tmp_path)  # fewer stay fewer
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    load(tmp_path)
+    assert chosen == [4, 1] and before == 1
+
+
+# ---- by name from the Hub ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An offline cache with one model, laid out as huggingface_hub does."""
+    import huggingface_hub
+
+    cache = tmp_path / "hub"
+    root = cache / "models--owner--name"
+    commit = "0" * 40
+    save(random_model(tie_embeddings=True), None, root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+def test_a_model_of_the_hubs_cache(hub):
+    assert load("owner/name")[0].config.n_layers == 5
+
+
+def test_what_the_hub_lacks_ends_in_one_line(hub, monkeypatch):
+    from huggingface_hub import errors
+
+    with pytest.raises(
+        ValueError, match="owner/other is no folder here and not in the Hub's cache: go online"
+    ) as error:
+        load("owner/other")
+    assert "\n" not in str(error.value)
+    response = Mock(headers={})
+    for raised, message in {
+        errors.GatedRepoError(
+            "no", response=response
+        ): "owner/x is gated: ask for access at https://huggingface.co/owner/x",
+        errors.RepositoryNotFoundError(
+            "no", response=response
+        ): "owner/x is no folder here and no model on the Hub: check",
+        TimeoutError(
+            "two\nlines"
+        ): "owner/x could not be fetched from the Hub: TimeoutError: two lines",
+    }.items():
+
+        def fail(*args, error=raised, **options):
+            assert not any(
+                "bin" in pattern or "pt" in pattern or "py" in pattern
+                for pattern in options["allow_patterns"]
+            )
+            raise error
+
+        monkeypatch.setattr(checkpoints.hub, "snapshot_download", fail)
+        with pytest.raises(ValueError, match=message):
+            load("owner/x")
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="nor a name the Hub could have"):
+        load("owner/a..b")
 
 
 def test_exit_heads_must_fit(tmp_path):
@@ -259,8 +395,12 @@ def test_exit_heads_must_fit(tmp_path):
         "5.norm.weight belongs to no exit": heads | {"5.norm.weight": torch.ones(16)},
         "x.norm.weight belongs to no exit": heads | {"x.norm.weight": torch.ones(16)},
         "exit 3: (?s:.*)colour": heads | {"3.colour": torch.ones(16)},
-        "exit 1: (?s:.*)attn.qkv.weight": {name: t for name, t in heads.items() if name != "1.block.attn.qkv.weight"},
-        "exit 1: (?s:.*)block": {name: t for name, t in heads.items() if name != "1.block.mlp.down.weight"},
+        "exit 1: (?s:.*)attn.qkv.weight": {
+            name: t for name, t in heads.items() if name != "1.block.attn.qkv.weight"
+        },
+        "exit 1: (?s:.*)block": {
+            name: t for name, t in heads.items() if name != "1.block.mlp.down.weight"
+        },
         "exit 1: (?s:.*)size mismatch": heads | {"1.norm.weight": torch.ones(17)},
         "vocab must be distinct": heads | {"1.vocab": torch.tensor([1, 11])},
     }
@@ -273,7 +413,9 @@ def test_exit_heads_must_fit(tmp_path):
 def test_unknown_names_are_told_what_exists(tmp_path):
     (tmp_path / "weights.txt").write_text("")
     for name in ("smolllm", tmp_path / "nowhere", tmp_path / "weights.txt"):
-        with pytest.raises(ValueError, match="smollm2.*gguf file or a Hugging Face folder"):
+        with pytest.raises(
+            ValueError, match="smollm2.*gguf file, a Hugging Face folder, or owner/name"
+        ):
             load(name)
 
 

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from hispec import generate
 from lab import corpus
+from lab.installed import INSTALLED, is_held_out
 
 
 def test_held_out_files_are_never_trained_on():
@@ -43,3 +44,18 @@ def test_sampling_side_by_side_is_greedy_decoding():
             rows[i].tolist()
             == openings[i].tolist() + generate(model, openings[i].tolist(), 16).tokens
         )
+
+
+def test_installed_packages_without_tables_copies_and_links(site):
+    documents = corpus.read_corpus(INSTALLED)
+    library, packages = (
+        corpus.read_corpus(None),
+        {n for n in documents if n.startswith("site-packages/")},
+    )
+    assert documents.keys() - packages == library.keys() and len(library) == 3
+    assert packages == {
+        f"site-packages/{n}" for n in ("plain/code.py", "plain/deep/code.py", "networkx/graph.py")
+    }
+    held = {name for name in documents if is_held_out(name)}
+    assert "site-packages/networkx/graph.py" in held and held & library.keys()
+    assert not is_held_out("networkx/graph.py")  # such a folder of one's own is not that package

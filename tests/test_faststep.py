@@ -23,9 +23,13 @@ def fast_for(case: Case) -> FixedStep:
 def run_twice(case: Case, **options):
     """The plain step's Generation, and the fast one's: the second on a cache that holds an earlier text."""
     fast = fast_for(case)
-    generate(case.model, case.prompt[::-1], case.max_new_tokens, **case.arguments, **options, fast=fast)
+    generate(
+        case.model, case.prompt[::-1], case.max_new_tokens, **case.arguments, **options, fast=fast
+    )
     plain = generate(case.model, case.prompt, case.max_new_tokens, **case.arguments, **options)
-    return plain, generate(case.model, case.prompt, case.max_new_tokens, **case.arguments, **options, fast=fast)
+    return plain, generate(
+        case.model, case.prompt, case.max_new_tokens, **case.arguments, **options, fast=fast
+    )
 
 
 @given(cases())
@@ -67,7 +71,9 @@ def bits(model, ids: list[int], exits: tuple[int, ...], sizes: list[int]):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("sizes", [[2], [3, 1], [7, 16, 5], [15], [16], [1, 40]])
 def test_a_position_has_the_same_bits_in_any_company(dtype, sizes):
-    model = random_model(2, scale=3, vocab_size=300, dim=64, ffn_dim=160, n_layers=6, max_seq_len=128)
+    model = random_model(
+        2, scale=3, vocab_size=300, dim=64, ffn_dim=160, n_layers=6, max_seq_len=128
+    )
     model.exit_heads["2"] = ExitHead(model.config, width=16, vocab=list(range(0, 300, 3)))
     torch.nn.init.normal_(model.exit_heads["2"].block.attn.out.weight)
     model = model.to(dtype).eval()
@@ -105,7 +111,10 @@ def test_it_is_not_used_for_what_it_was_not_made_for():
 def test_the_plain_step_is_left_alone(monkeypatch):
     monkeypatch.setattr(hispec, "step", None)  # to call it would fail
     model = random_model(1)
-    assert len(generate(model, [1, 2], 10, exits=(2,), windows=(3,), fast=FixedStep(model, 12)).tokens) == 10
+    assert (
+        len(generate(model, [1, 2], 10, exits=(2,), windows=(3,), fast=FixedStep(model, 12)).tokens)
+        == 10
+    )
 
 
 def test_it_serves_one_generation_at_a_time():
@@ -113,8 +122,12 @@ def test_it_serves_one_generation_at_a_time():
     fast = FixedStep(model, 20)
     options = dict(exits=(2,), windows=(3,), fast=fast)
     with pytest.raises(ValueError, match="in use"):
-        generate(model, [1, 2], 10, **options, watch=lambda event: generate(model, [1], 5, **options))
-    assert generate(model, [1, 2], 10, **options).tokens == generate(model, [1, 2], 10).tokens  # and is free again
+        generate(
+            model, [1, 2], 10, **options, watch=lambda event: generate(model, [1], 5, **options)
+        )
+    assert (
+        generate(model, [1, 2], 10, **options).tokens == generate(model, [1, 2], 10).tokens
+    )  # and is free again
 
 
 def test_nothing_of_an_earlier_generation_is_left():

@@ -11,8 +11,8 @@ from conftest import random_model
 
 import checkpoints
 from checkpoints import save
-from checkpoints import tokenizer as text
-from model import RopeScaling
+from checkpoints import vocabulary as text
+from model import RopeScaling, rope_table
 
 load = partial(checkpoints.load, device="cpu")
 IDS = torch.arange(40).view(2, 20) * 7 % 11
@@ -35,7 +35,13 @@ def write_gguf(path, model, kind=gguf.GGMLQuantizationType.F32, arch="llama", ex
     writer.add_value_length(c.head_dim)
     writer.add_rope_dimension_count(c.head_dim)
     for key, value in keys:
-        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+        add = {
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
+        add[bool] = writer.add_bool
         add[type(value)](key, value)
     for name, t in gguf_tensors(model).items():
         data = t.float().numpy()
@@ -59,7 +65,9 @@ def gguf_tensors(model):
         tensors["output.weight"] = model.head.weight
     for i, layer in enumerate(model.layers):
         heads = layer.attn.qkv.weight.view(-1, c.head_dim, c.dim)
-        pairs = torch.stack([heads[:, : c.head_dim // 2], heads[:, c.head_dim // 2 :]], dim=2).view_as(heads)
+        pairs = torch.stack(
+            [heads[:, : c.head_dim // 2], heads[:, c.head_dim // 2 :]], dim=2
+        ).view_as(heads)
         own = {
             "attn_norm": layer.attn_norm.weight,
             "attn_q": pairs[: c.n_heads].flatten(0, 1),
@@ -76,13 +84,19 @@ def gguf_tensors(model):
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0"])
-@pytest.mark.parametrize("shape", [dict(tie_embeddings=True), dict(tie_embeddings=False), dict(head_dim=16)])
+@pytest.mark.parametrize(
+    "shape", [dict(tie_embeddings=True), dict(tie_embeddings=False), dict(head_dim=16)]
+)
 def test_gguf_and_folder_hold_the_same_weights(tmp_path, kind, shape):
     kind = gguf.GGMLQuantizationType[kind]
     model = random_model(**SHAPE, **shape)
-    for p in model.parameters():  # what the file can hold exactly, so that the folder can hold it too
+    for (
+        p
+    ) in model.parameters():  # what the file can hold exactly, so that the folder can hold it too
         if p.dim() > 1:
-            p.data = torch.tensor(gguf.quants.dequantize(gguf.quants.quantize(p.detach().float().numpy(), kind), kind))
+            p.data = torch.tensor(
+                gguf.quants.dequantize(gguf.quants.quantize(p.detach().float().numpy(), kind), kind)
+            )
     model = model.float()
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
@@ -119,15 +133,74 @@ def test_gguf_rope_freqs_are_llama_3s_scaling(tmp_path, factor, theta, head_dim)
 
 GGUF_REFUSED = {
     "architecture 'falcon'": dict(arch="falcon"),
-    "RoPE scaling 'yarn'": dict(keys=[("llama.rope.scaling.type", "yarn"), ("llama.rope.scaling.factor", 2.0)]),
-    "RoPE scaling 'linear'": dict(keys=[("llama.rope.scaling.type", "linear")]),
+    "RoPE scaling 'yarn'": dict(
+        keys=[("llama.rope.scaling.type", "yarn"), ("llama.rope.scaling.factor", 2.0)]
+    ),
+    "llama.rope.scaling.factor is missing": dict(keys=[("llama.rope.scaling.type", "operators")]),
+    "factor of linear RoPE scaling must be a number above 0, got 0.0": dict(
+        keys=[("llama.rope.scale_linear", 0.0)]
+    ),
     "RoPE scaling 'llama.rope.scaling.factor'": dict(keys=[("llama.rope.scaling.factor", 2.0)]),
     "llama.expert_count is 8": dict(keys=[("llama.expert_count", 8)]),
-    "unexpected tensor blk.0.attn_q.bias": dict(extra=[("blk.0.attn_q.bias", np.zeros(32, np.float32))]),
+    "unexpected tensor blk.0.attn_q.bias": dict(
+        extra=[("blk.0.attn_q.bias", np.zeros(32, np.float32))]
+    ),
     "quantisation I32 cannot be expanded": dict(extra=[("counts", np.zeros(32, np.int32))]),
-    "tokenizer.ggml.model 'llama'": dict(keys=[("tokenizer.ggml.model", "llama")]),
-    "tokenizer.ggml.pre 'default'": dict(keys=[("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "default")]),
-    "tokenizer.ggml.tokens is missing": dict(keys=[("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm")]),
+    "tokenizer.ggml.model 't5'": dict(keys=[("tokenizer.ggml.model", "t5")]),
+    "tokenizer.ggml.scores is missing": dict(
+        keys=[
+            ("tokenizer.ggml.model", "llama"),
+            ("tokenizer.ggml.tokens", ["a"]),
+            ("tokenizer.ggml.token_type", [1]),
+        ]
+    ),
+    "token_type has 1 entries, tokens 2": dict(
+        keys=[
+            ("tokenizer.ggml.model", "llama"),
+            ("tokenizer.ggml.tokens", ["a", "b"]),
+            ("tokenizer.ggml.token_type", [1]),
+        ]
+    ),
+    "scores has 3 entries, tokens 1": dict(
+        keys=[
+            ("tokenizer.ggml.model", "llama"),
+            ("tokenizer.ggml.tokens", ["a"]),
+            ("tokenizer.ggml.token_type", [1]),
+            ("tokenizer.ggml.scores", [0.0, 1.0, 2.0]),
+        ]
+    ),
+    "holds a token twice": dict(
+        keys=[
+            ("tokenizer.ggml.model", "llama"),
+            ("tokenizer.ggml.tokens", ["a", "a"]),
+            ("tokenizer.ggml.token_type", [1, 1]),
+            ("tokenizer.ggml.scores", [0.0, 1.0]),
+        ]
+    ),
+    "merges has 'a c', of tokens that are not there": dict(
+        keys=[
+            ("tokenizer.ggml.model", "gpt2"),
+            ("tokenizer.ggml.pre", "smollm"),
+            ("tokenizer.ggml.tokens", ["a", "b"]),
+            ("tokenizer.ggml.token_type", [1, 1]),
+            ("tokenizer.ggml.merges", ["a c"]),
+        ]
+    ),
+    "the chat template is not valid Jinja": dict(
+        keys=[
+            ("tokenizer.ggml.model", "llama"),
+            ("tokenizer.ggml.tokens", ["a"]),
+            ("tokenizer.ggml.token_type", [1]),
+            ("tokenizer.ggml.scores", [0.0]),
+            ("tokenizer.chat_template", "{% if"),
+        ]
+    ),
+    "tokenizer.ggml.pre 'default'": dict(
+        keys=[("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "default")]
+    ),
+    "tokenizer.ggml.tokens is missing": dict(
+        keys=[("tokenizer.ggml.model", "gpt2"), ("tokenizer.ggml.pre", "smollm")]
+    ),
 }
 
 
@@ -139,16 +212,81 @@ def test_gguf_refusals_name_the_reason(tmp_path, message):
     assert "m.gguf" in str(error.value)
 
 
-@pytest.mark.parametrize("pre, split", [("gpt-2", text.GPT2), ("llama-bpe", text.LLAMA3), ("smollm", text.SMOLLM)])
+@pytest.mark.parametrize(
+    "pre, split", [("gpt-2", text.GPT2), ("llama-bpe", text.LLAMA3), ("smollm", text.SMOLLM)]
+)
 def test_gguf_tokenizer(tmp_path, pre, split):
-    keys = {"model": "gpt2", "pre": pre, "tokens": ["<|im_end|>", "a", "Ġ", "b", "Ġa", "Ġab", "[PAD6]"]}
+    keys = {
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": ["<|im_end|>", "a", "Ġ", "b", "Ġa", "Ġab", "[PAD6]"],
+    }
     keys |= {"token_type": [3, 1, 1, 1, 1, 1, 5], "merges": ["Ġ a", "Ġa b"]}
     keys = [(f"tokenizer.ggml.{key}", value) for key, value in keys.items()]
     path = write_gguf(tmp_path / "m.gguf", random_model(**SHAPE).float(), keys=keys)
     model, ours = load(path)
-    assert ours.encode("a ab") == [1, 5] and ours.engine._pat_str == split
-    assert set(ours.special) == {"<|im_end|>", "[PAD6]"} and ours.decode([0, 5, 6]) == "<|im_end|> ab[PAD6]"
+    assert ours.encode("a ab") == [1, 5] and ours.engine.encoding._pat_str == split
+    assert (
+        set(ours.special) == {"<|im_end|>", "[PAD6]"}
+        and ours.decode([0, 5, 6]) == "<|im_end|> ab[PAD6]"
+    )
     assert ours.encode("c")[0] >= model.config.vocab_size  # a byte this vocabulary lacks
+
+
+def test_a_merge_list_that_tiktoken_cannot_express_goes_to_tokenizers(tmp_path):
+    keys = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": ["a", "b", "c", "abc", "ab"],
+        "token_type": [1] * 5,
+    }
+    keys |= {"merges": ["a b", "ab c"]}
+    path = tmp_path / "m.gguf"
+    write_gguf(
+        path,
+        random_model(**SHAPE).float(),
+        keys=[(f"tokenizer.ggml.{key}", v) for key, v in keys.items()],
+    )
+    ours = load(path)[1]
+    assert type(ours.engine).__name__ == "Library" and ours.encode("abcab") == [3, 4]
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_gguf_linear_rope_scaling(tmp_path, old):
+    model = random_model(**SHAPE).float()
+    keys = [("llama.rope.scale_linear", 4.0)] if old else []
+    keys += (
+        []
+        if old
+        else [("llama.rope.scaling.type", "operators"), ("llama.rope.scaling.factor", 4.0)]
+    )
+    ours = load(write_gguf(tmp_path / "m.gguf", model, keys=keys), dtype=torch.float32)[0]
+    plain = load(write_gguf(tmp_path / "plain.gguf", model), dtype=torch.float32)[0]
+    stretched, table = rope_table(ours.config), rope_table(plain.config)
+    assert torch.equal(stretched[:, ::4], table[:, : len(stretched[0, ::4])])  # four times as slow
+
+
+def split_gguf(path, model, parts=3):
+    """The file as llama.cpp's gguf-split leaves it: the metadata first, the tensors shared out."""
+    full = gguf_tensors(model)
+    names = [f"m-{i + 1:05}-of-{parts:05}.gguf" for i in range(parts)]
+    with pytest.MonkeyPatch.context() as patch:
+        for i, name in enumerate(names):
+            own = {key: t for j, (key, t) in enumerate(full.items()) if j % parts == i}
+            patch.setitem(globals(), "gguf_tensors", lambda _, own=own: own)
+            write_gguf(path / name, model, keys=[("split.no", i), ("split.count", parts)])
+    return [path / name for name in names]
+
+
+def test_a_split_file_is_joined(tmp_path):
+    model = random_model(**SHAPE).float()
+    parts = split_gguf(tmp_path, model)
+    whole, _ = load(write_gguf(tmp_path / "m.gguf", model), dtype=torch.float32)
+    for part in parts:  # whichever is named
+        assert torch.equal(load(part, dtype=torch.float32)[0](IDS), whole(IDS))
+    parts[1].unlink()
+    with pytest.raises(ValueError, match="part m-00002-of-00003.gguf is missing"):
+        load(parts[0])
 
 
 def test_gguf_rope_dimensions_must_be_the_heads(tmp_path):
@@ -170,8 +308,13 @@ def test_gguf_missing_and_misshapen_tensors(tmp_path):
             patch.setitem(globals(), "gguf_tensors", lambda _, tensors=without: tensors)
             with pytest.raises(ValueError, match=f"{name} is missing"):
                 load(write_gguf(tmp_path / "m.gguf", model))
-        patch.setitem(globals(), "gguf_tensors", lambda _: full | {"blk.1.attn_k.weight": torch.zeros(32, 32)})
-        with pytest.raises(ValueError, match=r"blk.1.attn_k.weight has shape \(32, 32\), the config needs \(16, 32\)"):
+        patch.setitem(
+            globals(), "gguf_tensors", lambda _: full | {"blk.1.attn_k.weight": torch.zeros(32, 32)}
+        )
+        with pytest.raises(
+            ValueError,
+            match=r"blk.1.attn_k.weight has shape \(32, 32\), the config needs \(16, 32\)",
+        ):
             load(write_gguf(tmp_path / "m.gguf", model))
 
 

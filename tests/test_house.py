@@ -18,13 +18,22 @@ LONGEST_FILE, LONGEST_FUNCTION, WIDEST = 400, 60, 100
 BELOW: dict[str, set[str]] = {
     "arguments": {"model"},
     "lookup": set(),
-    "linear": set(),
-    "model": {"linear"},
+    "operators": set(),
+    "model": {"operators"},
     "kvcache": {"model"},
     "hispec": {"model", "kvcache", "arguments", "lookup"},
     "faststep": {"model", "kvcache", "hispec"},
     "checkpoints": {"model"},
-    "lab": {"linear", "model", "kvcache", "hispec", "arguments", "lookup", "faststep", "checkpoints"},
+    "lab": {
+        "operators",
+        "model",
+        "kvcache",
+        "hispec",
+        "arguments",
+        "lookup",
+        "faststep",
+        "checkpoints",
+    },
     "show": {"model", "hispec", "checkpoints", "lab"},
 }
 BELOW["train_exits"] = {"model", "checkpoints", "lab"}

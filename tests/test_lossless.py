@@ -15,7 +15,9 @@ from kvcache import KVCache
 
 
 def check_lossless(case: Case) -> None:
-    assert generate(case.model, case.prompt, case.max_new_tokens, **case.arguments).tokens == greedy(case)
+    assert generate(
+        case.model, case.prompt, case.max_new_tokens, **case.arguments
+    ).tokens == greedy(case)
 
 
 @given(cases())
@@ -63,7 +65,11 @@ def test_the_context_limit_ends_generation(ladder):
 def test_a_look_up_drafts_what_followed_the_last_two_tokens():
     assert hispec.look_up([1, 2, 3, 4, 1, 2], 3) == [3, 4, 1]
     assert hispec.look_up([1, 2, 3, 1, 2, 4, 1, 2], 1) == [4]  # where they occurred last
-    assert hispec.look_up([5, 7, 8, 7, 8], 3) == [7, 8, 7]  # past the end of the text it copies what it has copied
+    assert hispec.look_up([5, 7, 8, 7, 8], 3) == [
+        7,
+        8,
+        7,
+    ]  # past the end of the text it copies what it has copied
     for nothing in ([], [1], [1, 1], [1, 2, 3], [2, 1, 1, 3, 2, 3]):
         assert hispec.look_up(nothing, 4) == []
 
@@ -84,9 +90,13 @@ def test_the_events_retell_the_generation(case, temperature):
     text, drafted, kept = list(case.prompt), [0] * len(out.levels), [0] * len(out.levels)
     for event in events:
         if case.exits[:1] == (0,) and event.level == 1:
-            text[event.base :] = event.drafts  # a look-up takes no step: its drafts are first seen when judged
+            text[event.base :] = (
+                event.drafts
+            )  # a look-up takes no step: its drafts are first seen when judged
         assert text[event.base :] == event.drafts
-        agreed = min(event.kept, len(event.text))  # a stop token ends the text, whatever was accepted after it
+        agreed = min(
+            event.kept, len(event.text)
+        )  # a stop token ends the text, whatever was accepted after it
         assert event.drafts[:agreed] == event.text[:agreed]
         text[event.base :] = event.text
         drafted[event.level - 1] += len(event.drafts)
@@ -156,7 +166,9 @@ def test_ties(half):
     """Each token has a twin with the same weights. Texts are equal up to twins: which of the two equal logits
     is the larger by a rounding error may depend on how many positions a pass holds."""
     model = random_model(vocab_size=2 * half)
-    model.embed.weight.data[half:] = model.embed.weight.data[:half]  # and the tied head: logits i and i+half
+    model.embed.weight.data[half:] = model.embed.weight.data[
+        :half
+    ]  # and the tied head: logits i and i+half
     plain = greedy(Case(model, [1, 2], 30, (), (), ()))
     for exits, windows in [((), ()), *LADDERS]:
         out = generate(model, [1, 2], 30, exits=exits, windows=windows).tokens
@@ -183,7 +195,9 @@ def test_prompts_longer_than_a_chunk(monkeypatch):
     monkeypatch.setattr(kvcache, "CHUNK", 16)
     model = random_model(max_seq_len=100)
     prompt = torch.randint(11, (40,)).tolist()
-    check_lossless(Case(model, prompt, 60, (1, 3), (25, 35), ()))  # windows longer than a chunk as well
+    check_lossless(
+        Case(model, prompt, 60, (1, 3), (25, 35), ())
+    )  # windows longer than a chunk as well
 
 
 # A property is worth what it can catch: each planted bug must break losslessness.
@@ -204,10 +218,14 @@ def test_without_a_bug_nothing_fails():
 
 def test_a_missing_rollback_is_caught(monkeypatch):
     def cut_one_late(self, length):
-        self.lengths = [min(processed, length + 1) for processed in self.lengths]  # one stale position survives
+        self.lengths = [
+            min(processed, length + 1) for processed in self.lengths
+        ]  # one stale position survives
 
     monkeypatch.setattr(KVCache, "rollback", cut_one_late)
-    with pytest.raises(ValueError, match="non-empty"):  # a level asked to run what it believes to have run
+    with pytest.raises(
+        ValueError, match="non-empty"
+    ):  # a level asked to run what it believes to have run
         first_failure()
 
 

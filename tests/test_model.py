@@ -29,7 +29,10 @@ def twin(model: Llama):
             tie_word_embeddings=c.tie_embeddings, rope_parameters=rope,
         )
     )  # fmt: skip
-    weights = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
+    weights = {
+        "model.embed_tokens.weight": model.embed.weight,
+        "model.norm.weight": model.norm.weight,
+    }
     weights["lm_head.weight"] = model.head.weight
     for i, layer in enumerate(model.layers):
         sizes = [c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim, c.n_kv_heads * c.head_dim]
@@ -50,7 +53,9 @@ def twin(model: Llama):
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_in_blocks_is_attention(kv_heads, n, size):
     q, k, v = (torch.randn(3, h, n, 6, dtype=torch.float64) for h in (4, kv_heads, kv_heads))
-    whole = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
     blocks = attend_in_blocks(q.transpose(1, 2), k, v, size)
     torch.testing.assert_close(blocks, whole.transpose(1, 2), rtol=1e-9, atol=1e-9)
 
@@ -68,7 +73,10 @@ def test_logits_equal_transformers(tied, kv_heads, head_dim, scaled):
     scaling = RopeScaling(8.0, 1.0, 4.0, original_max_seq_len=32) if scaled else None
     shape = dict(tie_embeddings=tied, n_kv_heads=kv_heads, head_dim=head_dim, rope_scaling=scaling)
     model = random_model(scale=5, **shape)  # larger weights amplify the rounding named below
-    for norm in (model.norm, *(n for layer in model.layers for n in (layer.attn_norm, layer.mlp_norm))):
+    for norm in (
+        model.norm,
+        *(n for layer in model.layers for n in (layer.attn_norm, layer.mlp_norm)),
+    ):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     with torch.no_grad():
         ours, theirs = model(IDS), twin(model)(IDS).logits
@@ -92,7 +100,9 @@ def test_segments_and_chunks_equal_one_pass():
             h = model.embed(IDS[:1, start:stop])
             for first, last in ((0, 2), (2, 3), (3, 5)):
                 h = model.run(h, first, last, cache)
-            torch.testing.assert_close(model.logits(h, 5), whole[:, start:stop], rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(
+                model.logits(h, 5), whole[:, start:stop], rtol=1e-9, atol=1e-9
+            )
 
 
 def test_an_exit_is_the_model_cut_there():
@@ -110,7 +120,10 @@ def test_a_fresh_exit_head_is_the_shared_one():
     shared = model(IDS, exit=2)
     model.exit_heads["2"] = ExitHead(model.config, width=8).double()
     assert torch.equal(model(IDS, exit=2), shared)  # the norm starts at one, the block adds nothing
-    for weight in (model.exit_heads["2"].block.attn.out.weight, model.exit_heads["2"].block.mlp.down.weight):
+    for weight in (
+        model.exit_heads["2"].block.attn.out.weight,
+        model.exit_heads["2"].block.mlp.down.weight,
+    ):
         torch.nn.init.normal_(weight)
         assert not torch.allclose(model(IDS, exit=2), shared)
         torch.nn.init.zeros_(weight)
@@ -120,7 +133,11 @@ def test_a_reduced_vocabulary_reads_those_rows_only():
     model = random_model()
     shared = model(IDS, exit=2)
     model.exit_heads["2"] = ExitHead(model.config, vocab=[7, 0, 3]).double()
-    assert model.exit_heads["2"].vocab.tolist() == [0, 3, 7]  # ascending, so that ties fall as in the full row
+    assert model.exit_heads["2"].vocab.tolist() == [
+        0,
+        3,
+        7,
+    ]  # ascending, so that ties fall as in the full row
     for training in (True, False):  # gathered afresh while training, once in eval mode
         reduced = model.train(training)(IDS, exit=2)
         assert torch.equal(reduced.isfinite().nonzero()[:, 2].unique(), torch.tensor([0, 3, 7]))
@@ -145,7 +162,9 @@ def test_rotary_angles_stay_float32_in_bfloat16():
     angle = torch.tensor([4095.0, 4095.0 / 100], dtype=torch.float64)  # theta 10,000, head size 4
     c, s = angle.cos(), angle.sin()
     exact = torch.cat([x[..., :2] * c - x[..., 2:] * s, x[..., 2:] * c + x[..., :2] * s], -1)
-    torch.testing.assert_close(far, exact, rtol=1e-3, atol=1e-3)  # bfloat16 angles would be off by up to 16
+    torch.testing.assert_close(
+        far, exact, rtol=1e-3, atol=1e-3
+    )  # bfloat16 angles would be off by up to 16
 
 
 def test_training_after_decoding():

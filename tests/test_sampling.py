@@ -30,7 +30,9 @@ class Choices:
         return option
 
     def coin(self, prob, rng):
-        return torch.tensor([self.choose([1 - p, p]) == 1 for p in prob.clamp(max=1).tolist()], dtype=torch.bool)
+        return torch.tensor(
+            [self.choose([1 - p, p]) == 1 for p in prob.clamp(max=1).tolist()], dtype=torch.bool
+        )
 
     def draw(self, weights, rng):
         return torch.tensor([self.choose((weights / weights.sum()).tolist())])
@@ -74,7 +76,9 @@ def table_ladder(monkeypatch, tables):
     monkeypatch.setattr(hispec, "KVCache", PromptRead)
 
     def run(n, windows, thresholds=(), prompt=(0,), look_up=False, **cut):
-        options = dict(exits=range(0 if look_up else 1, L), windows=windows, thresholds=thresholds, **cut)
+        options = dict(
+            exits=range(0 if look_up else 1, L), windows=windows, thresholds=thresholds, **cut
+        )
         return generate(model, prompt, n, **options, temperature=1.0, seed=0).tokens
 
     return run
@@ -90,7 +94,11 @@ def markov_law(table, n):
     return law
 
 
-DRAFT2, MIDDLE2, TARGET2 = [[0.9, 0.1], [0.2, 0.8]], [[0.4, 0.6], [0.7, 0.3]], [[0.3, 0.7], [0.55, 0.45]]
+DRAFT2, MIDDLE2, TARGET2 = (
+    [[0.9, 0.1], [0.2, 0.8]],
+    [[0.4, 0.6], [0.7, 0.3]],
+    [[0.3, 0.7], [0.55, 0.45]],
+)
 DRAFT3 = [[0.5, 0.5, 0.0], [0.2, 0.2, 0.6], [1.0, 0.0, 0.0]]  # zeros: tokens that are never drafted
 TARGET3 = [[0.2, 0.3, 0.5], [0.0, 0.9, 0.1], [0.25, 0.5, 0.25]]
 
@@ -132,7 +140,14 @@ def cut(row, top_k=0, top_p=1.0):
     return [p / sum(row) for p in row]
 
 
-CUTS = [dict(top_k=1), dict(top_k=2), dict(top_p=0.4), dict(top_p=0.7), dict(top_k=2, top_p=0.6), dict(top_p=1e-9)]
+CUTS = [
+    dict(top_k=1),
+    dict(top_k=2),
+    dict(top_p=0.4),
+    dict(top_p=0.7),
+    dict(top_k=2, top_p=0.6),
+    dict(top_p=1e-9),
+]
 TIES3 = [[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [0.25, 0.375, 0.375]]  # the last kept has a twin
 
 
@@ -203,7 +218,8 @@ def test_a_level_that_forgets_a_row_is_caught(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "exits, windows, draft_vocab", [((1,), (2,), None), ((1, 2), (1, 2), None), ((1, 2), (2, 1), [0, 2])]
+    "exits, windows, draft_vocab",
+    [((1,), (2,), None), ((1, 2), (1, 2), None), ((1, 2), (2, 1), [0, 2])],
 )
 def test_a_real_model_follows_its_own_law(monkeypatch, exits, windows, draft_vocab):
     model = random_model(5, vocab_size=3, n_layers=3)
@@ -212,7 +228,11 @@ def test_a_real_model_follows_its_own_law(monkeypatch, exits, windows, draft_voc
     prompt, temperature, n = [2, 0], 3.0, 2
     law = output_law(
         monkeypatch,
-        lambda: generate(model, prompt, n, exits=exits, windows=windows, temperature=temperature, seed=0).tokens,
+        lambda: (
+            generate(
+                model, prompt, n, exits=exits, windows=windows, temperature=temperature, seed=0
+            ).tokens
+        ),
     )
     target = {}
     with torch.no_grad():
@@ -224,11 +244,17 @@ def test_a_real_model_follows_its_own_law(monkeypatch, exits, windows, draft_voc
 
 def test_coin_and_draw_are_what_the_enumeration_takes_them_for():
     rng = torch.Generator().manual_seed(0)
-    coins = hispec.coin(torch.tensor([0.3, 1.0, 0.0, 7.0]).double().expand(20_000, 4), rng).double().mean(0)
+    coins = (
+        hispec.coin(torch.tensor([0.3, 1.0, 0.0, 7.0]).double().expand(20_000, 4), rng)
+        .double()
+        .mean(0)
+    )
     assert coins[1] == 1 and coins[2] == 0 and coins[3] == 1
     assert abs(coins[0] - 0.3) < 0.02  # six standard deviations
     weights = torch.tensor([1.0, 0.0, 3.0]).double()  # unnormalised
-    drawn = torch.cat([hispec.draw(weights, rng) for _ in range(4_000)]).bincount(minlength=3) / 4_000
+    drawn = (
+        torch.cat([hispec.draw(weights, rng) for _ in range(4_000)]).bincount(minlength=3) / 4_000
+    )
     assert drawn[1] == 0
     assert abs(drawn[2] - 0.75) < 0.05
 
@@ -236,7 +262,10 @@ def test_coin_and_draw_are_what_the_enumeration_takes_them_for():
 def test_a_tiny_temperature_is_greedy():
     model = random_model(1)
     plain = generate(model, [1], 20).tokens
-    assert generate(model, [1], 20, exits=(1, 3), windows=(2, 3), temperature=1e-308, seed=0).tokens == plain
+    assert (
+        generate(model, [1], 20, exits=(1, 3), windows=(2, 3), temperature=1e-308, seed=0).tokens
+        == plain
+    )
 
 
 def test_a_seed_makes_sampling_reproducible():
@@ -245,11 +274,15 @@ def test_a_seed_makes_sampling_reproducible():
     first = generate(model, [1], 30, seed=7, **arguments).tokens
     assert generate(model, [1], 30, seed=7, **arguments).tokens == first
     assert generate(model, [1], 30, seed=8, **arguments).tokens != first
-    assert generate(model, [1], 30, **arguments).tokens != generate(model, [1], 30, **arguments).tokens
+    assert (
+        generate(model, [1], 30, **arguments).tokens != generate(model, [1], 30, **arguments).tokens
+    )
 
 
 def test_sampled_output_ends_at_stop_and_limit():
     model = random_model(1, max_seq_len=20)
     for seed in range(30):
-        out = generate(model, [1, 2], 18, exits=(1, 3), windows=(2, 3), temperature=2.0, seed=seed, stop=[3]).tokens
+        out = generate(
+            model, [1, 2], 18, exits=(1, 3), windows=(2, 3), temperature=2.0, seed=seed, stop=[3]
+        ).tokens
         assert (out[-1] == 3 and 3 not in out[:-1]) or (len(out) == 18 and 3 not in out)

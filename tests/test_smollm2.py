@@ -7,12 +7,11 @@ import sys
 import gguf
 import pytest
 import torch
-from test_tokenizer import HOSTILE, PROSE, SPLITS
+from texts import HOSTILE, PROSE, SPLITS
 
 import checkpoints
 import hispec
-from checkpoints import load
-from checkpoints import tokenizer as text
+from checkpoints import load, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,9 @@ def smollm2_theirs(smollm2):
     fields = gguf.GGUFReader(checkpoints.NAMES["smollm2"]()).fields
     tokens, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))
     vocab = {token: i for i, token in enumerate(tokens)}
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [tuple(m.split(" ")) for m in merges]))
+    theirs = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab, [tuple(m.split(" ")) for m in merges])
+    )
     theirs.pre_tokenizer = SPLITS["smollm"](tokenizers.pre_tokenizers)
     theirs.add_special_tokens(tokens[:17])
     return theirs, fields["tokenizer.chat_template"].contents()
@@ -51,8 +52,20 @@ def test_smollm2_ids_equal_tokenizers(smollm2, smollm2_theirs):
 
 def test_smollm2_lacks_21_bytes(smollm2):
     _, ours = smollm2
-    lacking = {token[0] for token, i in ours.engine._mergeable_ranks.items() if i >= 49152}
-    assert lacking == {0x04, 0x06, 0x13, 0x14, 0x16, 0x1D, 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)}
+    lacking = {token[0] for token, i in ours.engine.encoding._mergeable_ranks.items() if i >= 49152}
+    assert lacking == {
+        0x04,
+        0x06,
+        0x13,
+        0x14,
+        0x16,
+        0x1D,
+        0xC0,
+        0xC1,
+        0xF1,
+        0xF2,
+        *range(0xF5, 0x100),
+    }
     assert ours.n_vocab == 49152 + 21
 
 
@@ -62,17 +75,25 @@ def test_smollm2_chat_is_its_own_template(smollm2, smollm2_theirs):
     theirs, template = smollm2_theirs
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, chat_template=template)
     turns = [" What is 2+2?\n", "4.", "And  12 more?"]
-    messages = [dict(role=["user", "assistant"][i % 2], content=turn) for i, turn in enumerate(turns)]
+    messages = [
+        dict(role=["user", "assistant"][i % 2], content=turn) for i, turn in enumerate(turns)
+    ]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert ours.chat(turns) == expected
-    assert ours.stop == (2, 0)
+    assert ours.stop == (2,) == (theirs.convert_tokens_to_ids("<|im_end|>"),)
 
 
 def test_smollm2_recovered_merges_are_its_own(smollm2, smollm2_theirs):
     _, ours = smollm2
     theirs, _ = smollm2_theirs
-    written, original = text.to_json(ours, 49152), json.loads(theirs.to_str())["model"]
-    assert written["model"]["merges"] == [m.split(" ") if isinstance(m, str) else m for m in original["merges"]]
+    written, original = (
+        vocabulary.to_files(ours, 49152)["tokenizer.json"],
+        json.loads(theirs.to_str())["model"],
+    )
+    written = json.loads(written)
+    assert written["model"]["merges"] == [
+        m.split(" ") if isinstance(m, str) else m for m in original["merges"]
+    ]
     assert written["model"]["vocab"] == original["vocab"]
 
 
@@ -90,14 +111,18 @@ def test_smollm2_writes_transformers_greedy_text(smollm2):
     """
     transformers = pytest.importorskip("transformers")
     path = checkpoints.NAMES["smollm2"]()
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     model, tokenizer = smollm2
     torch.set_num_threads(2)
     for question in PROMPTS:
         prompt = tokenizer.chat([question])
         tokens = hispec.generate(model, prompt, 64).tokens
         with torch.no_grad():
-            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]  # (n, V)
+            logits = theirs(torch.tensor([prompt + tokens])).logits[
+                0, len(prompt) - 1 : -1
+            ]  # (n, V)
         for ours, row in zip(tokens, logits):
             if ours != row.argmax():
                 assert row.max() - row[ours] < 1e-3, question
@@ -114,4 +139,6 @@ def test_smollm2_has_exits_by_name(smollm2):
     plain = hispec.generate(model, prompt, 24, stop=tokenizer.stop)
     out = hispec.generate(model, prompt, 24, exits=(4, 8), windows=(2, 3), stop=tokenizer.stop)
     assert out.tokens == plain.tokens
-    assert out.levels[-1].calls < len(plain.tokens)  # the blind exits through the shared head save next to nothing
+    assert out.levels[-1].calls < len(
+        plain.tokens
+    )  # the blind exits through the shared head save next to nothing

@@ -19,7 +19,9 @@ def test_it_is_small_and_deep(tiny):
     folder = checkpoints.NAMES["tiny"]()
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 25 * 2**20
     assert model.config.n_layers >= 24
-    assert model.exits[0] <= model.config.n_layers / 8 and model.exits[1] <= model.config.n_layers / 4
+    assert (
+        model.exits[0] <= model.config.n_layers / 8 and model.exits[1] <= model.config.n_layers / 4
+    )
 
 
 def test_ladders_write_its_greedy_text_with_fewer_full_passes(tiny):
@@ -29,7 +31,12 @@ def test_ladders_write_its_greedy_text_with_fewer_full_passes(tiny):
     for question in questions:
         prompt = tokenizer.chat(question["turns"][:1])
         plain = generate(model, prompt, 32)
-        for exits, windows in [((2,), (3,)), ((8,), (4,)), ((2, 8), (2, 4)), ((1, 2, 4, 8), (2, 3, 4, 6))]:
+        for exits, windows in [
+            ((2,), (3,)),
+            ((8,), (4,)),
+            ((2, 8), (2, 4)),
+            ((1, 2, 4, 8), (2, 3, 4, 6)),
+        ]:
             out = generate(model, prompt, 32, exits=exits, windows=windows)
             assert out.tokens == plain.tokens
             assert out.levels[-1].calls < plain.levels[-1].calls

@@ -7,18 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import module, random_model
 from safetensors import safe_open
+from texts import write_family
 
 import checkpoints
 import train_exits
+from checkpoints.vocabulary import from_folder
 from hispec import generate
 from lab.agreement import measure
-from lab.corpus import encode, held_rows, is_held_out, read_corpus, sample
+from lab.corpus import encode, held_rows, read_corpus, sample
+from lab.installed import INSTALLED, is_held_out
 from model import ExitHead, Llama
 
 ROOT = Path(__file__).parent.parent
@@ -271,6 +275,20 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, corpus):
     assert distance(one, half) > 0.1 * step
 
 
+def test_training_on_installed_packages_keeps_their_tokens(site, tmp_path):
+    options = f"{SHAPE} {SPEED} --vocab 400"
+    first, bpe = train(tmp_path / "run", INSTALLED, f"{options} --steps 3")
+    for file in site.rglob("*.py"):
+        file.unlink()
+    _, again = train(tmp_path / "run", INSTALLED, f"{options} --steps 6 --resume")
+    assert again.encode(module("new")) == bpe.encode(module("new"))
+    with safe_open(tmp_path / "run" / "corpus" / "tokens.safetensors", "pt") as saved:
+        text, held = (bpe.decode(saved.get_tensor(name).tolist()) for name in ("text", "held"))
+    assert "plain_code" in text and "networkx" not in text and "networkx_graph" in held
+    with pytest.raises(SystemExit, match="another --out reads the text afresh"):
+        train(tmp_path / "run", INSTALLED, f"{options} --vocab 300 --steps 6 --resume")
+
+
 # ---- errors -------------------------------------------------------------------------------------
 
 
@@ -363,3 +381,26 @@ def test_help_reads_as_documentation(capsys):
         train_exits.main(["--help"])
     said = capsys.readouterr().out
     assert "--freeze-trunk" in said and "LayerSkip" in said
+
+
+@pytest.mark.parametrize(
+    "name, chats", [("llama-3", True), ("inst", True), ("llama-3 base", False), ("llama-2", False)]
+)
+def test_openings_are_the_templates(tmp_path, corpus, name, chats):
+    """A question is left to the model only where a template says what a user's turn is: BOS alone is no chat."""
+    write_family(name, tmp_path)
+    tokenizer = from_folder(tmp_path, {"eos_token_id": 2}, 600)
+    model, args = random_model(vocab_size=600), Namespace(corpus=corpus)
+    openings, until = train_exits.make_openings(
+        model, tokenizer, args, 1, torch.Generator().manual_seed(0)
+    )
+    framed, others = train_exits.make_openings(
+        model, tokenizer, args, 4, torch.Generator().manual_seed(0)
+    )
+    assert until == (tokenizer.stop if chats else ()) and others == ()
+    before = tokenizer.chat(["a"])[: openings.shape[1]]
+    assert (openings.tolist()[0] == before) == chats
+    assert (
+        framed.shape[1] == len(tokenizer.chat(["a"])) + 11
+        and (framed[:, 0] == tokenizer.bos[0]).all()
+    )

@@ -1,7 +1,7 @@
-"""A linear layer that can hold its weight in the layout that a CPU multiplies fastest.
+"""What PyTorch's operators do, done faster on a CPU: products, norms, attention in training.
 
-`pack` changes where the numbers lie, not the numbers: what is trained and what is saved is the
-plain weight. There are two layouts, by size:
+`Linear.pack` changes where the numbers of a weight lie, not the numbers: what is trained and what
+is saved is the plain weight. There are two layouts, by size:
 
 - small float32 matrices are transposed in memory: there a call costs more than its work;
 - larger ones, and all in bfloat16, are packed by oneDNN, which takes about as long for a few rows
@@ -12,6 +12,7 @@ Plain float32 products (MKL's) have the same bits for any number of rows from RO
 model that holds some are padded to a multiple of ROWS positions (`Llama.pack`).
 """
 
+import math
 from functools import cache
 
 import torch
@@ -43,7 +44,7 @@ class Linear(nn.Linear):
         return y
 
     def pack(self, keep: bool = False) -> bool:
-        """Take the fastest layout for inference; returns whether the bits are the same for any rows.
+        """Take the fastest layout for inference; whether any number of rows gives the same bits.
 
         keep: someone else reads the plain weight too, which otherwise is let go.
         """
@@ -103,3 +104,39 @@ def can_pack(dtype: torch.dtype) -> bool:
         return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
+
+    In inference on a CPU by four operators in place of PyTorch's eight: in a small model calls set
+    the pace.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or torch.is_grad_enabled():
+            return super().forward(x)
+        D, accurate = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(
+            x, dim=-1, keepdim=True, dtype=accurate
+        )  # sqrt(D * mean(x^2))
+        scale = torch.hypot(size, size.new_tensor(math.sqrt(D * self.eps)))
+        return (x * (self.weight * math.sqrt(D)) / scale).to(x.dtype)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, size: int = 128) -> Tensor:
+    """Causal attention (B, N, H, E) of queries (B, N, H, E) to keys and values (B, G, N, E).
+
+    In plain products, `size` queries at a time with the keys up to the last of them: to train on a
+    CPU, compiled, this takes half as long as PyTorch's fused kernel and its gradient.
+    """
+    (B, N, H, E), G = q.shape, k.shape[1]
+    q, blocks = (q.transpose(1, 2) * E**-0.5).reshape(B, G, H // G, N, E), []
+    for start in range(0, N, size):
+        stop = min(start + size, N)
+        scores = q[:, :, :, start:stop].reshape(B, G, -1, E) @ k[:, :, :stop].transpose(2, 3)
+        ahead = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
+        scores = scores.view(B, G, -1, stop - start, stop).masked_fill(ahead, -math.inf)
+        weights = scores.softmax(-1).view(B, G, -1, stop)  # (B, G, H/G * n, stop)
+        blocks.append((weights @ v[:, :, :stop]).view(B, H, stop - start, E))
+    return torch.cat(blocks, 2).transpose(1, 2)

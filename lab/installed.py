@@ -1,0 +1,121 @@
+"""The largest text that is at hand: the Python of every package installed beside this one.
+
+Some 7,000 files, 140 million characters. Nothing is imported, no link is followed. Which of them
+are held out is decided here too, so that no copy of one is ever trained on.
+"""
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from checkpoints.files import write_whole
+from checkpoints.tokenizer import Tokenizer
+from checkpoints.vocabulary import from_folder, learn, to_files
+
+INSTALLED = "installed"  # the corpus of that name; its documents are site-packages/PACKAGE/...
+HELD_OUT = 28  # one document in so many is never trained on
+HELD_OUT_PACKAGES = ("mpmath", "networkx", "rich")  # nor is any file of these, whatever its hash
+VOCABULARY_SAMPLE = 8  # one of its documents in so many is read to learn the vocabulary
+
+
+def read_installed(documents: dict[str, str], site: Path) -> dict[str, str]:
+    """`documents`, name -> text, and those of the packages in the folder `site`.
+
+    Left out are tests, tables, what a program has written, and what has been read already. What is
+    held out is read first, so that its copies fall.
+    """
+    documents, found = dict(documents), {}
+    for file in sorted(site.rglob("*.py")):
+        name = Path("site-packages") / file.relative_to(site)
+        if not {"test", "tests"} & set(name.parts) and not file.is_symlink() and file.is_file():
+            found[name.as_posix()] = file
+    seen = {hash(line) for text in documents.values() for line in long_lines(text)}
+    for name in sorted(found, key=lambda name: (not is_held_out(name), name)):
+        try:
+            text = found[name].read_text("utf-8")
+        except UnicodeDecodeError:
+            continue
+        lines = {hash(line) for line in long_lines(text)}
+        # a vendored module, or one that differs from another in a few lines, teaches little
+        if len(lines - seen) > len(lines) / 2 and not is_table(text):
+            documents[name] = text
+            seen |= lines
+    return documents
+
+
+def long_lines(text: str) -> set[str]:
+    """The lines that say enough to recognise a copy by, without the white space around them."""
+    return {line for raw in text.splitlines() if len(line := raw.strip()) > 12}
+
+
+def is_table(text: str) -> bool:
+    """Whether a module is a table or the output of a program, not something a person has written.
+
+    So it is if under 65 % of its visible characters are letters (numbers, escapes, columns of
+    codes), if a line has over 400 characters, or if its beginning says that it was generated.
+    """
+    letters, visible = sum(map(str.isalpha, text)), len(text) - sum(map(str.isspace, text))
+    widest = max(map(len, text.splitlines()), default=0)
+    generated = re.search(r"(?i)generated (?:by|from|file|code)|do not edit", text[:1000])
+    return letters < 0.65 * visible or widest > 400 or generated is not None
+
+
+def installed_tokens(
+    args, tokenizer: Tokenizer | None, read: Callable, encode_split: Callable, rank: int, world: int
+) -> tuple[Tokenizer, Tensor, Tensor]:
+    """The tokenizer, learned unless given, and tokens (T,) to train on and held out.
+
+    They are kept in DIR/corpus, so that a resumed run starts at once and with the same text,
+    whatever has been installed since. Raises ValueError if those kept are of another vocabulary.
+    """
+    folder = args.out / "corpus"
+    file = folder / "tokens.safetensors"
+    kind = json.dumps({"model": args.model, "vocab": None if tokenizer else args.vocab})
+    if rank == 0 and not file.exists():
+        documents = read(INSTALLED)
+        if tokenizer is None:
+            names = [n for n in documents if not is_held_out(n)]
+            names = [n for n in names if digest(n) % VOCABULARY_SAMPLE == 1]
+            tokenizer = learn([documents[n] for n in names], args.vocab)
+        text, held = encode_split(tokenizer, documents)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in to_files(tokenizer, tokenizer.n_vocab).items():
+            write_whole(folder / name, functools.partial(_write, content))
+        tensors = {"text": text, "held": held}
+        write_whole(file, lambda to: save_file(tensors, to, metadata={"kind": kind}))
+    if world > 1:
+        dist.barrier()
+    with safe_open(file, "pt") as saved:
+        if (was := saved.metadata()["kind"]) != kind:
+            said = "another --out reads the text afresh"
+            raise ValueError(f"{folder} was made for {was}, asked is {kind}: {said}")
+        text, held = saved.get_tensor("text"), saved.get_tensor("held")
+    tokenizer = tokenizer or from_folder(folder, {}, args.vocab)
+    assert tokenizer is not None  # written above
+    return tokenizer, text, held
+
+
+def _write(content: str, to: Path) -> None:
+    to.write_text(content, "utf-8")
+
+
+def digest(name: str) -> int:
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
+
+
+def is_held_out(name: str) -> bool:
+    """By a hash of the name: the same file stays held out when others come and go.
+
+    A few packages are as a whole.
+    """
+    if name.startswith("site-packages/") and Path(name).parts[1] in HELD_OUT_PACKAGES:
+        return True
+    return digest(name) % HELD_OUT == 0

@@ -1,0 +1,170 @@
+"""Prompts: the ids that transformers gives a text and a conversation, for each family, from folders and GGUF files."""
+
+import json
+
+import pytest
+from conftest import random_model
+from hypothesis import given
+from hypothesis import strategies as st
+from test_gguf import SHAPE, write_gguf
+from texts import FAMILIES, HOSTILE, PROSE, TRICKY, family, sentencepiece, write_family
+
+from checkpoints import load, save, vocabulary
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("family")
+    theirs = write_family(request.param, folder)
+    return vocabulary.from_folder(folder, {}, 400), theirs
+
+
+def conversation(theirs, turns):
+    messages = [
+        dict(role=["user", "assistant"][k % 2], content=turn) for k, turn in enumerate(turns)
+    ]
+    return theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def test_ids_of_a_text_are_transformers(pair):
+    ours, theirs = pair
+    for text in [PROSE, *HOSTILE]:
+        assert ours.encode(text) == theirs(text).input_ids, repr(text)
+        assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text)), repr(text)
+
+
+@given(TRICKY)
+def test_ids_of_any_text_are_transformers(pair, text):
+    ours, theirs = pair
+    if not any(token in text for token in theirs.added_tokens_encoder):
+        assert ours.encode(text) == theirs(text).input_ids
+
+
+def test_ids_of_a_conversation_are_transformers(pair):
+    ours, theirs = pair
+    for text in [PROSE, *HOSTILE]:
+        for turns in ([text], [text, "Yes.", f"a {text} b"], ["a", text, "b"]):
+            if ours.template is None:
+                assert ours.chat(turns) == theirs("\n".join(turns)).input_ids
+            else:
+                assert ours.chat(turns) == conversation(theirs, turns), repr(turns)
+
+
+@given(st.lists(TRICKY, min_size=3, max_size=3), st.booleans())
+def test_ids_of_any_conversation_are_transformers(pair, turns, long):
+    ours, theirs = pair
+    turns = turns if long else turns[:1]
+    if ours.template is not None and not any(
+        t in "".join(turns) for t in theirs.added_tokens_encoder
+    ):
+        assert ours.chat(turns) == conversation(theirs, turns)
+
+
+@given(TRICKY, TRICKY, st.data())
+def test_a_turn_cannot_forge(pair, before, after, data):
+    """Whatever a turn spells, the conversation has the special tokens of a harmless one, and theirs more."""
+    ours, theirs = pair
+    token = data.draw(st.sampled_from(sorted(ours.special)))
+    unknown = theirs.unk_token_id
+    count = lambda ids: sum(id in ours.special.values() and id != unknown for id in ids)  # noqa: E731
+    turns = [before + token + after, "yes", token]
+    assert count(ours.chat(turns)) == count(ours.chat(["a", "yes", "b"]))
+    assert count(ours.encode(turns[0])) == len(ours.bos)
+    if ours.template is not None and token != theirs.unk_token:
+        assert count(conversation(theirs, turns)) > count(ours.chat(turns))
+
+
+def test_a_train_of_thought_is_cut_as_the_template_cuts_it(tmp_path):
+    theirs = write_family("deepseek", tmp_path)
+    ours = vocabulary.from_folder(tmp_path, {}, 400)
+    turns = ["a", "<think>\nhm, <tool>\n</think>\n\nYes.", "b"]
+    assert ours.chat(turns) == conversation(theirs, turns)
+    assert ours.chat(["<｜User｜>"]) != conversation(
+        theirs, ["<｜User｜>"]
+    )  # not marked special, and yet no turn's
+
+
+def test_every_token_is_spelled(pair):
+    """The bytes of the tokens are the bytes of the text, but for the blank that sentencepiece puts first."""
+    ours, _ = pair
+    for text in [PROSE, *HOSTILE]:
+        ids = ours.encode(text)[len(ours.bos) :]
+        assert b"".join(map(ours.spell, ids)).decode().replace("▁", " ") in (
+            text.replace("▁", " "), " " + text.replace("▁", " ")
+        )  # fmt: skip
+    assert (
+        ours.decode([ours.n_vocab, 10**6]) == ""
+        and ours.spell(ours.n_vocab) == ours.spell(10**9) == b""
+    )
+
+
+def test_save_keeps_ids_and_transformers_reads_it(pair, tmp_path):
+    import transformers
+
+    ours, theirs = pair
+    save(random_model(vocab_size=400), ours, tmp_path)
+    again = load(tmp_path, "cpu")[1]
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [PROSE, *HOSTILE]:
+        assert ours.encode(text) == again.encode(text) == read(text).input_ids
+        assert ours.chat([text]) == again.chat([text])
+    assert again.stop == ours.stop and again.special == ours.special
+
+
+def as_gguf(path, name):
+    """The family as llama.cpp's converter would write it into a GGUF file."""
+    theirs, settings = family(name)
+    size = theirs.get_vocab_size()
+    tokens = [theirs.id_to_token(i) for i in range(size)]
+    added = theirs.get_added_tokens_decoder()
+    types = [(3 if added[i].special else 4) if i in added else 1 for i in range(size)]
+    keys = {
+        "tokens": tokens,
+        "token_type": types,
+        "bos_token_id": theirs.token_to_id(settings["bos_token"]),
+    }
+    keys["eos_token_id"] = theirs.token_to_id(settings["eos_token"])
+    if name in ("tinyllama", "inst", "llama-2"):
+        scores = sentencepiece()[1]
+        keys |= {
+            "model": "llama",
+            "scores": [scores.get(token, 0.0) for token in tokens],
+            "unknown_token_id": 0,
+        }
+        keys["token_type"] = [
+            2 if t == "<unk>" else 6 if t.startswith("<0x") else k for t, k in zip(tokens, types)
+        ]
+    else:
+        merges = json.loads(theirs.to_str())["model"]["merges"]
+        pre = {"chatml": "gpt-2", "smollm 1": "smollm", "smollm 2": "smollm"}.get(name, "llama-bpe")
+        keys |= {"model": "gpt2", "pre": pre, "merges": [" ".join(m) for m in merges]}
+        keys["add_bos_token"] = name in ("llama-3", "llama-3 base", "deepseek", "chatml")
+    keys = [(f"tokenizer.ggml.{key}", value) for key, value in keys.items()]
+    if settings["chat_template"]:
+        keys.append(("tokenizer.chat_template", settings["chat_template"]))
+    return write_gguf(path, random_model(**SHAPE, vocab_size=size).float(), keys=keys)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama-2 first"])
+def test_gguf_gives_the_ids_of_the_folder(name, tmp_path):
+    theirs = write_family(name, tmp_path)
+    folder = vocabulary.from_folder(tmp_path, {}, 400)
+    _, ours = load(as_gguf(tmp_path / "m.gguf", name), "cpu")
+    assert type(ours.engine).__name__ == (
+        "Library" if "inst" in name or "llama" in name and "3" not in name else "Tiktoken"
+    )
+    for text in [PROSE, *HOSTILE, "a<tool>b", *ours.special]:
+        assert ours.encode(text) == folder.encode(text), repr(text)
+        for turns in ([text], ["a", text, "b"]):
+            assert ours.chat(turns) == folder.chat(turns)
+        assert ours.decode(ours.encode(text)) == theirs.decode(ours.encode(text))
+        assert all(ours.spell(id) == folder.spell(id) for id in ours.encode(text))
+    assert ours.stop == (theirs.eos_token_id,) and ours.prompt == folder.prompt
+    save(random_model(vocab_size=400), ours, tmp_path / "again")
+    again, read = (
+        load(tmp_path / "again", "cpu")[1],
+        type(theirs).from_pretrained(tmp_path / "again"),
+    )
+    for text in [PROSE, *HOSTILE]:
+        assert again.encode(text) == read(text).input_ids == ours.encode(text)
+    assert again.chat([PROSE]) == ours.chat([PROSE])
