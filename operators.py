@@ -22,6 +22,7 @@ from torch import Tensor
 
 ROWS = 4  # the fewest rows that MKL multiplies as it does many
 SMALL = 2**18  # weights in float32; below, transposed is faster than packed
+NARROW = 16  # outputs; with fewer, transposed gives a row other bits in another place
 LONGEST = 1024  # terms in a sum that oneDNN does not cut
 
 
@@ -48,11 +49,14 @@ class Linear(nn.Linear):
 
         keep: someone else reads the plain weight too, which otherwise is let go.
         """
+        if self.packed:
+            return True
         weight = self.weight.detach()
         if weight.is_cuda or weight.dtype not in (torch.float32, torch.bfloat16):
             return True
         if weight.dtype == torch.float32 and weight.numel() < SMALL:
-            self.weight.data = weight.t().contiguous().t()
+            if len(weight) >= NARROW:
+                self.weight.data = weight.t().contiguous().t()
             return False
         if not can_pack(weight.dtype):
             return weight.dtype != torch.float32

@@ -167,12 +167,12 @@ def _config_from_hf(c: dict) -> Config:
                 f"{key} {got!r} is not supported"
                 + (f", only {value!r}" if value is not None else "")
             )
-    if kind not in ("default", "operators", "llama3"):
+    if kind not in ("default", "linear", "llama3"):
         raise ValueError(
             f"RoPE scaling {kind!r} is not supported, only 'default', 'linear' and 'llama3'"
         )
     context = c.get("max_position_embeddings", 2048)
-    scaling = linear(need(rope, "factor"), context) if kind == "operators" else None
+    scaling = linear(need(rope, "factor"), context) if kind == "linear" else None
     if kind == "llama3":
         keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         scaling = RopeScaling(*(need(rope, key) for key in keys))
@@ -197,7 +197,7 @@ def _config_to_hf(model: Llama, tokenizer: Tokenizer | None) -> dict:
     c, scaling = model.config, model.config.rope_scaling
     rope = None
     if scaling is not None and scaling == linear(scaling.factor, c.max_seq_len):
-        rope = {"rope_type": "operators", "factor": scaling.factor}
+        rope = {"rope_type": "linear", "factor": scaling.factor}
     elif scaling is not None:
         rope = {
             "rope_type": "llama3",

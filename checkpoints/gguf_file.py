@@ -195,7 +195,7 @@ def _linear_scaling(meta: dict, context: int) -> RopeScaling | None:
     kind = meta.get("llama.rope.scaling.type")
     if not keys or kind == "none":
         return None
-    if kind != "operators":
+    if kind != "linear":
         raise ValueError(
             f"RoPE scaling {kind or keys[0]!r} is not supported, only 'none' and 'linear'"
         )

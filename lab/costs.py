@@ -22,9 +22,9 @@ import hispec
 from faststep import WIDTH, FixedStep
 from hispec import generate, step
 from kvcache import KVCache, up_to_chunk
-from operators import Linear
 from lookup import look_up
 from model import Llama, RMSNorm
+from operators import Linear
 
 # positions in a timed pass, up to more than any ladder takes; others in between
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 20)

@@ -20,8 +20,8 @@ from torch import Tensor
 import checkpoints
 from checkpoints.files import write_whole
 from lab.corpus import WHOLE, held_rows
-from operators import Linear
 from model import ExitHead, Llama
+from operators import Linear
 
 DIVERGED = 2.0  # times the loss of uniform guessing
 

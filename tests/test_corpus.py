@@ -1,10 +1,15 @@
 """Text to train on: what is held out, what an epoch reads, what a model writes side by side."""
 
+from argparse import Namespace
+
+import pytest
 import torch
 from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
+from texts import PROSE, write_family
 
+from checkpoints.vocabulary import from_folder
 from hispec import generate
 from lab import corpus
 from lab.installed import INSTALLED, is_held_out
@@ -59,3 +64,29 @@ def test_installed_packages_without_tables_copies_and_links(site):
     held = {name for name in documents if is_held_out(name)}
     assert "site-packages/networkx/graph.py" in held and held & library.keys()
     assert not is_held_out("networkx/graph.py")  # such a folder of one's own is not that package
+
+
+@pytest.mark.parametrize(
+    "name, chats", [("llama-3", True), ("inst", True), ("llama-3 base", False), ("llama-2", False)]
+)
+def test_openings_are_the_templates(tmp_path, name, chats):
+    """A question is left to the model only where a template says what a user's turn is: BOS alone is no chat."""
+    write_family(name, tmp_path)
+    (words := tmp_path / "words").mkdir()
+    for i in range(60):
+        (words / f"part{i}.txt").write_text(PROSE, "utf-8")
+    tokenizer = from_folder(tmp_path, {"eos_token_id": 2}, 600)
+    model, args = random_model(vocab_size=600), Namespace(corpus=words)
+    openings, until = corpus.make_openings(
+        model, tokenizer, args, 1, torch.Generator().manual_seed(0)
+    )
+    framed, others = corpus.make_openings(
+        model, tokenizer, args, 4, torch.Generator().manual_seed(0)
+    )
+    assert until == (tokenizer.stop if chats else ()) and others == ()
+    before = tokenizer.chat(["a"])[: openings.shape[1]]
+    assert (openings.tolist()[0] == before) == chats
+    assert (
+        framed.shape[1] == len(tokenizer.chat(["a"])) + 11
+        and (framed[:, 0] == tokenizer.bos[0]).all()
+    )

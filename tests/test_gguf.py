@@ -136,7 +136,7 @@ GGUF_REFUSED = {
     "RoPE scaling 'yarn'": dict(
         keys=[("llama.rope.scaling.type", "yarn"), ("llama.rope.scaling.factor", 2.0)]
     ),
-    "llama.rope.scaling.factor is missing": dict(keys=[("llama.rope.scaling.type", "operators")]),
+    "llama.rope.scaling.factor is missing": dict(keys=[("llama.rope.scaling.type", "linear")]),
     "factor of linear RoPE scaling must be a number above 0, got 0.0": dict(
         keys=[("llama.rope.scale_linear", 0.0)]
     ),
@@ -256,9 +256,7 @@ def test_gguf_linear_rope_scaling(tmp_path, old):
     model = random_model(**SHAPE).float()
     keys = [("llama.rope.scale_linear", 4.0)] if old else []
     keys += (
-        []
-        if old
-        else [("llama.rope.scaling.type", "operators"), ("llama.rope.scaling.factor", 4.0)]
+        [] if old else [("llama.rope.scaling.type", "linear"), ("llama.rope.scaling.factor", 4.0)]
     )
     ours = load(write_gguf(tmp_path / "m.gguf", model, keys=keys), dtype=torch.float32)[0]
     plain = load(write_gguf(tmp_path / "plain.gguf", model), dtype=torch.float32)[0]

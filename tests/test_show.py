@@ -133,7 +133,9 @@ def test_the_command_says_what_is_wrong_in_one_line(show_command, arguments, mes
 def test_the_command_prints_as_ever_and_writes_the_page(show_command, tmp_path):
     run = show_command("def add(a, b):", "--max-new-tokens", "8", "--html", "a.html", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    text, statistics, last = run.stdout[:-1].rsplit("\n", 2)
+    how, text = run.stdout[:-1].split("\n", 1)
+    text, statistics, last = text.rsplit("\n", 2)
+    assert how == "prompt: plain text"
     assert statistics.startswith("8 tokens in") and last == "to play it back: a.html"
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
     trace = json.loads(Tags((tmp_path / "a.html").read_text("utf-8")).inside["script"][0])

@@ -7,18 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import module, random_model
 from safetensors import safe_open
-from texts import write_family
 
 import checkpoints
 import train_exits
-from checkpoints.vocabulary import from_folder
 from hispec import generate
 from lab.agreement import measure
 from lab.corpus import encode, held_rows, read_corpus, sample
@@ -381,26 +378,3 @@ def test_help_reads_as_documentation(capsys):
         train_exits.main(["--help"])
     said = capsys.readouterr().out
     assert "--freeze-trunk" in said and "LayerSkip" in said
-
-
-@pytest.mark.parametrize(
-    "name, chats", [("llama-3", True), ("inst", True), ("llama-3 base", False), ("llama-2", False)]
-)
-def test_openings_are_the_templates(tmp_path, corpus, name, chats):
-    """A question is left to the model only where a template says what a user's turn is: BOS alone is no chat."""
-    write_family(name, tmp_path)
-    tokenizer = from_folder(tmp_path, {"eos_token_id": 2}, 600)
-    model, args = random_model(vocab_size=600), Namespace(corpus=corpus)
-    openings, until = train_exits.make_openings(
-        model, tokenizer, args, 1, torch.Generator().manual_seed(0)
-    )
-    framed, others = train_exits.make_openings(
-        model, tokenizer, args, 4, torch.Generator().manual_seed(0)
-    )
-    assert until == (tokenizer.stop if chats else ()) and others == ()
-    before = tokenizer.chat(["a"])[: openings.shape[1]]
-    assert (openings.tolist()[0] == before) == chats
-    assert (
-        framed.shape[1] == len(tokenizer.chat(["a"])) + 11
-        and (framed[:, 0] == tokenizer.bos[0]).all()
-    )
