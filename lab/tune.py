@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from arguments import checked_ladder
 from checkpoints.files import write_whole
 from hispec import Generation
 from lab.costs import WIDTHS, Rungs, best_threads, measure_costs, replay, trace
@@ -190,6 +191,29 @@ def saved_ladders(header: dict, model: Llama) -> dict[str, dict]:
             )
         ladders[name] = {"exits": exits, "windows": windows, "thresholds": thresholds}
     return ladders
+
+
+def fastest_ladder(header: dict, model: Llama) -> tuple[dict, str] | None:
+    """Of all that `tune` found for this model, of any kind, the fastest; and where it was found.
+
+    What was found on this machine goes before what was found on others. None if nothing was kept
+    that fits the model.
+    """
+    kept, own = _read(), _key(header)
+    others = [key for key in kept if key.startswith(f"{header['model']}, ")]
+    for key in [own, *others]:
+        found = [x for x in kept.get(key, {}).values() if isinstance(x, dict) and "measured" in x]
+        if not found:
+            continue
+        best = max(found, key=lambda ladder: ladder["measured"])
+        ladder = {part: best[part] for part in ("exits", "windows", "thresholds")}
+        try:
+            checked_ladder(model.config.n_layers, *ladder.values())
+        except ValueError:
+            continue
+        where = "this machine" if key == own else key.split(" step, ")[-1]
+        return ladder, f"the fastest kept, {best['measured']:.2f}x greedy on {where}"
+    return None
 
 
 def save_ladders(header: dict, ladders: dict[str, dict]) -> None:
