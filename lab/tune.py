@@ -197,7 +197,7 @@ def fastest_ladder(header: dict, model: Llama) -> tuple[dict, str] | None:
     """Of all that `tune` found for this model, of any kind, the fastest; and where it was found.
 
     What was found on this machine goes before what was found on others. None if nothing was kept
-    that fits the model.
+    that fits the model. Raises ValueError if the file is damaged.
     """
     kept, own = _read(), _key(header)
     others = [key for key in kept if key.startswith(f"{header['model']}, ")]
@@ -205,12 +205,12 @@ def fastest_ladder(header: dict, model: Llama) -> tuple[dict, str] | None:
         found = [x for x in kept.get(key, {}).values() if isinstance(x, dict) and "measured" in x]
         if not found:
             continue
-        best = max(found, key=lambda ladder: ladder["measured"])
-        ladder = {part: best[part] for part in ("exits", "windows", "thresholds")}
         try:
+            best = max(found, key=lambda ladder: ladder["measured"])
+            ladder = {part: best[part] for part in ("exits", "windows", "thresholds")}
             checked_ladder(model.config.n_layers, *ladder.values())
-        except ValueError:
-            continue
+        except (KeyError, TypeError, ValueError):
+            continue  # `saved_ladders` says what is wrong with it
         where = "this machine" if key == own else key.split(" step, ")[-1]
         return ladder, f"the fastest kept, {best['measured']:.2f}x greedy on {where}"
     return None

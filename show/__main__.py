@@ -6,7 +6,7 @@ through, in red, where they stood, with the level that rejected them behind. The
 full model settles it; --pause waits for Enter before each of its verifications. Without a terminal,
 or with NO_COLOR set, the plain text is printed. --html also writes a web page that plays it back.
 
-The ladder is the fastest that `python bench.py --tune` kept for the model, or else two of its exits.
+The ladder is the fastest that `python bench.py --tune` kept for the model, or two of its exits.
 """
 
 import argparse
@@ -101,7 +101,9 @@ def parse_arguments() -> argparse.Namespace:
     models = "tiny, smollm2, a Hugging Face Llama folder, or a .gguf file"
     add("--model", default="tiny", help=models)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default 64)")
-    own = "the ladder's, 0 for a look-up; default: of the fastest ladder kept, or two of the model's"
+    own = (
+        "the ladder's, 0 for a look-up; default: of the fastest ladder kept, or two of the model's"
+    )
     add("--exits", type=int, nargs="*", metavar="E", help=own)
     each = "tokens gathered at each exit; default: the kept ladder's, or 2, 4, 8, ..."
     add("--windows", type=int, nargs="*", metavar="W", help=each)

@@ -3,15 +3,15 @@
 "use strict";
 const SURE = 1 - 1e-6;  // at 1 the sums below would be 0 / 0
 const LONGEST = { nd: Math.max(12, trace.point?.nd ?? 0), ni: Math.max(24, trace.point?.ni ?? 0) };
-const PAPER = { alpha: 0.8, beta: 0.9, d: 1 / 8, i: 1 / 4, f: 1 - 1 / 4, nd: 2, ni: 4 };  // its exits and windows
+const PAPER = { alpha: 0.8, beta: 0.9, d: 1 / 8, i: 1 / 4, f: 1, nd: 2, ni: 4 };  // its exits and windows
 const KNOBS = {  // name: [sign, meaning, least, most, step]
-  alpha: ["α", "draft and intermediate agree", 0, 1, 0.01],
-  beta: ["β", "intermediate and full agree", 0, 1, 0.01],
-  d: ["d", "cost of a draft step", 0, 1, 0.005],
-  i: ["i", "cost of an intermediate step", 0, 1, 0.005],
-  f: ["f", "cost of a full verification", 0.05, 3, 0.01],
+  alpha: ["α", "draft, intermediate agree", 0, 1, 0.01],
+  beta: ["β", "intermediate, full agree", 0, 1, 0.01],
+  d: ["d", "a draft step", 0, 1, 0.005],
+  i: ["i", "an intermediate step", 0, 1, 0.005],
+  f: ["f", "a full verification", 0.05, 3, 0.01],
   nd: ["N_d", "drafts a round", 1, LONGEST.nd, 1],
-  ni: ["N_i", "tokens for a verification", 1, LONGEST.ni, 1],
+  ni: ["N_i", "tokens a verification", 1, LONGEST.ni, 1],
 };
 const CELLS = 20;  // of the map of rates, each way
 
@@ -31,11 +31,11 @@ function hispec({ alpha, beta, d, i, f, nd, ni }) {
 }
 
 /** One exit with its best window: the draft exit or the intermediate, whichever gains more. */
-function single({ alpha, beta, d, i }) {
+function single({ alpha, beta, d, i, f }) {
   let best = { gain: 0 };
   for (const [exit, rate, cost] of [["draft exit", alpha * beta, d], ["intermediate", beta, i]]) {
     for (let k = 1; k < LONGEST.nd + LONGEST.ni; k++) {
-      const tokens = geometric(rate, k), gain = tokens / (k * cost + 1);
+      const tokens = geometric(rate, k), gain = tokens / (k * cost + f);
       if (gain > best.gain) best = { exit, window: k, tokens, gain };
     }
   }
@@ -53,11 +53,13 @@ function bestWindows(at) {
   return best;
 }
 
+const digits = (name, value) => +value.toFixed(name === "d" || name === "i" ? 3 : 2);
 let at = { ...(trace.point ?? PAPER) };  // where the sliders stand, or exactly where the run was
 const inputs = Object.fromEntries(Object.entries(KNOBS).map(([name, [sign, meaning, least, most, step]]) => {
-  const knob = make($("knobs"), "label", "knob"), here = trace.point && `, here ${+trace.point[name].toFixed(3)}`;
-  make(knob, "span", "", `${sign}: ${meaning}${here ?? ""}`);
+  const knob = make($("knobs"), "label", "knob");
+  make(knob, "span", "", `${sign}: ${meaning}`);
   const input = make(knob, "input"), output = make(knob, "output");
+  if (trace.point) make(knob, "small", "", `run ${digits(name, trace.point[name])}`);
   Object.assign(input, { type: "range", min: least, max: Math.max(most, trace.point?.[name] ?? 0), step, id: name });
   input.oninput = () => set({ [name]: input.valueAsNumber });
   return [name, { input, output }];
@@ -74,19 +76,19 @@ function grid(id, across, up, values) {  // a map, drawn once: its cells, and wh
 const rates = grid("rates", CELLS, CELLS, (x, y) => ({ alpha: (x + 0.5) / CELLS, beta: (y + 0.5) / CELLS }));
 const windows = grid("windows", LONGEST.nd, LONGEST.ni, (x, y) => ({ nd: x + 1, ni: y + 1 }));
 $("longest").textContent = LONGEST.nd;
-$("upwards").textContent = `Upwards: N_i, tokens for a verification, 1 to ${LONGEST.ni}.`;
+$("upwards").textContent = `Upwards: N_i, tokens a verification, 1 to ${LONGEST.ni}.`;
 
 function mark(id, sign, x, y) {  // by shares of the map's width and height
   const sheet = make($(id), "b", "", sign);
   Object.assign(sheet.style, { left: `${100 * x}%`, bottom: `${100 * y}%`, marginBottom: "-.7em" });
 }
 
-function colour({ cell, where }) {
-  const { gain } = hispec({ ...at, ...where }), much = gain < 1 ? -Math.log2(gain) : Math.log2(gain) / 2;
+function colour({ cell, where }, gain, top) {  // the strongest colour: a gain of top, or a loss by half
+  const much = gain < 1 ? -Math.log2(gain) : ((gain - 1) / (top - 1)) ** ("nd" in where ? 2 : 0.8);
   cell.className = gain < 1 ? "loses" : "";
   cell.style.setProperty("--tone", gain < 1 ? "var(--loss)" : "var(--gain)");
   cell.style.setProperty("--much", Math.min(100, Math.round(100 * much)));
-  const said = Object.entries(where).map(([name, value]) => `${KNOBS[name][0]} ${+value.toFixed(3)}`);
+  const said = Object.entries(where).map(([name, value]) => `${KNOBS[name][0]} ${digits(name, value)}`);
   cell.title = `${said.join(", ")}: ${gain.toFixed(2)}x`;
 }
 
@@ -94,11 +96,14 @@ function set(change) {
   at = { ...at, ...change };
   for (const [name, { input, output }] of Object.entries(inputs)) {
     input.value = at[name];
-    output.textContent = +at[name].toFixed(name === "d" || name === "i" ? 3 : 2);
+    output.textContent = digits(name, at[name]);
   }
   const best = bestWindows(at), one = single(at), these = hispec(at);
   for (const id of ["rates", "windows"]) for (const old of $(id).querySelectorAll("b")) old.remove();
-  [...rates, ...windows].forEach(colour);
+  for (const map of [rates, windows]) {
+    const gains = map.map(({ where }) => hispec({ ...at, ...where }).gain), top = Math.max(1.01, ...gains);
+    map.forEach((item, n) => colour(item, gains[n], top));
+  }
   const middle = (n, all) => (n - 0.5) / all;
   const points = [["○", at], ...(trace.point ? [["◆", trace.point]] : [])];
   for (const [sign, { alpha, beta, nd, ni }] of points) {

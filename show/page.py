@@ -28,8 +28,8 @@ def trace(
 
     model: its name. question: what was asked; prompt: the token ids made of it. depths: the exits
     and the full depth. events: all that `watch` was told; alone: the same of the full model without
-    a ladder. spell: a token id to its bytes. sampled: at a temperature above 0, where the full model
-    alone writes another text.
+    a ladder. spell: a token id to its bytes. sampled: at a temperature above 0, where that is
+    another text.
     """
     steps = with_look_ups(events, depths)
     shown = Pieces(len(prompt), spell)
@@ -107,7 +107,7 @@ def after(event: Event, held: list[int]) -> list[int]:
 
 
 def speed_up(events: Sequence[Event], alone: Sequence[Event]) -> float | None:
-    """Tokens a second over the full model's alone, both after their first token; None: no second."""
+    """Tokens a second over the full model's alone, after the first of each; None: no second."""
     if len(alone) < 2 or not events:
         return None
     written = events[-1].base + len(events[-1].text) - events[0].base

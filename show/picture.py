@@ -1,7 +1,7 @@
 """Photograph a page in a real browser, light and dark: python -m show.picture PAGE --out DIR
 
 PAGE is what `python -m show "a prompt" --html PAGE` wrote. DIR/page-light.png and DIR/page-dark.png
-show its first tab after one of its events; --hash cost shows the cost model instead.
+show its run after one of its events, or with --at formula its cost model.
 """
 
 import argparse
@@ -14,8 +14,9 @@ from lab.commands import Parser, command, must_take_files
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--hide-scrollbars", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
 )  # fmt: skip
 SCHEMES = {"dark": 0, "light": 1}  # as the browser counts them
 
@@ -45,7 +46,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for scheme in ("light", "dark"):
         picture = args.out / f"page-{scheme}.png"
-        address = f"{args.page.resolve(strict=True).as_uri()}#{args.hash}"
+        address = f"{args.page.resolve(strict=True).as_uri()}#{args.at}"
         run = browse(address, scheme, args.size, f"--screenshot={picture.resolve()}")
         if run.returncode or not picture.exists():
             raise ValueError(f"the browser failed: {run.stderr.strip()[-300:]}")
@@ -55,8 +56,8 @@ def main() -> None:
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("page", type=Path, help="the page to photograph")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to")
-    parser.add_argument("--hash", default="cost", help="an event's number, or cost (default)")
-    parser.add_argument("--size", default="1200,900", metavar="W,H", help="default 1200,900")
+    parser.add_argument("--at", default="formula", help="an event's number, or formula (default)")
+    parser.add_argument("--size", default="1200,980", metavar="W,H", help="default 1200,980")
     return parser.parse_args()
 
 

@@ -80,7 +80,7 @@ const ladder = lane("ladder", events.map(event => event.seconds), events.map(eve
 ladder.blocks.forEach((block, i) => { block.onclick = () => seek(i + 1); });
 const axis = track($("race"), "").line;
 axis.id = "axis";
-const power = 10 ** Math.floor(Math.log10(clock)), spacing = power * [.1, .2, .5, 1].find(s => clock / power / s <= 8);
+const power = 10 ** Math.floor(Math.log10(clock)), spacing = power * [.1, .2, .5, 1, 2].find(s => clock / power / s <= 8);
 for (let i = 0; i * spacing < clock; i++) {
   span(make(axis, "span", "", `${Math.round(1e3 * i * spacing)}${i ? "" : " ms"}`), i * spacing, i * spacing, clock);
 }
@@ -159,9 +159,9 @@ function race(at, written, settled) {  // both lanes at one moment
   for (const row of [greedy, ladder]) span(row.now, at, at, clock).style.width = "";
   greedy.said.textContent = `${written} token${written === 1 ? "" : "s"}`;
   ladder.said.textContent = `${settled} token${settled === 1 ? "" : "s"}`;
-  const ratio = now === events.length && trace.speed_up ? `, ${trace.speed_up.toFixed(2)}x after the first` : "";
-  $("race").ariaLabel = `after ${Math.round(1e3 * at)} ms ${alone.name} has written ${greedy.said.textContent}, ` +
-    `the ladder has settled ${settled}${ratio}`;
+  const ratio = now === events.length && trace.speed_up ? `: ${trace.speed_up.toFixed(2)}x as fast after the first token` : "";
+  $("race").ariaLabel = `After ${Math.round(1e3 * at)} ms ${alone.name} has written ${greedy.said.textContent}, ` +
+    `the ladder has settled ${settled}${ratio}.`;
   $("ratio").textContent = $("race").ariaLabel;
 }
 
@@ -233,7 +233,7 @@ document.addEventListener("keydown", event => {
   key === " " ? toggle() : seek(moves[key]);
 });
 function open() {  // what the address says: an event, or the cost model
-  const cost = location.hash === "#cost";
+  const cost = location.hash === "#formula";
   turn(cost ? "cost" : "run");
   if (cost) play(false); else seek(parseInt(location.hash.slice(1)) || 0);
 }
@@ -244,7 +244,7 @@ $("cost-tab").onclick = () => {
   play(false);
   turn("cost");
   clearTimeout(linking);
-  history.replaceState(null, "", "#cost");
+  history.replaceState(null, "", "#formula");
 };
 $("play").onclick = toggle;
 $("theme").onclick = () => wear($("theme").dataset.other);

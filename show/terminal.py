@@ -1,4 +1,4 @@
-"""A generation as coloured text, a piece for each verification by the full model, and its numbers."""
+"""A generation as coloured text, a piece for each full verification, and its numbers."""
 
 import codecs
 from collections.abc import Callable
