@@ -1,7 +1,8 @@
 """Photograph a page in a real browser, light and dark: python -m show.picture PAGE --out DIR
 
 PAGE is what `python -m show "a prompt" --html PAGE` wrote. DIR/page-light.png and DIR/page-dark.png
-show its run after one of its events, or with --at formula its cost model.
+show its run after one of its events, or with --at formula its cost model. Needs a browser, and
+Pillow, which comes with matplotlib.
 """
 
 import argparse
@@ -9,6 +10,8 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+
+from PIL import Image
 
 from lab.commands import Parser, command, must_take_files
 
@@ -50,6 +53,7 @@ def main() -> None:
         run = browse(address, scheme, args.size, f"--screenshot={picture.resolve()}")
         if run.returncode or not picture.exists():
             raise ValueError(f"the browser failed: {run.stderr.strip()[-300:]}")
+        Image.open(picture).quantize(128).save(picture, optimize=True)  # a third of the bytes
         print(picture)
 
 

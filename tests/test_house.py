@@ -24,7 +24,7 @@ BELOW: dict[str, set[str]] = {
     "faststep": {"model", "kvcache"},
     "checkpoints": {"model"},
     "lab": {"model", "kvcache", "hispec", "arguments", "lookup", "faststep", "checkpoints"},
-    "show": {"model", "hispec", "checkpoints", "lab"},
+    "show": {"model", "arguments", "hispec", "checkpoints", "lab"},
 }
 BELOW["train_exits"] = {"model", "checkpoints", "lab"}
 BELOW["bench"] = BELOW["lab"] | {"lab"}
