@@ -1,4 +1,4 @@
-"""The draft that costs no layer: what followed where the text's end stood before (prompt lookup)."""
+"""The draft that costs no layer: what followed the text's end before (prompt lookup)."""
 
 from collections.abc import Sequence
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from arguments import checked_ladder
 from checkpoints.files import write_whole
 from hispec import Generation
 from lab.costs import WIDTHS, Rungs, best_threads, measure_costs, replay, trace
@@ -190,6 +191,31 @@ def saved_ladders(header: dict, model: Llama) -> dict[str, dict]:
             )
         ladders[name] = {"exits": exits, "windows": windows, "thresholds": thresholds}
     return ladders
+
+
+def kept_ladder(header: dict, model: Llama) -> tuple[dict, str] | None:
+    """HiSpec's ladder that `tune` found, or the fastest of any kind if that loses; and where.
+
+    What was found on this machine goes before what was found on others. None if nothing was kept
+    that fits the model. Raises ValueError if the file is damaged.
+    """
+    kept, own = _read(), _key(header)
+    others = [key for key in kept if key.startswith(f"{header['model']}, ")]
+    for key in [own, *others]:
+        found = [x for x in kept.get(key, {}).values() if isinstance(x, dict) and "measured" in x]
+        if not found:
+            continue
+        try:
+            best = kept[key].get("hispec", {})
+            if best.get("measured", 0) < 1:
+                best = max(found, key=lambda ladder: ladder["measured"])
+            ladder = {part: best[part] for part in ("exits", "windows", "thresholds")}
+            checked_ladder(model.config.n_layers, *ladder.values())
+        except (KeyError, TypeError, ValueError):
+            continue  # `saved_ladders` says what is wrong with it
+        where = "this machine" if key == own else key.split(" step, ")[-1]
+        return ladder, f"kept by tuning, {best['measured']:.2f}x greedy on {where}"
+    return None
 
 
 def save_ladders(header: dict, ladders: dict[str, dict]) -> None:

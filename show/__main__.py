@@ -2,25 +2,33 @@
 
 Each token has the colour of the level that wrote it: a draft that every deeper level accepted, the
 correction or bonus of a level in between, the full model's own. Drafts that fell are struck
-through, in red, where they stood. The text appears as the full model settles it; --pause waits for
-Enter before each of its verifications. Without a terminal, or with NO_COLOR set, the plain text is
-printed. --html also writes a web page that plays it back.
+through, in red, where they stood, with the level that rejected them behind. The text appears as the
+full model settles it; --pause waits for Enter before each of its verifications. Without a terminal,
+or with NO_COLOR set, the plain text is printed. --html also writes a web page that plays it back.
+
+The ladder is the fastest that `python bench.py --tune` kept for the model, or two of its exits.
 """
 
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from arguments import Event, checked
 from checkpoints import load
 from checkpoints.files import describe, must_be_writable
-from hispec import Event, generate
+from hispec import generate
 from lab.commands import Parser, check_exits, command
-from lab.tune import default_exits, kept_threads
+from lab.report import ladder_text
+from lab.tune import default_exits, kept_ladder, kept_threads
+from model import Config, Llama
 from show import page
-from show.terminal import PLAIN, Painter, statistics
+from show.terminal import DIM, PLAIN, Painter, statistics
+
+FIRST = 16  # tokens by which the full model's speed without a ladder is measured
 
 
 def main() -> None:
@@ -28,16 +36,27 @@ def main() -> None:
     model, tokenizer = load(args.model)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompt is text")
-    exits = default_exits(model)[:2] if args.exits is None else tuple(args.exits)
-    check_exits(exits, 0, model.config.n_layers)  # again, now that the depth is known
-    doubling = [2 ** (k + 1) for k in range(len(exits))]
-    windows = doubling if args.windows is None else args.windows
     weight = model.embed.weight
+    header = {"step": "plain", **describe(args.model, weight.device, weight.dtype)}
+    ladder, why = choose(args.exits, args.windows, model, header)
+    if args.chat == "never":
+        tokenizer.template = None
+    prompt = tokenizer.chat([args.prompt])
+    run = partial(
+        generate, model, prompt, stop=tokenizer.stop, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, seed=args.seed,
+    )  # fmt: skip
     if not weight.is_cuda:
-        header = {"step": "plain", **describe(args.model, weight.device, weight.dtype)}
         torch.set_num_threads(kept_threads(header, model))
+    print("prompt:", tokenizer.prompt)
+    print(f"ladder: {ladder_text(ladder) or 'none'}, {why}")
+    run(2, **ladder)  # the first passes of a process are slower than all that follow
 
-    painter, events = Painter(exits, tokenizer.spell), []
+    painter, events = Painter(tuple(ladder["exits"]), tokenizer.spell), []
+    if coloured():
+        print(painter.legend())
+        follows = tokenizer.decode(prompt).endswith(args.prompt)  # no chat format stands between
+        print(DIM + args.prompt + PLAIN, end="" if follows else "\n", flush=True)
 
     def watch(event: Event) -> None:
         events.append(event)
@@ -48,25 +67,33 @@ def main() -> None:
             input()
         print(piece, end="", flush=True)
 
-    if coloured():
-        print(painter.legend())
-    if args.chat == "never":
-        tokenizer.template = None
-    prompt = tokenizer.chat([args.prompt])
-    print("prompt:", tokenizer.prompt)
-    out = generate(
-        model, prompt, args.max_new_tokens, exits=exits, windows=windows, seed=args.seed,
-        temperature=args.temperature, stop=tokenizer.stop,
-        watch=watch if coloured() or args.html else None,
-    )  # fmt: skip
+    out = run(args.max_new_tokens, **ladder, watch=watch if coloured() or args.html else None)
     rest = painter.characters.decode(b"", final=True)
     print(rest if coloured() else tokenizer.decode(out.tokens))
-    print(statistics(out))
+    greedy: list[Event] = []
+    tokens = args.max_new_tokens if args.html else min(FIRST, args.max_new_tokens)
+    alone = run(tokens, watch=greedy.append if args.html else None)
+    sampled = args.temperature > 0
+    print("\n".join(statistics(out, alone, "plain" if sampled else "greedy")))
     if args.html:
-        depths = (*exits, model.config.n_layers)
-        trace = page.trace(args.model, args.prompt, prompt, depths, events, tokenizer.decode)
+        depths = (*ladder["exits"], model.config.n_layers)
+        trace = page.trace(
+            args.model, args.prompt, prompt, depths, ladder["windows"], events, greedy,
+            tokenizer.spell, sampled,
+        )  # fmt: skip
         page.write(args.html, trace)
         print(f"to play it back: {args.html}")
+
+
+def choose(exits, windows, model: Llama, header: dict) -> tuple[dict, str]:
+    """The ladder that was asked for, or the one tuning kept, or two of the model's exits; and why."""
+    if exits is None and windows is None and (kept := kept_ladder(header, model)):
+        return kept
+    why = "as asked" if exits is not None else "the model's own exits"
+    exits = default_exits(model)[:2] if exits is None else tuple(exits)
+    check_exits(exits, 0, model.config.n_layers)  # again, now that the depth is known
+    windows = windows or [2 ** (k + 1) for k in range(len(exits))]
+    return {"exits": exits, "windows": windows, "thresholds": ()}, why
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,20 +106,33 @@ def parse_arguments() -> argparse.Namespace:
     plain = "never: plain text, whatever the model"
     add("--chat", choices=["auto", "never"], default="auto", help=plain)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default 64)")
-    own = "the ladder's, 0 for a look-up; default: two of the model's"
+    own = "the ladder's, 0 for a look-up; default: of the ladder that tuning kept, or two of the model's"
     add("--exits", type=int, nargs="*", metavar="E", help=own)
-    each = "tokens gathered at each exit; default: 2, 4, 8, ..."
+    each = "tokens gathered at each exit; default: the kept ladder's, or 2, 4, 8, ..."
     add("--windows", type=int, nargs="*", metavar="W", help=each)
     likeliest = "0 (default): the likeliest token"
     add("--temperature", type=float, default=0.0, metavar="T", help=likeliest)
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: all)")
+    fewest = "sample from the fewest that hold P of the probability (default 1)"
+    add("--top-p", type=float, default=1.0, metavar="P", help=fewest)
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
     pause = "wait for Enter before each verification by the full model"
     add("--pause", action="store_true", help=pause)
     back = "also write a web page that plays the generation back"
     add("--html", type=Path, metavar="FILE", help=back)
     args = parser.parse_args()
-    if args.exits is not None:
-        check_exits(args.exits, 0)
+    if args.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
+    exits = args.exits
+    if exits is not None:
+        check_exits(exits, 0)
+    elif args.windows is not None:  # two exits, though not yet known which
+        exits = (0, 1)
+    windows = [1] * len(exits or ()) if args.windows is None else args.windows
+    # as `generate` will check them, for a model of which nothing is known but that it is deep
+    deep = Config(1, 2, max(exits or (0,)) + 1, 1, 1, 1, max_seq_len=args.max_new_tokens + 1)
+    sampling = args.temperature, args.top_k, args.top_p, args.seed
+    checked(deep, [0], args.max_new_tokens, exits or (), windows, (), *sampling, ())
     if args.html:
         must_be_writable(args.html)  # said now, not when everything is generated
     return args

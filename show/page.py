@@ -1,61 +1,156 @@
 """A generation as one web page to play back: python -m show "a prompt" --html FILE
 
-The page is page.html with the events of `generate(watch=...)` in it, as JSON. It needs nothing
-else, no network either.
+The page is page.html with two scripts in it, run.js and cost.js, and as JSON the events of two
+generations: the ladder's, and the full model's alone. It needs nothing else, no network either.
 """
 
+import codecs
 import json
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
+from arguments import Event
 from checkpoints.files import write_whole
-from hispec import Event
 
-TEMPLATE = Path(__file__).with_name("page.html")
+HERE = Path(__file__).parent
 PLACEHOLDER = "TRACE_AS_JSON"
 SIGNS = {" ": "·", "\n": "↵", "\t": "⇥"}
+BEGUN = "⋯"  # a token that ends within a character: the token that ends the character shows it
 
 
 def trace(
-    model: str, question: str, prompt: Sequence[int], depths: Sequence[int],
-    events: Sequence[Event], decode: Callable[[list[int]], str],
+    model: str, question: str, prompt: Sequence[int], depths: Sequence[int], windows: Sequence[int],
+    events: Sequence[Event], alone: Sequence[Event], spell: Callable[[int], bytes], sampled=False,
 ) -> dict:  # fmt: skip
     """What the page plays back, ready for JSON.
 
     model: its name. question: what was asked; prompt: the token ids made of it. depths: the exits
-    and the full depth. events: all that `watch` was told. decode: token ids to text, with U+FFFD
-    for bytes that are none.
+    and the full depth. events: all that `watch` was told; alone: the same of the full model without
+    a ladder. spell: a token id to its bytes. sampled: at a temperature above 0, where that is
+    another text.
     """
-    steps, positions = [], [0] * len(depths)
-    for event in events:
-        # a look-up has no events of its own
-        if event.level == 1 and depths[0] == 0 and event.drafts:
-            steps.append(Event(0, event.base, [], 0, event.drafts, positions, 0.0))
-        steps.append(event)
-        positions = event.positions
-    texts = {token: visible(decode([token])) for step in steps for token in step.text}
+    steps = with_look_ups(events, depths)
+    shown = Pieces(len(prompt), spell)
+    held = [0] * len(depths)
+    told = []
+    for i, step in enumerate(steps):
+        pieces = shown.see(step)
+        if depths[step.level] > 0:  # a look-up runs no layer
+            held = after(step, held)
+        told.append(
+            dict(level=step.level, base=step.base, drafts=step.drafts, kept=step.kept,
+                 text=step.text, pieces=pieces, positions=step.positions, cache=held,
+                 seconds=round(step.seconds, 6), words=words(step, depths, pieces, i == 0))
+        )  # fmt: skip
     return {
         "model": model,
         "question": visible(question),
-        "prompt": visible(decode(list(prompt))),
+        "prompt": visible(b"".join(map(spell, prompt)).decode("utf-8", "replace")),
         "prompt_tokens": len(prompt),
         "depths": list(depths),
-        "texts": texts,
-        "events": [
-            dict(level=step.level, base=step.base, drafts=step.drafts, kept=step.kept,
-                 text=step.text, positions=step.positions, words=words(step, depths, texts))
-            for step in steps
-        ],
-    }  # fmt: skip
+        "windows": list(windows),
+        "events": told,
+        "alone": {
+            "name": "full model alone" if sampled else "greedy",
+            "same_text": not sampled,
+            "seconds": [round(event.seconds, 6) for event in alone],
+        },
+        "speed_up": speed_up(steps, alone),
+        "point": point(steps, alone, windows),
+    }
 
 
-def words(event: Event, depths: Sequence[int], texts: dict[int, str]) -> str:
-    """What happened, as a sentence."""
+def with_look_ups(events: Sequence[Event], depths: Sequence[int]) -> list[Event]:
+    """The events, and before each check of looked-up drafts one that writes them.
+
+    A look-up has no events of its own. It takes no time that could be seen: its seconds are those
+    of the event before.
+    """
+    steps: list[Event] = []
+    for event in events:
+        if event.level == 1 and depths[0] == 0 and event.drafts:
+            before = steps[-1]
+            drafts, positions = event.drafts, before.positions
+            steps.append(Event(0, event.base, [], 0, drafts, positions, before.seconds))
+        steps.append(event)
+    return steps
+
+
+class Pieces:
+    """What each token adds to the text, though a character may be spelled by several tokens.
+
+    Such a character is shown by its last token; bytes that are no character are shown as U+FFFD.
+    """
+
+    def __init__(self, prompt_tokens: int, spell: Callable[[int], bytes]):
+        self.spell = spell
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.begun = {prompt_tokens: b""}  # by position: of a character that begins before it
+
+    def see(self, event: Event) -> list[str]:
+        """The level's own tokens in this event, each as the text it adds."""
+        pieces = []
+        for at, token in enumerate(event.text[event.kept :], event.base + event.kept):
+            self.decoder.setstate((self.begun[at], 0))
+            pieces.append(visible(self.decoder.decode(self.spell(token))))
+            self.begun[at + 1] = self.decoder.getstate()[0]
+        return pieces
+
+
+def after(event: Event, held: list[int]) -> list[int]:
+    """How many positions each segment's cache holds after an event, from how many before it."""
+    ran = event.base + len(event.drafts)
+    grown = [ran] * (event.level + 1) + held[event.level + 1 :]
+    return [min(n, event.base + min(event.kept, len(event.text))) for n in grown]
+
+
+def speed_up(events: Sequence[Event], alone: Sequence[Event]) -> float | None:
+    """Tokens a second over the full model's alone, after the first of each; None: no second."""
+    if len(alone) < 2 or not events:
+        return None
+    written = events[-1].base + len(events[-1].text) - events[0].base
+    took = events[-1].seconds - events[0].seconds
+    return (written - 1) / took * per_token(alone) if took else None
+
+
+def per_token(alone: Sequence[Event]) -> float:
+    return (alone[-1].seconds - alone[0].seconds) / (len(alone) - 1)
+
+
+def point(steps: list[Event], alone: Sequence[Event], windows: Sequence[int]) -> dict | None:
+    """Where a ladder of two exits stands in the page's cost model; None for all others.
+
+    alpha, beta: how often level 1 and level 2 keep a draft they come to; a check that found none
+    counts as one refused. d, i, f: what a step of each level took on average, in steps of the full
+    model alone; the prompt is left out.
+    """
+    if len(windows) != 2 or len(alone) < 2:
+        return None
+    checks = [[s for s in steps[1:] if s.level == k] for k in (1, 2)]
+    took: list[list[float]] = [[], [], []]
+    for before, step in zip(steps, steps[1:]):
+        took[step.level].append(step.seconds - before.seconds)
+    if not all([*checks, *took]):
+        return None
+    rates = []
+    for some in checks:
+        kept = sum(s.kept for s in some)
+        rates.append(kept / (kept + sum(s.kept < max(1, len(s.drafts)) for s in some)))
+    costs = [fmean(seconds) / per_token(alone) for seconds in took]
+    names = ("alpha", "beta", "d", "i", "f", "nd", "ni")
+    return dict(zip(names, [*rates, *costs, *windows], strict=True))
+
+
+def words(event: Event, depths: Sequence[int], pieces: Sequence[str], first: bool = False) -> str:
+    """What happened, as a sentence. pieces: the text of the level's own tokens."""
     names = ["the look-up" if depth == 0 else f"exit {depth}" for depth in depths[:-1]]
     names.append("the full model")
     who, n, kept, k = names[event.level], len(event.drafts), event.kept, event.level
-    own = " ".join(f"'{texts[token]}'" for token in event.text[kept:])
+    own = " ".join(f"'{piece or BEGUN}'" for piece in pieces)
+    if first:
+        return f"{who} reads the prompt and writes {own}"
     if n == 0 and (k > 0 or len(depths) == 1):
         return f"{who} writes {own}"
     if n == 0:
@@ -79,9 +174,17 @@ def visible(text: str) -> str:
     )
 
 
+def template() -> str:
+    """The page with its scripts, but without a generation."""
+    page = (HERE / "page.html").read_text("utf-8")
+    for name in ("run", "cost"):
+        page = page.replace(f"{name.upper()}_SCRIPT", (HERE / f"{name}.js").read_text("utf-8"))
+    return page
+
+
 def write(path: Path, trace: dict) -> None:
     """Write the page, whole or not at all."""
     # no text can end the script it stands in
     data = json.dumps(trace, separators=(",", ":")).replace("<", "\\u003c")
-    page = TEMPLATE.read_text("utf-8").replace(PLACEHOLDER, data)
+    page = template().replace(PLACEHOLDER, data)
     write_whole(path, lambda to: to.write_text(page, "utf-8"))

@@ -1,12 +1,14 @@
-"""A generation as coloured text, a piece for each verification by the full model."""
+"""A generation as coloured text, a piece for each full verification, and its numbers."""
 
 import codecs
 from collections.abc import Callable
 
-from hispec import Event, Generation
+from arguments import Event, Generation
 
 COLOURS = ("\033[36m", "\033[33m", "\033[35m", "\033[34m")  # by level: cyan, yellow, magenta, blue
 FULL, FALLEN, PLAIN = "\033[1;32m", "\033[9;31m", "\033[0m"  # bold green; struck through, red
+DIM = "\033[2m"
+NEW_LINE = "↵"  # for the newlines of drafts that fell, which would tear the text apart
 
 
 class Painter:
@@ -20,15 +22,17 @@ class Painter:
         self.exits, self.spell = exits, spell
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
         self.colours = (*(COLOURS[k % len(COLOURS)] for k in range(len(exits))), FULL)
+        self.names = [*map(name, exits), "full model"]
         self.writers: dict[int, int] = {}  # position -> the level whose own token stands there
-        # position -> the drafts that were rejected from there on
-        self.fallen: dict[int, list[list[int]]] = {}
+        # position -> the drafts that were rejected from there on, and by which level
+        self.fallen: dict[int, list[tuple[list[int], int]]] = {}
 
     def see(self, event: Event) -> str | None:
         """Take one event; the text it settles, coloured, if it is the full model's, else None."""
         end = event.base + len(event.text)
         if event.kept < len(event.drafts):
-            self.fallen.setdefault(event.base + event.kept, []).append(event.drafts[event.kept :])
+            fallen = event.drafts[event.kept :], event.level
+            self.fallen.setdefault(event.base + event.kept, []).append(fallen)
         if event.level == 1 and self.exits[0] == 0:  # a look-up has no events of its own
             self.writers.update(dict.fromkeys(range(event.base, end), 0))
         if event.kept < len(event.text):
@@ -37,24 +41,50 @@ class Painter:
             return None
         pieces = []
         for position, token in zip(range(event.base, end), event.text, strict=True):
-            for drafts in self.fallen.pop(position, []):
-                spelt = b"".join(map(self.spell, drafts)).decode("utf-8", "replace")
-                pieces.append(FALLEN + spelt + PLAIN)
+            pieces += [self.struck(*fallen) for fallen in self.fallen.pop(position, [])]
             colour = self.colours[self.writers[position]]
             pieces.append(colour + self.characters.decode(self.spell(token)) + PLAIN)
         self.fallen.clear()
         return "".join(pieces)
 
+    def struck(self, drafts: list[int], level: int) -> str:
+        """Drafts that fell, on one line, and the level that rejected them."""
+        spelt = b"".join(map(self.spell, drafts)).decode("utf-8", "replace")
+        line = NEW_LINE.join(spelt.splitlines()) + NEW_LINE * spelt.endswith("\n")
+        return f"{FALLEN}{line}{PLAIN}{self.colours[level]}⟨{self.names[level]}⟩{PLAIN}"
+
     def legend(self) -> str:
-        names = ["look-up" if exit == 0 else f"exit {exit}" for exit in self.exits] + ["full model"]
-        pairs = zip(self.colours, names, strict=True)
-        return "  ".join(colour + name + PLAIN for colour, name in pairs)
+        pairs = zip(self.colours, self.names, strict=True)
+        levels = [colour + level + PLAIN for colour, level in pairs]
+        return "  ".join([*levels, f"{FALLEN}rejected{PLAIN}⟨by this level⟩"])
 
 
-def statistics(out: Generation) -> str:
-    """One line: speed, tokens a full pass, and how many drafts each level had accepted."""
-    full = out.levels[-1]
-    kept = ", ".join(f"exit {s.exit} {s.accepted}/{s.proposed}" for s in out.levels[:-1])
-    speed = len(out.tokens) / out.seconds
-    passes = f"{len(out.tokens)} tokens in {full.calls} full passes, {speed:.1f} tokens/s"
-    return f"{passes}; accepted: {kept}" if kept else passes
+def name(exit: int) -> str:
+    return "look-up" if exit == 0 else f"exit {exit}"
+
+
+def statistics(out: Generation, alone: Generation, called: str) -> list[str]:
+    """Lines: passes and accepted drafts, speed after the first token, a word if the ladder loses.
+
+    alone: the full model's generation after the same prompt without a ladder, called so.
+    """
+    kept = ", ".join(f"{name(s.exit)} {s.accepted}/{s.proposed}" for s in out.levels[:-1])
+    passes = f"{len(out.tokens)} tokens in {out.levels[-1].calls} full passes"
+    lines = [f"{passes}; accepted: {kept}" if kept else passes]
+    began = f"first token after {out.prefill_seconds:.2f} s"
+    mine, other = speed(out), speed(alone)
+    if mine is None or other is None:
+        return [*lines, began]
+    first = f"its first {len(alone.tokens)} tokens"
+    lines.append(
+        f"{began}, then {mine:.1f} tokens/s; {called} {other:.1f} ({first}): {mine / other:.2f}x"
+    )
+    if mine < other:
+        lines.append(f"the ladder loses on this prompt: {called} decoding is faster")
+    return lines
+
+
+def speed(out: Generation) -> float | None:
+    """Tokens a second after the first; None if there was no second."""
+    seconds = out.seconds - out.prefill_seconds
+    return (len(out.tokens) - 1) / seconds if len(out.tokens) > 1 and seconds > 0 else None

@@ -3,14 +3,12 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 from conftest import random_model
 from test_page import EVERYTHING, NASTY, nasty, replay, traced
 
-from show import page
+from show import page, picture
 
 COLLECT = """
 <script type="module">
@@ -24,7 +22,7 @@ const inside = (a, b) => a.left >= b.left - 1 && a.right <= b.right + 1 && a.top
 const look = () => ({
   count: at("count").textContent, slider: at("slider").value, words: at("words").textContent,
   said: at("slider").ariaValueText,
-  counts: ["passes", "work", "settled", "greedy-passes", "greedy-work", "greedy-settled"].map(id => at(id).textContent),
+  counts: ["passes", "work", "settled", "greedy-passes", "greedy-work", "greedy-settled", "took", "greedy-took"].map(id => at(id).textContent),
   text: [...at("text").querySelectorAll("span, del")].map(e => [e.tagName, e.className, e.dataset.level, e.textContent]),
   cells: [...document.querySelectorAll("#lanes .cell")].filter(e => getComputedStyle(e).visibility === "visible")
     .map(e => [e.className, e.dataset.level, e.firstChild.textContent, e.lastChild.textContent]),
@@ -34,6 +32,11 @@ const look = () => ({
     inside(document.querySelector("#lanes .marker").getBoundingClientRect(), at("lanes").getBoundingClientRect()) : null,
   tip: at("text").lastChild.getBoundingClientRect().bottom <= at("text").getBoundingClientRect().bottom + 1,
   wide: document.body.scrollWidth,
+  past: [...document.querySelectorAll("#race .track")].map(e => e.querySelectorAll(".block:not(.ahead)").length),
+  race: [at("ratio").textContent, at("race").ariaLabel],
+  bars: [...document.querySelectorAll("#cache .track")].map(e => [e.nextSibling.textContent,
+    e.querySelector(".held").style.width, e.querySelector(".rolled").hidden]),
+  greedy: at("text").querySelector("b")?.textContent,
 });
 const press = (key, target = document.body, more = {}) =>
   !target.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
@@ -80,6 +83,15 @@ dispatchEvent(new HashChangeEvent("hashchange"));
 seen.beyond = look();
 document.querySelectorAll("#lanes .step")[3].click();
 seen.clicked = look();
+seen.tabs = [["run", "cost"].map(id => at(id).hidden)];
+at("cost-tab").click();
+seen.tabs.push(["run", "cost"].map(id => at(id).hidden), location.hash, press("ArrowRight"), press(" "), tick);
+at("run-tab").click();
+seen.tabs.push(["run", "cost"].map(id => at(id).hidden), at("slider").value);
+history.replaceState(null, "", "#formula");
+dispatchEvent(new HashChangeEvent("hashchange"));
+seen.tabs.push(["run", "cost"].map(id => at(id).hidden));
+at("run-tab").click();
 const colours = () => [getComputedStyle(document.body).backgroundColor, at("theme").ariaLabel];
 seen.themes = [colours(), (at("theme").click(), colours()), (at("theme").click(), colours())];
 seen.page = { title: document.title, question: at("question").textContent, about: at("about").textContent,
@@ -97,30 +109,27 @@ document.body.append(pre);
 def browsed(tmp_path_factory):
     """A generation on a ladder of all kinds of levels, its trace, and all that a phone's browser
     showed of it."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        pytest.skip("no chromium or chrome to open the page in")
     out, trace, _ = traced(random_model(27), [1, 2] * 5, 40, **EVERYTHING)
-    folder = tmp_path_factory.mktemp("browsed")
+    return out, trace, collected(tmp_path_factory.mktemp("browsed"), trace, COLLECT)
+
+
+def collected(folder, trace: dict, script: str) -> dict:
+    """What a script found on the page of this trace, opened at event 12."""
+    if picture.find_browser() is None:
+        pytest.skip("no chromium or chrome to open the page in")
     page.write(folder / "page.html", trace)
     with (folder / "page.html").open("a", encoding="utf-8") as file:
-        file.write(COLLECT)
-    command = [
-        browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
-        f"--user-data-dir={folder / 'profile'}", "--blink-settings=preferredColorScheme=1", "--window-size=500,844",
-        "--dump-dom", f"{(folder / 'page.html').as_uri()}#12",
-    ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=200)
+        file.write(script)
+    address = f"{(folder / 'page.html').as_uri()}#12"
+    run = picture.browse(address, "light", "500,844", "--enable-logging=stderr", "--dump-dom")
     found = re.search(r'<pre id="collected">(.*?)</pre>', run.stdout, re.S)
     assert found, "the page's script failed: " + "\n".join(re.findall(".*CONSOLE.*", run.stderr))
-    return out, trace, json.loads(html.unescape(found[1]))
+    return json.loads(html.unescape(found[1]))
 
 
 def expected(trace: dict, n: int) -> dict:
     """All that the page must show at event n, as the trace has it."""
-    depths, texts, last = trace["depths"], trace["texts"], len(trace["events"])
+    depths, last, alone = trace["depths"], len(trace["events"]), trace["alone"]["seconds"]
     cells, shown = replay(trace, n)
     cells.sort(key=lambda cell: cell["event"])
     settled = sum(cell["state"] == "settled" for cell in shown)
@@ -129,23 +138,46 @@ def expected(trace: dict, n: int) -> dict:
     positions = trace["events"][n - 1]["positions"] if n else [0] * len(depths)
     work = sum(a * b for a, b in zip(layers, positions))
     greedy = (trace["prompt_tokens"] + settled - 1) * depths[-1] if settled else 0
+    at = trace["events"][n - 1]["seconds"] if n else 0
+    written = sum(seconds <= at for seconds in alone)
+    everything = trace["prompt_tokens"] + len(alone)
+    cache = trace["events"][n - 1]["cache"] if n else [0] * len(depths)
+    level, ran = (trace["events"][n - 1][k] for k in ("level", "base")) if n else (0, 0)
+    ran += len(trace["events"][n - 1]["drafts"]) if n else 0
+    fell = [max(0, ran - held) * (k <= level) for k, held in enumerate(cache)]
+    ratio = f": {trace['speed_up']:.2f}x as fast after the first token" if n == last else ""
+    tokens = f"{written} token{'s' * (written != 1)}"
+    said = (
+        f"After {ms(at)} ms greedy has written {tokens}, the ladder has settled {settled}{ratio}."
+    )
     classes = {"settled": "writer", "struck": ""}
     return dict(
         count=f"{n} / {last}", slider=str(n), said=f"event {n} of {last}",
         words=trace["events"][n - 1]["words"] if n else "the prompt alone: press play",
-        counts=[f"{count:,}" for count in (passes, work, settled, settled, greedy, settled)],
+        counts=[f"{count:,}" for count in (
+            passes, work, settled, settled, greedy, settled, ms(at), ms(alone[settled - 1] if settled else 0)
+        )],
         text=[["SPAN", "prompt", None, trace["prompt"].replace("↵", "↵\n")]] + [
             ["DEL" if cell["state"] == "struck" else "SPAN", classes.get(cell["state"], "writer tentative"),
-             str(cell["level"]), texts[str(cell["token"])].replace("↵", "↵\n")]
+             str(cell["level"]), cell["piece"].replace("↵", "↵\n")]
             for cell in shown
         ],
         cells=sorted(
-            ["cell " + cell["state"] + " judged" * cell["judged"], str(cell["level"]), texts[str(cell["token"])], cell["marks"]]
+            ["cell " + cell["state"] + " judged" * cell["judged"], str(cell["level"]), cell["piece"] or "⋯", cell["marks"]]
             for cell in cells
         ),
         steps=[[str(i + 2), str(event["level"] + 2)] for i, event in enumerate(trace["events"][:n])],
         lead=True if n else None, tip=True, wide=390,
+        past=[written, n, 0], race=[said, said], greedy="◂ greedy" if n else None,
+        bars=[
+            [f"{held} −{less}" if less else f"{held}", f"{round(100 * held / everything, 4):g}%", not less]
+            for held, less in list(zip(cache, fell))[1:]
+        ],
     )  # fmt: skip
+
+
+def ms(seconds: float) -> int:
+    return int(1e3 * seconds + 0.5)  # as the browser rounds
 
 
 def test_every_event_looks_as_the_trace_says(browsed):
@@ -168,6 +200,7 @@ def test_every_event_looks_as_the_trace_says(browsed):
     for way in ("dragged", "back", "right", "left"):
         for want, got in zip(every, seen[way], strict=True):
             got["cells"].sort()
+            got["bars"] = [[a, f"{round(float(b[:-1]), 4):g}%", c] for a, b, c in got["bars"]]
             for name in want:
                 assert got.get(name) == want[name], (way, want["count"], name)
 
@@ -213,18 +246,26 @@ def test_the_last_counters_are_the_statistics(browsed):
     work = sum(n * level.positions for n, level in zip(layers, out.levels[1:]))
     tokens = len(out.tokens)
     counts = [out.levels[-1].calls, work, tokens, tokens, (10 + tokens - 1) * 5, tokens]
-    assert [int(count.replace(",", "")) for count in seen["dragged"][-1]["counts"]] == counts
+    shown = seen["dragged"][-1]["counts"]
+    assert [int(count.replace(",", "")) for count in shown[:-2]] == counts
+
+
+def test_two_tabs(browsed):
+    """On the cost model's the keys are its sliders', and nothing plays."""
+    _, _, seen = browsed
+    run, cost = [False, True], [True, False]
+    assert seen["tabs"] == [run, cost, "#formula", False, False, None, run, "4", cost]
 
 
 def test_no_text_breaks_the_page(browsed):
     _, trace, seen = browsed
     said = page.visible(nasty([0, 1, 4]))
-    assert page.visible(NASTY[4]) in trace["texts"].values()
+    assert page.visible(NASTY[4]) in [p for e in trace["events"] for p in e["pieces"]]
     assert seen["page"]["question"] == said and seen["page"]["title"] == f"{said} | random"
-    assert (seen["page"]["images"], seen["page"]["scripts"], seen["page"]["fetched"]) == (0, 3, 0)
+    assert (seen["page"]["images"], seen["page"]["scripts"], seen["page"]["fetched"]) == (0, 4, 0)
     assert (
         seen["page"]["about"]
-        == "Model random, ladder: look-up → exit 1 → exit 3 → full model, 5 layers"
+        == "Model random, ladder: look-up (window 3) → exit 1 (window 2) → exit 3 (window 4) → full model, 5 layers"
     )
     lanes = [
         ["look-up", "no layer"],

@@ -5,6 +5,7 @@ import time
 
 import pytest
 from conftest import random_model
+from test_tokenizer import byte_level
 from texts import SPLITS, byte_bpe
 
 from checkpoints import load, save

@@ -34,7 +34,7 @@ BELOW: dict[str, set[str]] = {
         "faststep",
         "checkpoints",
     },
-    "show": {"model", "hispec", "checkpoints", "lab"},
+    "show": {"model", "arguments", "hispec", "checkpoints", "lab"},
 }
 BELOW["train_exits"] = {"model", "checkpoints", "lab"}
 BELOW["bench"] = BELOW["lab"] | {"lab"}

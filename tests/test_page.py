@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 from conftest import cases, random_model
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hispec import Event, generate
+import hispec
+from arguments import Event
+from hispec import generate
+from kvcache import KVCache
 from show import page
 
 ROOT = Path(__file__).parent.parent
 NASTY = [
     "<!--<script>", " return", "\n    ", "\t", "</script><img src=x onerror=\"document.title='broken'\">", "&lt;b&gt;",
-    "'\"`${1}\\n", b"\xe2\x82".decode("utf-8", "replace"), "日本", "\u202e\u200b\x00", "TRACE_AS_JSON",
+    "'\"`${1}\\n", b"\xe2\x82", "日本", "\u202e\u200b\x00", "TRACE_AS_JSON",
 ]  # fmt: skip
 
 # of this and random_model(27) all kinds of events come, and a stop amid drafts that the full model
@@ -25,15 +28,25 @@ NASTY = [
 EVERYTHING = dict(exits=(0, 1, 3), windows=(3, 2, 4), stop=(8,))
 
 
+def spell(token: int) -> bytes:
+    text = NASTY[token] if token < len(NASTY) else f"<{token}>"
+    return text if isinstance(text, bytes) else text.encode()
+
+
 def nasty(tokens: list[int]) -> str:
-    return "".join(NASTY[token] if token < len(NASTY) else f"<{token}>" for token in tokens)
+    return b"".join(map(spell, tokens)).decode("utf-8", "replace")
 
 
 def traced(model, prompt, n, **options):
-    events = []
+    events, alone = [], []
     out = generate(model, prompt, n, **options, watch=events.append)
+    rest = {k: v for k, v in options.items() if k not in ("exits", "windows", "thresholds")}
+    generate(model, prompt, n, **rest, watch=alone.append)
     depths = (*options.get("exits", ()), model.config.n_layers)
-    trace = page.trace("random", nasty([0, 1, 4]), prompt, depths, events, nasty)
+    windows, sampled = options.get("windows", ()), options.get("temperature", 0) > 0
+    trace = page.trace(
+        "random", nasty([0, 1, 4]), prompt, depths, windows, events, alone, spell, sampled
+    )
     return out, json.loads(json.dumps(trace)), events  # as the page reads it
 
 
@@ -60,13 +73,14 @@ def replay(trace: dict, n: int) -> tuple[list[dict], list[dict]]:
         own = [
             dict(
                 token=token,
+                piece=piece,
                 level=event["level"],
                 event=i,
                 state="drafted",
                 marks=kind,
                 judged=False,
             )
-            for token in stands[kept:]
+            for token, piece in zip(stands[kept:], event["pieces"], strict=True)
         ]
         born += own
         shown = line[:at] + drafts + own
@@ -92,13 +106,14 @@ def test_the_trace_replays_to_the_generated_tokens(case, temperature):
     assert all(cell["state"] in ("settled", "struck") for cell in shown)
     events = trace["events"]
     looked_up = [event for event in events if event["level"] == 0 and trace["depths"][0] == 0]
-    whole = [
-        {name: value for name, value in asdict(event).items() if name != "seconds"}
-        for event in told
-    ]
-    assert [dict(event, words=None) for event in events if event not in looked_up] == [
-        dict(event, words=None) for event in whole
-    ]
+    own = [{k: v for k, v in asdict(event).items() if k != "seconds"} for event in told]
+    assert [{k: event[k] for k in own[0]} for event in events if event not in looked_up] == own
+    written = "".join(cell["piece"] for cell in shown if cell["state"] == "settled")
+    assert page.visible(nasty(case.prompt + out.tokens)).startswith(trace["prompt"] + written) or (
+        trace["prompt"].endswith("\ufffd")
+    )
+    seconds = [event["seconds"] for event in events]
+    assert seconds == sorted(seconds) and len(trace["alone"]["seconds"]) >= bool(out.tokens)
     assert sum(event["level"] == len(out.levels) - 1 for event in events) == out.levels[-1].calls
     assert (events[-1]["positions"] if events else [0] * len(out.levels)) == [
         level.positions for level in out.levels
@@ -106,6 +121,72 @@ def test_the_trace_replays_to_the_generated_tokens(case, temperature):
     assert sum(len(event["drafts"]) for event in events) == sum(
         level.proposed for level in out.levels[:-1]
     )
+
+
+@given(cases(), st.sampled_from([0.0, 1.0]))
+def test_the_bars_are_what_the_cache_holds(case, temperature):
+    held = []
+
+    class Watched(KVCache):
+        def rollback(self, length):
+            super().rollback(length)
+            held.append(list(self.lengths))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hispec, "KVCache", Watched)
+        arguments = dict(case.arguments, temperature=temperature, seed=1)
+        _, trace, events = traced(case.model, case.prompt, case.max_new_tokens, **arguments)
+    shown = [
+        (event["cache"], trace["depths"])
+        for event in trace["events"]
+        if trace["depths"][event["level"]] > 0  # a look-up has no rollback
+    ]
+    layered = [[n for n, depth in zip(cache, depths) if depth] for cache, depths in shown]
+    real = [[n for n, depth in zip(row, trace["depths"]) if depth] for row in held]
+    assert layered == real[: len(events)]
+
+
+@given(st.text(min_size=1), st.integers(0, 3))
+@example("a😀é日", 1)
+def test_a_character_of_several_tokens_is_shown_by_the_last(text, drafted):
+    """A byte is a token; drafts that fell before do not disturb it."""
+    pieces, shown, data = page.Pieces(0, lambda token: bytes([token])), [], text.encode()
+    for at, byte in enumerate(data):
+        pieces.see(Event(0, at, [], 0, [0x80, 0xF0, 0x41][:drafted], [], 0.0))
+        shown += pieces.see(Event(0, at, [], 0, [byte], [], 0.0))
+    assert [piece for piece in shown if piece] == [page.visible(character) for character in text]
+
+
+def test_bytes_that_are_no_character_are_shown_as_such():
+    pieces = page.Pieces(0, lambda token: bytes([token]))
+    shown = [pieces.see(Event(0, i, [], 0, [b], [], 0.0)) for i, b in enumerate(b"\xe2\x82A")]
+    assert shown == [[""], [""], ["\ufffdA"]]
+
+
+def moments(*steps):
+    """Events (level, drafts, kept) that took so many seconds each, after a prompt of one token."""
+    events, base, now = [], 1, 0.0
+    for level, drafts, kept, seconds in steps:
+        now += seconds
+        text = [0] * (kept + 1)
+        events.append(Event(level, base, [0] * drafts, kept, text, [], now))
+        base += len(text) if level == 2 else 0
+    return events
+
+
+def test_the_runs_own_point():
+    """Rates are drafts kept of those looked at, costs are in steps of greedy, the prompt is out."""
+    alone = moments(*[(2, 0, 0, 9.0)], *[(2, 0, 0, 2.0)] * 4)
+    events = moments(
+        (2, 0, 0, 5.0), (0, 0, 0, 0.2), (0, 0, 0, 0.4), (1, 2, 2, 1.0), (0, 0, 0, 0.3), (1, 1, 0, 0.5),
+        (1, 0, 0, 0.6), (2, 5, 3, 2.4), (2, 5, 5, 2.0),
+    )  # fmt: skip
+    expected = dict(alpha=2 / 4, beta=8 / 9, d=0.15, i=0.35, f=1.1, nd=3, ni=5)
+    assert page.point(events, alone, (3, 5)) == pytest.approx(expected)
+    assert page.speed_up(events, alone) == pytest.approx(10 / 7.4 * 2.0)
+    assert page.point(events, alone, (3,)) is None
+    assert page.point(events[:1], alone, (3, 5)) is None
+    assert page.point(events, alone[:1], (3, 5)) is page.speed_up([], alone) is None
 
 
 @pytest.mark.parametrize(
@@ -124,8 +205,14 @@ def test_the_trace_replays_to_the_generated_tokens(case, temperature):
     ],
 )  # fmt: skip
 def test_an_event_in_words(event, depths, said):
-    texts = {token: page.visible(nasty([token])) for token in event.text}
-    assert page.words(event, depths, texts) == said
+    own = [page.visible(nasty([token])) for token in event.text[event.kept :]]
+    assert page.words(event, depths, own) == said
+
+
+def test_the_first_event_reads_the_prompt():
+    event = Event(2, 9, [], 0, [7], [], 0.0)
+    said = "the full model reads the prompt and writes '⋯'"
+    assert page.words(event, [2, 8, 32], [""], True) == said
 
 
 # ---- the file -----------------------------------------------------------------------------------
@@ -147,11 +234,10 @@ class Tags(HTMLParser):
 
 def test_tokens_and_prompt_are_data_and_never_markup(tmp_path):
     _, trace, _ = traced(random_model(27), [1, 2] * 5, 40, **EVERYTHING)
-    assert (
-        any("</script>" in text for text in trace["texts"].values()) and "<!--" in trace["question"]
-    )
+    pieces = [piece for event in trace["events"] for piece in event["pieces"]]
+    assert any("</script>" in piece for piece in pieces) and "<!--" in trace["question"]
     page.write(tmp_path / "a.html", trace)
-    template, written = page.TEMPLATE.read_text("utf-8"), (tmp_path / "a.html").read_text("utf-8")
+    template, written = page.template(), (tmp_path / "a.html").read_text("utf-8")
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
     assert Tags(written).tags == Tags(template).tags
     data = Tags(written).inside["script"][0]
@@ -160,7 +246,7 @@ def test_tokens_and_prompt_are_data_and_never_markup(tmp_path):
 
 
 def test_the_page_needs_nothing_from_outside():
-    template = page.TEMPLATE.read_text("utf-8")
+    template = page.template()
     assert template.count(page.PLACEHOLDER) == 1
     assert not {"src", "href", "srcset", "data", "action"} & set(Tags(template).attributes)
     assert not re.search(r"https?:|//\w+\.\w|url\(|@import|fetch\(|XMLHttp|import\(", template)
@@ -171,3 +257,8 @@ def test_what_cannot_be_seen_is_shown():
         page.visible("a b\n\tc\r\u00a0\u202e\x00é日\ufffd")
         == "a·b↵⇥c⟨U+000D⟩⟨U+00A0⟩⟨U+202E⟩⟨U+0000⟩é日\ufffd"
     )
+
+
+def test_the_pages_parts_stay_readable():
+    for part in ("page.html", "run.js", "cost.js"):
+        assert len((page.HERE / part).read_text("utf-8").splitlines()) < 400

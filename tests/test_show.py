@@ -13,8 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_page import Tags, replay
 
+from arguments import Event, Generation, LevelStats
 from checkpoints.files import must_be_writable
-from hispec import Event, generate
+from hispec import generate
 from show import __main__, page, terminal
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +44,7 @@ def test_what_is_not_struck_through_is_the_text(case, temperature):
         seed=1,
     )
     standing = re.sub(re.escape(terminal.FALLEN) + ".*?" + re.escape(terminal.PLAIN), "", text)
+    standing = re.sub("⟨[a-z0-9 -]+⟩", "", standing)  # who rejected them
     assert re.sub("\033\\[[0-9;]*m", "", standing) == b"".join(map(letter, out.tokens)).decode()
 
 
@@ -52,12 +54,48 @@ def test_each_token_has_the_colour_of_the_level_that_wrote_it():
     assert set(re.findall("\033\\[[0-9;]+m(?=[A-Z])", plain)) == {terminal.FULL}
     out, text = painted(model, [1, 2], 20, exits=(1, 3), windows=(2, 4))
     first, middle = terminal.COLOURS[:2]
+    text = re.sub("\033\\[[0-9;]+m⟨.*?⟩", "", text)  # who rejected a draft
     # one token of its own a pass, but for what the end cuts off
     assert text.count(terminal.FULL) <= out.levels[2].calls
     assert text.count(first) + text.count(middle) + text.count(terminal.FULL) == len(out.tokens)
     assert terminal.FALLEN in text
     _, looked_up = painted(model, [1, 2] * 5, 20, exits=(0, 3), windows=(3, 4))
     assert first in looked_up and middle in looked_up
+
+
+def test_what_fell_is_one_line_and_says_who_rejected_it():
+    spelt = {1: b"def", 2: b"\n\n    return", 3: b"x\n", 4: b"!"}
+    painter = terminal.Painter((2, 8), spelt.__getitem__)
+    assert painter.see(Event(0, 5, [], 0, [2], [], 0.0)) is None
+    assert painter.see(Event(1, 5, [2, 3], 0, [1], [], 0.0)) is None
+    settled = painter.see(Event(2, 5, [1, 3], 1, [1, 4], [], 0.0))
+    first, middle, full = painter.colours
+    fallen, plain = terminal.FALLEN, terminal.PLAIN
+    assert settled == (
+        f"{fallen}↵↵    returnx↵{plain}{middle}⟨exit 8⟩{plain}{middle}def{plain}"
+        f"{fallen}x↵{plain}{full}⟨full model⟩{plain}{full}!{plain}"
+    )
+    assert "exit 2" in painter.legend() and "rejected" in painter.legend()
+
+
+def made(tokens: int, seconds: float, prefill: float, *levels: LevelStats) -> Generation:
+    return Generation([0] * tokens, list(levels), seconds, prefill)
+
+
+def test_the_numbers_at_the_end():
+    """Speed is that after the first token, which has to wait for the prompt."""
+    levels = LevelStats(0, proposed=5, accepted=3), LevelStats(8, proposed=9, accepted=7)
+    out = made(21, 3.0, 1.0, *levels, LevelStats(32, calls=6))
+    alone = made(5, 2.0, 1.0, LevelStats(32, calls=5))
+    first = "21 tokens in 6 full passes; accepted: look-up 3/5, exit 8 7/9"
+    second = "first token after 1.00 s, then 10.0 tokens/s; greedy 4.0 (its first 5 tokens): 2.50x"
+    assert terminal.statistics(out, alone, "greedy") == [first, second]
+    faster = made(5, 1.1, 1.0, LevelStats(32, calls=5))
+    last = "the ladder loses on this prompt: greedy decoding is faster"
+    assert terminal.statistics(out, faster, "greedy")[2:] == [last]
+    short = made(1, 1.0, 1.0, LevelStats(32, calls=1))
+    lines = ["1 tokens in 1 full passes", "first token after 1.00 s"]
+    assert terminal.statistics(short, alone, "greedy") == lines
 
 
 def shown_byte_by_byte(data: bytes) -> list[str]:
@@ -112,6 +150,7 @@ def test_the_command_prints_plain_text_where_there_is_no_terminal(show_command):
     assert run.returncode == 0, run.stderr
     assert "\033" not in run.stdout
     assert "8 tokens in" in run.stdout and "accepted: exit 2" in run.stdout
+    assert run.stdout.startswith("ladder: 2(2) 8(4), the model's own exits\n")
 
 
 @pytest.mark.parametrize(
@@ -133,10 +172,12 @@ def test_the_command_says_what_is_wrong_in_one_line(show_command, arguments, mes
 def test_the_command_prints_as_ever_and_writes_the_page(show_command, tmp_path):
     run = show_command("def add(a, b):", "--max-new-tokens", "8", "--html", "a.html", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    how, text = run.stdout[:-1].split("\n", 1)
-    text, statistics, last = text.rsplit("\n", 2)
-    assert how == "prompt: plain text"
-    assert statistics.startswith("8 tokens in") and last == "to play it back: a.html"
+    lines = re.fullmatch(
+        r"prompt: plain text\nladder: [^\n]+\n(.*?)\n(8 tokens in .*)\n([^\n]+)\n", run.stdout, re.S
+    )
+    assert lines is not None, run.stdout
+    text, statistics, last = lines.groups()
+    assert "; greedy " in statistics and last == "to play it back: a.html"
     assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
     trace = json.loads(Tags((tmp_path / "a.html").read_text("utf-8")).inside["script"][0])
     assert (trace["model"], trace["question"], trace["depths"]) == (
@@ -145,9 +186,7 @@ def test_the_command_prints_as_ever_and_writes_the_page(show_command, tmp_path):
         [2, 8, 32],
     )
     _, shown = replay(trace, len(trace["events"]))
-    standing = "".join(
-        trace["texts"][str(cell["token"])] for cell in shown if cell["state"] == "settled"
-    )
+    standing = "".join(cell["piece"] for cell in shown if cell["state"] == "settled")
     assert standing == page.visible(text)
 
 
@@ -180,7 +219,7 @@ def test_nothing_is_watched_unless_asked_for(tmp_path, monkeypatch, capsys, html
     watched = []
 
     def spy(*arguments, **options):
-        watched.append(options["watch"])
+        watched.append(options.get("watch"))
         return generate(*arguments, **options)
 
     monkeypatch.setattr(__main__, "generate", spy)
@@ -188,7 +227,8 @@ def test_nothing_is_watched_unless_asked_for(tmp_path, monkeypatch, capsys, html
     extra = ["--html", str(tmp_path / "a.html")] if html_wanted else []
     monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "2", *extra])
     __main__.main()
-    assert [watch is not None for watch in watched] == [html_wanted]
+    # a warm-up, the ladder, the full model alone
+    assert [watch is not None for watch in watched] == [False, html_wanted, html_wanted]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +238,15 @@ def test_nothing_is_watched_unless_asked_for(tmp_path, monkeypatch, capsys, html
         (["--exits", "-1"], "from 0 on"),
         (["--max-new-tokens", "few"], "invalid int value: 'few'"),
         (["--html", "no/such/a.html"], "cannot write to"),
+        (["--max-new-tokens", "0"], "at least 1, got 0"),
+        (["--windows", "2", "0"], r"at least 1 each, got \(2, 0\)"),
+        (["--windows", "2"], "one length for each of the 2 exits"),
+        (["--exits", "2", "--windows", "2", "4"], "one length for each of the 1 exits"),
+        (["--temperature", "-1"], "temperature must be"),
+        (["--temperature", "nan"], "temperature must be"),
+        (["--top-k", "-3"], "top_k must be"),
+        (["--top-p", "0"], "top_p must be"),
+        (["--seed", "-1"], "seed must be"),
     ],
 )
 def test_arguments_are_looked_at_before_a_model_is_loaded(monkeypatch, arguments, message):
@@ -228,4 +277,35 @@ def test_a_pause_comes_before_each_verification_by_the_full_model(monkeypatch, c
     monkeypatch.setattr("builtins.input", lambda: waited.append(None))
     monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "12", *["--pause"] * pause])
     __main__.main()
-    assert len(waited) == (made[0].levels[-1].calls if pause else 0)
+    assert len(waited) == (made[1].levels[-1].calls if pause else 0)  # made[0] warms up
+    printed = capsys.readouterr().out
+    assert f"{terminal.DIM}x{terminal.PLAIN}" in printed and "full model" in printed
+
+
+def test_sampling_is_passed_on_to_both(monkeypatch, capsys):
+    asked = []
+
+    def spy(*arguments, **options):
+        asked.append([options[name] for name in ("temperature", "top_k", "top_p", "seed")])
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(__main__, "generate", spy)
+    monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
+    told = "show x --max-new-tokens 4 --temperature 0.7 --top-k 5 --top-p 0.9 --seed 3"
+    monkeypatch.setattr(sys, "argv", told.split())
+    __main__.main()
+    assert asked == [[0.7, 5, 0.9, 3]] * 3
+    assert "tokens/s; plain " in capsys.readouterr().out
+
+
+def test_the_fastest_kept_ladder_is_the_default(monkeypatch):
+    kept = {"exits": [0, 8], "windows": [12, 12], "thresholds": [0.0, 0.0]}, "the fastest kept"
+    model = random_model(n_layers=9)
+    monkeypatch.setattr(__main__, "kept_ladder", lambda header, model: kept)
+    assert __main__.choose(None, None, model, {}) == kept
+    own, why = __main__.choose(None, [3, 6], model, {})
+    assert own == {"exits": (2, 3), "windows": [3, 6], "thresholds": ()} and "own exits" in why
+    asked, why = __main__.choose([1, 4, 5], None, model, {})
+    assert (asked["exits"], asked["windows"], why) == ((1, 4, 5), [2, 4, 8], "as asked")
+    monkeypatch.setattr(__main__, "kept_ladder", lambda header, model: None)
+    assert __main__.choose(None, None, model, {})[0]["windows"] == [2, 4]

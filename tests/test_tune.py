@@ -120,6 +120,24 @@ def test_a_damaged_ladder_file_is_named(monkeypatch, tmp_path, content):
         tune.saved_ladders(HEADER, random_model())
 
 
+def test_the_kept_ladder_of_any_kind(monkeypatch, tmp_path):
+    monkeypatch.setattr(tune, "LADDERS", tmp_path / "ladders.json")
+    model = random_model()
+    assert tune.kept_ladder(HEADER, model) is None
+    slow = {"exits": [1, 2], "windows": [3, 4], "thresholds": [0.5, 0.0], "measured": 0.9}
+    fast = {"exits": [0], "windows": [8], "thresholds": [0.0], "measured": 1.234}
+    tune.save_ladders(HEADER | {"device": "GPU, 1 core"}, {"hispec": slow, "look-up": fast})
+    ladder = {"exits": [0], "windows": [8], "thresholds": [0.0]}
+    why = "the fastest kept, 1.23x greedy on GPU, 1 core"
+    assert tune.kept_ladder(HEADER, model) == (ladder, why)
+    assert tune.kept_ladder(HEADER | {"model": "another"}, model) is None
+    tune.save_ladders(HEADER, {"hispec": slow})  # this machine's go first, if they fit
+    assert tune.kept_ladder(HEADER, model)[1].endswith("0.90x greedy on this machine")
+    for part, wrong in (("exits", [1, 99]), ("windows", [1]), ("measured", "fast")):
+        tune.save_ladders(HEADER, {"hispec": slow | {part: wrong}, "look-up": {"measured": 2.0}})
+        assert tune.kept_ladder(HEADER, model) == (ladder, why)
+
+
 def test_default_exits():
     model = random_model(n_layers=30)
     assert tune.default_exits(model) == (4, 8)
