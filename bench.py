@@ -259,7 +259,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     models = "tiny, smollm2, a Hugging Face Llama folder, or a .gguf file"
     add("--model", default="tiny", help=models)
-    ours = Path(__file__).parent / "prompts.jsonl"
+    ours = Path(__file__).parent / "prompts" / "chat.jsonl"
     add("--prompts", type=Path, default=ours, help="JSONL with category and turns")
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     dtypes = ["float32", "bfloat16", "float16", "float64"]

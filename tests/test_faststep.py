@@ -79,7 +79,7 @@ def test_a_position_has_the_same_bits_in_any_company(dtype, sizes):
 
 def test_all_ladders_write_the_same_text_in_bfloat16():
     model, tokenizer = checkpoints.load("tiny", "cpu", torch.bfloat16)
-    questions = bench.read_prompts(Path(bench.__file__).parent / "prompts.jsonl")
+    questions = bench.read_prompts(Path(bench.__file__).parent / "prompts" / "chat.jsonl")
     ladders = [((), ()), ((8,), (6,)), ((2, 8), (2, 6)), ((0, 8), (8, 8)), ((1, 2, 8), (1, 3, 5))]
     steps = {exits: FixedStep(model, exits, 800) for exits, _ in ladders}
     for question in {q["category"]: q for q in questions}.values():

@@ -9,8 +9,8 @@ from lab.prompts import read_prompts
 ROOT = Path(__file__).parent.parent
 
 
-def test_the_shipped_prompts():
-    questions = read_prompts(ROOT / "prompts.jsonl")
+def test_the_chat_prompts():
+    questions = read_prompts(ROOT / "prompts" / "chat.jsonl")
     per_category = {
         c: sum(q["category"] == c for q in questions) for c in {q["category"] for q in questions}
     }

@@ -24,7 +24,7 @@ def test_it_is_small_and_deep(tiny):
 
 def test_ladders_write_its_greedy_text_with_fewer_full_passes(tiny):
     model, tokenizer = tiny
-    questions = bench.read_prompts(Path(bench.__file__).parent / "prompts.jsonl")[::10]
+    questions = bench.read_prompts(Path(bench.__file__).parent / "prompts" / "chat.jsonl")[::10]
     assert len(questions) == 3
     for question in questions:
         prompt = tokenizer.chat(question["turns"][:1])
