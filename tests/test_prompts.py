@@ -2,34 +2,49 @@
 
 import codeop
 from collections import Counter
-from pathlib import Path
 
 import pytest
+import tiktoken
 
 import checkpoints
+from checkpoints.tokenizer import SMOLLM, Tokenizer
 from lab.corpus import read_corpus
-from lab.prompts import read_prompts
+from lab.prompts import PROMPTS, default_prompts, read_prompts
 
-ROOT = Path(__file__).parent.parent
 KINDS = {"function", "class", "tests", "script", "data", "algorithms", "refactoring"}
 
 
 @pytest.fixture(scope="module")
 def beginnings():
     """(category, text) of each beginning of a Python file."""
-    questions = read_prompts(ROOT / "prompts" / "python.jsonl")
+    questions = read_prompts(PROMPTS / "python.jsonl")
     assert all(len(question["turns"]) == 1 for question in questions)
     return [(question["category"], question["turns"][0]) for question in questions]
 
 
 def test_the_chat_prompts():
-    questions = read_prompts(ROOT / "prompts" / "chat.jsonl")
+    questions = read_prompts(PROMPTS / "chat.jsonl")
     per_category = {
         c: sum(q["category"] == c for q in questions) for c in {q["category"] for q in questions}
     }
     assert set(per_category) == {"chat", "code", "summary", "maths", "translation", "retrieval"}
     assert min(per_category.values()) >= 4
     assert any(len(question["turns"]) > 1 for question in questions)
+
+
+@pytest.mark.parametrize(
+    "special, file",
+    [
+        ([], "python.jsonl"),
+        (["<|endoftext|>"], "python.jsonl"),
+        (["<|im_start|>", "<|im_end|>"], "chat.jsonl"),
+    ],
+)
+def test_the_default_follows_from_the_tokenizer(special, file):
+    ranks = {bytes([i]): i for i in range(256)}
+    ids = {token: 256 + i for i, token in enumerate(special)}
+    engine = tiktoken.Encoding("bytes", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens=ids)
+    assert default_prompts(Tokenizer(engine)) == PROMPTS / file
 
 
 def test_seven_kinds_of_beginnings(beginnings):
