@@ -36,7 +36,7 @@ from lab import plots
 from lab.agreement import level_agreement, ratio
 from lab.commands import Parser, command, must_take_files
 from lab.costs import Rungs, memory_limit, pass_times, peak_memory, time_shares
-from lab.prompts import Request, most_tokens, open_requests, read_prompts
+from lab.prompts import Request, default_prompts, most_tokens, open_requests, read_prompts
 from lab.report import print_divergence, print_limit, print_tables, print_tuning
 from lab.tune import default_exits, kept_threads, save_ladders, saved_ladders, tune
 from model import Llama
@@ -55,15 +55,16 @@ class Method:
 
 def main() -> None:
     args = parse_arguments()
-    questions = read_prompts(args.prompts)
-    if args.quick:
-        firsts = {question["category"]: question for question in reversed(questions)}
-        questions = list(firsts.values())[::-1]
+    questions = read_prompts(args.prompts) if args.prompts else None
     model, tokenizer = load(args.model, args.device, args.dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
     if args.chat == "never":
         tokenizer.template = None
+    questions = questions or read_prompts(default_prompts(tokenizer))
+    if args.quick:
+        firsts = {question["category"]: question for question in reversed(questions)}
+        questions = list(firsts.values())[::-1]
     header = {"step": args.step, **describe(args.model, args.device, args.dtype)}
     if args.device == "cpu":
         header["threads"] = kept_threads(header, model, anew=args.tune)
@@ -260,8 +261,8 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     models = "tiny, smollm2, a folder or owner/name of Hugging Face's, or a .gguf file"
     add("--model", default="tiny", help=models)
-    ours = Path(__file__).parent / "prompts.jsonl"
-    add("--prompts", type=Path, default=ours, help="JSONL with category and turns")
+    ours = "default: prompts/chat.jsonl for a model that chats, else prompts/python.jsonl"
+    add("--prompts", type=Path, metavar="FILE", help=f"JSONL with category and turns ({ours})")
     plain = "never: plain text, whatever the model"
     add("--chat", choices=["auto", "never"], default="auto", help=plain)
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")

@@ -9,6 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from checkpoints.tokenizer import Tokenizer
+
+PROMPTS = Path(__file__).parent.parent / "prompts"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -17,6 +21,11 @@ class Request:
     category: str
     prompt: list[int]
     greedy: list[int]  # the reference answer
+
+
+def default_prompts(tokenizer: Tokenizer) -> Path:
+    """Questions where the tokenizer has a chat format around them, else files to continue."""
+    return PROMPTS / ("python.jsonl" if tokenizer.template is None else "chat.jsonl")
 
 
 def read_prompts(path: Path) -> list[dict]:

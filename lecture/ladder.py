@@ -20,7 +20,7 @@ def predict(model: Llama, seq: list[int], depth: int) -> list[int]:
 
 
 def propose(model: Llama, seq: list[int], depths: list[int], windows: list[int], k: int, want: int):
-    """Append at least `want` tokens to seq, as level k, the model cut at depths[k], expects them."""
+    """Append at least `want` tokens to seq that level k, the model cut at depths[k], expects."""
     goal = len(seq) + want
     while len(seq) < goal:
         base = len(seq)

@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def choose(exits, windows, model: Llama, header: dict) -> tuple[dict, str]:
-    """The ladder that was asked for, or the one tuning kept, or two of the model's exits; and why."""
+    """The ladder asked for, or the one tuning kept, or two of the model's exits; and why."""
     if exits is None and windows is None and (kept := kept_ladder(header, model)):
         return kept
     why = "as asked" if exits is not None else "the model's own exits"
@@ -106,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     plain = "never: plain text, whatever the model"
     add("--chat", choices=["auto", "never"], default="auto", help=plain)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default 64)")
-    own = "the ladder's, 0 for a look-up; default: of the ladder that tuning kept, or two of the model's"
+    own = "0 for a look-up; default: the kept ladder's, or two of the model's"
     add("--exits", type=int, nargs="*", metavar="E", help=own)
     each = "tokens gathered at each exit; default: the kept ladder's, or 2, 4, 8, ..."
     add("--windows", type=int, nargs="*", metavar="W", help=each)

@@ -221,6 +221,19 @@ def test_chat_never_leaves_the_template_out(small_bench, capsys):
         assert f"\nprompt: {line}\n" in capsys.readouterr().out
 
 
+def test_prompts_that_suit_the_model_where_none_are_given(small_bench, monkeypatch, tmp_path):
+    asked, own = [], tmp_path / "own.jsonl"
+    own.write_text('{"category": "own", "turns": ["def g():"]}')
+    monkeypatch.setattr(bench, "default_prompts", lambda tokenizer: asked.append(tokenizer) or own)
+    _, given = small_bench("--quick")
+    assert asked == [] and "own" not in given["methods"][0]["by_category"]
+    argv = ["bench.py", "--device", "cpu", "--quick", "--json", str(tmp_path / "own.json")]
+    monkeypatch.setattr(sys, "argv", argv)
+    bench.main()
+    greedy = json.loads((tmp_path / "own.json").read_text())["methods"][0]
+    assert asked == [small_bench.tokenizer] and greedy["by_category"].keys() == {"own"}
+
+
 def test_the_fixed_step_answers_alike(small_bench, capsys):
     _, plain = small_bench("--quick", "--max-new-tokens", "9")
     _, fixed = small_bench("--quick", "--max-new-tokens", "9", "--step", "fixed")

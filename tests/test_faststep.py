@@ -1,18 +1,16 @@
 """The fast step: the same tokens as the plain one, and the same bits whatever else is in a pass."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from conftest import Case, cases, greedy, random_model
 from hypothesis import given
 
-import bench
 import checkpoints
 import hispec
 from faststep import WIDTH, FixedStep
 from hispec import generate
 from kvcache import KVCache
+from lab.prompts import default_prompts, read_prompts
 from model import ExitHead
 
 
@@ -85,7 +83,7 @@ def test_a_position_has_the_same_bits_in_any_company(dtype, sizes):
 
 def test_all_ladders_write_the_same_text_in_bfloat16():
     model, tokenizer = checkpoints.load("tiny", "cpu", torch.bfloat16)
-    questions = bench.read_prompts(Path(bench.__file__).parent / "prompts.jsonl")
+    questions = read_prompts(default_prompts(tokenizer))
     ladders = [((), ()), ((8,), (6,)), ((2, 8), (2, 6)), ((0, 8), (8, 8)), ((1, 2, 8), (1, 3, 5))]
     fast = FixedStep(model, 800)
     for question in {q["category"]: q for q in questions}.values():

@@ -1,22 +1,91 @@
 """The bench's questions: those that ship, and those that cannot be read."""
 
-from pathlib import Path
+import codeop
+from collections import Counter
 
 import pytest
+import tiktoken
 
-from lab.prompts import read_prompts
+import checkpoints
+from checkpoints.tokenizer import SMOLLM, Tokenizer
+from lab.corpus import read_corpus
+from lab.prompts import PROMPTS, default_prompts, read_prompts
 
-ROOT = Path(__file__).parent.parent
+KINDS = {"function", "class", "tests", "script", "data", "algorithms", "refactoring"}
 
 
-def test_the_shipped_prompts():
-    questions = read_prompts(ROOT / "prompts.jsonl")
+@pytest.fixture(scope="module")
+def beginnings():
+    """(category, text) of each beginning of a Python file."""
+    questions = read_prompts(PROMPTS / "python.jsonl")
+    assert all(len(question["turns"]) == 1 for question in questions)
+    return [(question["category"], question["turns"][0]) for question in questions]
+
+
+def test_the_chat_prompts():
+    questions = read_prompts(PROMPTS / "chat.jsonl")
     per_category = {
         c: sum(q["category"] == c for q in questions) for c in {q["category"] for q in questions}
     }
     assert set(per_category) == {"chat", "code", "summary", "maths", "translation", "retrieval"}
     assert min(per_category.values()) >= 4
     assert any(len(question["turns"]) > 1 for question in questions)
+
+
+@pytest.mark.parametrize(
+    "special, file",
+    [
+        ([], "python.jsonl"),
+        (["<|endoftext|>"], "python.jsonl"),
+        (["<|im_start|>", "<|im_end|>"], "chat.jsonl"),
+    ],
+)
+def test_the_default_follows_from_the_tokenizer(special, file):
+    ranks = {bytes([i]): i for i in range(256)}
+    ids = {token: 256 + i for i, token in enumerate(special)}
+    engine = tiktoken.Encoding("bytes", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens=ids)
+    assert default_prompts(Tokenizer(engine)) == PROMPTS / file
+
+
+def test_seven_kinds_of_beginnings(beginnings):
+    assert len(beginnings) >= 40
+    per_category = Counter(category for category, _ in beginnings)
+    assert per_category.keys() == KINDS
+    assert min(per_category.values()) >= 5
+    assert len({text for _, text in beginnings}) == len(beginnings)
+
+
+def test_beginnings_are_neither_short_nor_long(beginnings):
+    _, tokenizer = checkpoints.load("tiny", device="cpu")
+    lengths = {text: len(tokenizer.encode(text)) for _, text in beginnings}
+    assert [text for text, length in lengths.items() if not 100 <= length <= 400] == []
+
+
+def test_beginnings_are_python_so_far(beginnings):
+    """An interactive interpreter would run each or wait for more, and refuse none."""
+    for _, text in beginnings:
+        codeop.compile_command(text, symbol="exec")
+        assert text == text.rstrip()  # the answer begins with its own white space
+        assert max(map(len, text.splitlines())) <= 100
+
+
+def test_a_broken_beginning_is_refused():
+    with pytest.raises(SyntaxError):
+        codeop.compile_command("def f(x):\n    y =\n    return x", symbol="exec")
+
+
+def windows(text: str) -> set[tuple[str, ...]]:
+    """Every five lines that follow each other, without indentation and empty lines."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return set(zip(*(lines[i:] for i in range(5))))
+
+
+def test_beginnings_are_not_in_the_standard_library(beginnings):
+    ours = set().union(*(windows(text) for _, text in beginnings))
+    assert len(ours) > 500
+    library = read_corpus(None)
+    assert len(library) > 400
+    assert [(name, w) for name, text in library.items() for w in windows(text) & ours] == []
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
 """The model that ships: small enough, with exits that see, and lossless on the bench's own prompts."""
 
-from pathlib import Path
-
 import pytest
 
-import bench
 import checkpoints
 from hispec import generate
+from lab.prompts import default_prompts, read_prompts
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +24,8 @@ def test_it_is_small_and_deep(tiny):
 
 def test_ladders_write_its_greedy_text_with_fewer_full_passes(tiny):
     model, tokenizer = tiny
-    questions = bench.read_prompts(Path(bench.__file__).parent / "prompts.jsonl")[::10]
-    assert len(questions) == 3
+    questions = read_prompts(default_prompts(tokenizer))[::10]
+    assert len(questions) == 5
     for question in questions:
         prompt = tokenizer.chat(question["turns"][:1])
         plain = generate(model, prompt, 32)

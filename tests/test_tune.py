@@ -120,7 +120,7 @@ def test_a_damaged_ladder_file_is_named(monkeypatch, tmp_path, content):
         tune.saved_ladders(HEADER, random_model())
 
 
-def test_the_kept_ladder_of_any_kind(monkeypatch, tmp_path):
+def test_the_kept_ladder_is_hispecs_unless_that_loses(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "LADDERS", tmp_path / "ladders.json")
     model = random_model()
     assert tune.kept_ladder(HEADER, model) is None
@@ -128,11 +128,13 @@ def test_the_kept_ladder_of_any_kind(monkeypatch, tmp_path):
     fast = {"exits": [0], "windows": [8], "thresholds": [0.0], "measured": 1.234}
     tune.save_ladders(HEADER | {"device": "GPU, 1 core"}, {"hispec": slow, "look-up": fast})
     ladder = {"exits": [0], "windows": [8], "thresholds": [0.0]}
-    why = "the fastest kept, 1.23x greedy on GPU, 1 core"
+    why = "kept by tuning, 1.23x greedy on GPU, 1 core"
     assert tune.kept_ladder(HEADER, model) == (ladder, why)
     assert tune.kept_ladder(HEADER | {"model": "another"}, model) is None
     tune.save_ladders(HEADER, {"hispec": slow})  # this machine's go first, if they fit
     assert tune.kept_ladder(HEADER, model)[1].endswith("0.90x greedy on this machine")
+    tune.save_ladders(HEADER, {"hispec": slow | {"measured": 1.1}, "look-up": fast})
+    assert tune.kept_ladder(HEADER, model)[0]["exits"] == [1, 2]
     for part, wrong in (("exits", [1, 99]), ("windows", [1]), ("measured", "fast")):
         tune.save_ladders(HEADER, {"hispec": slow | {part: wrong}, "look-up": {"measured": 2.0}})
         assert tune.kept_ladder(HEADER, model) == (ladder, why)
