@@ -7,7 +7,7 @@ import pytest
 import tiktoken
 
 import checkpoints
-from checkpoints.tokenizer import SMOLLM, Tokenizer
+from checkpoints.vocabulary import SMOLLM, Tokenizer
 from lab.corpus import read_corpus
 from lab.prompts import PROMPTS, default_prompts, read_prompts
 
