@@ -119,9 +119,9 @@ class Llama(nn.Module):
 
     def pack(self) -> "Llama":
         """Lay the weights out for inference on a CPU (operators.py). train() and to() undo it."""
-        alike = [
-            m.pack(m.weight is self.embed.weight) for m in self.modules() if isinstance(m, Linear)
-        ]
+        linears = [m for m in self.modules() if isinstance(m, Linear)]
+        shared = self.config.tie_embeddings  # the embedding goes on reading the plain matrix
+        alike = [m.pack(keep=shared and m is self.head) for m in linears]
         alike += [
             head.gather(self.head).pack()
             for head in self.exit_heads.values()

@@ -55,7 +55,7 @@ class Linear(nn.Linear):
         if weight.is_cuda or weight.dtype not in (torch.float32, torch.bfloat16):
             return True
         if weight.dtype == torch.float32 and weight.numel() < SMALL:
-            if len(weight) >= NARROW:
+            if len(weight) >= NARROW and not keep:
                 self.weight.data = weight.t().contiguous().t()
             return False
         if not can_pack(weight.dtype):
@@ -68,12 +68,13 @@ class Linear(nn.Linear):
     def dense(self) -> Tensor:
         """The plain weight (outputs, inputs)."""
         if "weight" in self._parameters:
-            return self.weight.detach()
+            return self.weight.detach().contiguous()
         return torch.cat([part.to_dense() for part in self.packed], dim=1)
 
     def unpack(self) -> None:
         if "weight" not in self._parameters:
             self.weight = nn.Parameter(self.dense(), requires_grad=False)
+        self.weight.data = self.weight.data.contiguous()
         self.packed = []
 
     def train(self, mode: bool = True) -> "Linear":
