@@ -31,7 +31,7 @@ from torch import Tensor
 
 from model import Llama
 
-CHUNK = 256  # positions; also the most that a pass can hold, which bounds activations and mask
+CHUNK = 128  # positions; also the most that a pass can hold, which bounds activations and mask
 ROWS = 4  # attention takes its rows in fours: on a CPU fewer would get other bits
 
 
@@ -50,6 +50,8 @@ class KVCache:
         self.group, self.dim = c.n_heads // c.n_kv_heads, c.dim
         self.keys = weight.new_zeros(layers, batch, c.n_kv_heads, room, c.head_dim)
         self.values = torch.zeros_like(self.keys)
+        self.layers = list(zip(self.keys, self.values))
+        self.end, self.seen = 0, self.layers
         self.hidden: dict[int, Tensor] = {}
         self.columns = torch.arange(room, device=weight.device)
         self.open(exits)
@@ -73,7 +75,10 @@ class KVCache:
         look and -inf elsewhere. Query heads that share a key head are its rows, position by
         position.
         """
-        self.at, self.end = at, end
+        self.at = at
+        if end != self.end:  # what each layer reads: one view for all passes up to there
+            self.end = end
+            self.seen = list(zip(self.keys[..., :end, :], self.values[..., :end, :]))
         rows = at.repeat_interleave(self.group)  # (N * H/G,)
         rows = F.pad(rows, (0, -len(rows) % ROWS))
         ahead = self.columns[:end] > rows[:, None]
@@ -81,9 +86,10 @@ class KVCache:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, N, E) at the pass's positions; return all it sees, (B, G, end, E)."""
-        self.keys[layer].index_copy_(2, self.at, k)
-        self.values[layer].index_copy_(2, self.at, v)
-        return self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, self.at, k)
+        values.index_copy_(2, self.at, v)
+        return self.seen[layer]
 
     def run(self, model: Llama, ids: Tensor, above: int, depth: int) -> Tensor:
         """Take the pass through layers above..depth-1; the states (N, D) for the head at `depth`.

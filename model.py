@@ -119,6 +119,9 @@ class Llama(nn.Module):
 
     def pack(self) -> "Llama":
         """Lay the weights out for inference on a CPU (operators.py). train() and to() undo it."""
+        for m in self.modules():
+            if isinstance(m, RMSNorm):
+                m.pack()
         linears = [m for m in self.modules() if isinstance(m, Linear)]
         shared = self.config.tie_embeddings  # the embedding goes on reading the plain matrix
         alike = [m.pack(keep=shared and m is self.head) for m in linears]
@@ -252,7 +255,8 @@ class Attention(nn.Module):
         rows = q.shape[2]  # N * H/G
         if rows < len(mask):
             q = F.pad(q, (0, 0, 0, len(mask) - rows))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :rows]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, G, rows, E)
+        y = y[:, :, :rows] if rows < len(mask) else y
         return y.view(B, self.kv_heads, N, -1, E).transpose(1, 2)  # (B, N, G, H/G, E)
 
 
@@ -367,4 +371,4 @@ def rope_table(config: Config) -> Tensor:
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + E/2]) of x (B, N, heads, E) by its position's angle."""
     cos, sin = rope
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
