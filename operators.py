@@ -52,7 +52,7 @@ class Linear(nn.Linear):
         if self.packed:
             return True
         weight = self.weight.detach()
-        if weight.is_cuda or weight.dtype not in (torch.float32, torch.bfloat16):
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
             return True
         if weight.dtype == torch.float32 and weight.numel() < SMALL:
             if len(weight) >= NARROW:
@@ -118,7 +118,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or torch.is_grad_enabled():
+        if x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
         D, accurate = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
         size = torch.linalg.vector_norm(
