@@ -38,8 +38,8 @@ ROWS = 4  # attention takes its rows in fours: on a CPU fewer would get other bi
 class KVCache:
     """Keys, values, hidden states, segment lengths of `batch` sequences of at most max_len.
 
-    exits: the ladder's depths. A pass holds a multiple of `model.pad` positions: what is padded is
-    written beyond the segment's length, and so is stale from the start.
+    exits: the ladder's depths. A pass holds a multiple of `model.pad` positions (operators.py says
+    why); what is padded is written beyond the segment's length, and so is stale from the start.
     """
 
     def __init__(self, model: Llama, exits: tuple[int, ...], max_len: int, batch: int = 1):
@@ -57,16 +57,17 @@ class KVCache:
         self.open(exits)
 
     def passes(self, segment: int, length: int) -> Iterator[tuple[int, int]]:
-        """The positions < length that a segment has not processed, as passes (first, last + 1)."""
+        """The positions < length that a segment has not processed, as passes first .. stop-1."""
         first = self.lengths[segment]
         while first < length:
-            last = min(length, up_to_chunk(first + 1))
-            yield first, last
-            first = last
+            stop = min(length, up_to_chunk(first + 1))
+            yield first, stop
+            first = stop
 
-    def place(self, first: int, last: int) -> None:
-        """Begin a pass over positions first .. last-1, and padding behind them."""
-        self.begin(self.columns[first : last + (first - last) % self.pad], up_to_chunk(last))
+    def place(self, first: int, stop: int) -> None:
+        """Begin a pass over positions first .. stop-1, and padding behind them."""
+        padding = -(stop - first) % self.pad
+        self.begin(self.columns[first : stop + padding], up_to_chunk(stop))
 
     def begin(self, at: Tensor, end: int) -> None:
         """Begin a pass over positions `at` (N,), which attends over keys 0 .. end-1.
@@ -91,13 +92,13 @@ class KVCache:
         values.index_copy_(2, self.at, v)
         return self.seen[layer]
 
-    def run(self, model: Llama, ids: Tensor, above: int, depth: int) -> Tensor:
-        """Take the pass through layers above..depth-1; the states (N, D) for the head at `depth`.
+    def run(self, model: Llama, ids: Tensor, start: int, depth: int) -> Tensor:
+        """Take the pass through layers start..depth-1; the states (N, D) for the head at `depth`.
 
-        It starts from the tokens ids (N,), or above the first segment from what that has left.
+        It begins with the tokens ids (N,) at layer 0, elsewhere with the hidden states left there.
         """
-        h = self.hidden[above].index_select(1, self.at) if above else model.embed(ids[None])
-        h = model.run(h, above, depth, self)  # (1, N, D)
+        h = self.hidden[start].index_select(1, self.at) if start else model.embed(ids[None])
+        h = model.run(h, start, depth, self)  # (1, N, D)
         if depth in self.hidden:
             self.hidden[depth].index_copy_(1, self.at, h)
         return model.read(h, depth, self)[0]

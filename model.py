@@ -208,7 +208,15 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, h: Tensor, rope: Tensor, slot: int, cache: Cache | None = None) -> Tensor:
-        h = h + self.attn(self.attn_norm(h), rope, slot, cache)
+        q, k, v = self.before(h, rope)
+        return self.after(h, self.attn(q, k, v, slot, cache))
+
+    # what is alike in all layers stands apart from the cache, so that it can be compiled once
+    def before(self, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.project(self.attn_norm(h), rope)
+
+    def after(self, h: Tensor, y: Tensor) -> Tensor:
+        h = h + self.attn.out(y)
         return h + self.mlp(self.mlp_norm(h))
 
 
@@ -230,13 +238,20 @@ class Attention(nn.Module):
         self.out = Linear(self.heads * self.head_dim, config.dim)
         self.out.ends_branch = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor, rope: Tensor, slot: int, cache: Cache | None = None) -> Tensor:
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, H, E), keys and values (B, G, N, E) of x (B, N, D)."""
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
         qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, N, E)
-        if cache is None and self.training and x.device.type == "cpu":
+        return q, k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, slot: int, cache: Cache | None = None
+    ) -> Tensor:
+        """What the positions see (B, N, H*E), to go through `out`."""
+        B, N, _, _ = q.shape
+        if cache is None and self.training and q.device.type == "cpu":
             y = attend_in_blocks(q, k, v)
         elif cache is None:
             q = q.transpose(1, 2)  # (B, H, N, E)
@@ -246,7 +261,7 @@ class Attention(nn.Module):
         else:
             k, v = cache.write(slot, k, v)  # (B, G, T, E)
             y = self._attend(q, k, v, cache.mask)
-        return self.out(y.reshape(B, N, -1))  # from (B, N, H, E)
+        return y.reshape(B, N, -1)  # from (B, N, H, E)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Query heads that share a key head are rows of it: every fused kernel takes that."""

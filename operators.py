@@ -53,7 +53,7 @@ class Linear(nn.Linear):
         if self.packed:
             return True
         weight = self.weight.detach()
-        if weight.is_cuda or weight.dtype not in (torch.float32, torch.bfloat16):
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
             return True
         if weight.dtype == torch.float32 and weight.numel() < SMALL:
             if len(weight) >= NARROW and not keep:
@@ -136,7 +136,7 @@ class RMSNorm(nn.RMSNorm):
         return (x * weight / torch.hypot(size, least)).to(x.dtype)
 
     def pack(self) -> None:
-        if self.weight.is_cuda:
+        if self.weight.device.type != "cpu":
             return
         weight = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
         D = len(weight)
