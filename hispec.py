@@ -75,12 +75,12 @@ class Ladder:
         self.length = len(asked.prompt)
         self.end = end  # no text beyond it; a stop token, once settled, lowers it
         device = model.embed.weight.device
-        room = up_to_chunk(end + model.pad)  # a bonus past the end, and a pass's padding
+        room = up_to_chunk(end + model.pad)  # for a bonus past the end, or a pass's padding
         self.tokens = torch.zeros(room, dtype=torch.long, device=device)
         self.tokens[: self.length] = torch.as_tensor(asked.prompt)
         self.text = list(asked.prompt)  # the same on the host, as far as it has been read there
-        # laws[k]: the distribution (V,) of each draft that level k is to judge. It is the law of the
-        # level below: what that keeps, corrects or adds is a sample of its own distribution.
+        # laws[k]: for each draft that level k is to judge, the distribution (V,) of the level below:
+        # whatever that keeps, corrects or adds is a sample of its own
         self.laws: list[list[Tensor]] = [[] for _ in self.depths]
         self.rng = torch.Generator(device)
         self.rng.manual_seed(self.rng.seed() if asked.seed is None else asked.seed)
@@ -216,9 +216,7 @@ def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
-    """A token (1,) in proportion to weights (V,): the first of V exponential clocks to ring.
-
-    Unlike torch.multinomial it checks nothing, and so needs no host read.
-    """
+    """A token (1,) in proportion to weights (V,), without multinomial's host read: the first of V
+    exponential clocks to ring."""
     clocks = torch.empty_like(weights).exponential_(generator=rng)
     return (weights / clocks).argmax(dim=0, keepdim=True)
