@@ -10,8 +10,8 @@ layers that level k has beyond level k-1. So
     exits=(4, 8)  windows=(2, 4)   HiSpec
     exits=(0, 8)  windows=(4, 4)   exit 0 is no layer: it looks drafts up in the text so far
 
-and longer ladders by the same code. Whatever the ladder, the output is the full model's own: the
-same tokens at temperature 0, the same distribution above it. `Ladder.propose` is the method.
+and longer ladders. Whatever the ladder, the output is the full model's own: the same tokens at
+temperature 0, the same distribution above it. `Ladder.propose` is the method.
 """
 
 import time
@@ -79,8 +79,8 @@ class Ladder:
         self.tokens = torch.zeros(room, dtype=torch.long, device=device)
         self.tokens[: self.length] = torch.as_tensor(asked.prompt)
         self.text = list(asked.prompt)  # the same on the host, as far as it has been read there
-        # laws[k]: for each draft that level k is to judge, the distribution (V,) of the level below:
-        # whatever that keeps, corrects or adds is a sample of its own
+        # laws[k]: for each draft that level k is to judge, the law (V,) of the level below: whatever
+        # that keeps, corrects or adds is a sample of its own
         self.laws: list[list[Tensor]] = [[] for _ in self.depths]
         self.rng = torch.Generator(device)
         self.rng.manual_seed(self.rng.seed() if asked.seed is None else asked.seed)
@@ -148,9 +148,8 @@ class Ladder:
         if k == self.top and self.stats[k].calls == 1:
             self.prefilled = time.perf_counter()
         if self.watch:
-            text = self.tokens[base : self.length].tolist()
+            text, now = self.tokens[base : self.length].tolist(), time.perf_counter() - self.began
             positions = [stats.positions for stats in self.stats]
-            now = time.perf_counter() - self.began
             self.watch(Event(k, base, drafts, kept, text, positions, now))
 
     def copy(self, want: int) -> None:
@@ -216,7 +215,6 @@ def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
-    """A token (1,) in proportion to weights (V,), without multinomial's host read: the first of V
-    exponential clocks to ring."""
+    """A token (1,) in proportion to weights (V,), with no host read: the first clock to ring."""
     clocks = torch.empty_like(weights).exponential_(generator=rng)
     return (weights / clocks).argmax(dim=0, keepdim=True)
