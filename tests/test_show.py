@@ -156,7 +156,7 @@ def test_the_command_prints_plain_text_where_there_is_no_terminal(show_command):
     assert run.returncode == 0, run.stderr
     assert "\033" not in run.stdout
     assert "8 tokens in" in run.stdout and "accepted: exit 2" in run.stdout
-    assert run.stdout.startswith("ladder: 2(2) 8(4), the model's own exits\n")
+    assert "\nladder: 2(2) 8(4), the model's own exits\n" in run.stdout
 
 
 @pytest.mark.parametrize(
