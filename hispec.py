@@ -79,7 +79,7 @@ class Ladder:
         self.tokens = torch.zeros(room, dtype=torch.long, device=device)
         self.tokens[: self.length] = torch.as_tensor(asked.prompt)
         self.text = list(asked.prompt)  # the same on the host, as far as it has been read there
-        # laws[k]: for each draft that level k is to judge, the law (V,) of the level below: whatever
+        # laws[k]: for each draft that level k is to judge, the law (V,) of the level below: what
         # that keeps, corrects or adds is a sample of its own
         self.laws: list[list[Tensor]] = [[] for _ in self.depths]
         self.rng = torch.Generator(device)

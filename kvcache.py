@@ -53,6 +53,7 @@ class KVCache:
         self.layers = list(zip(self.keys, self.values))
         self.end, self.seen = 0, self.layers
         self.hidden: dict[int, Tensor] = {}
+        self.lengths: list[int] = []
         self.columns = torch.arange(room, device=weight.device)
         self.open(exits)
 

@@ -125,11 +125,8 @@ class Llama(nn.Module):
         linears = [m for m in self.modules() if isinstance(m, Linear)]
         shared = self.config.tie_embeddings  # the embedding goes on reading the plain matrix
         alike = [m.pack(keep=shared and m is self.head) for m in linears]
-        alike += [
-            head.gather(self.head).pack()
-            for head in self.exit_heads.values()
-            if head.vocab is not None
-        ]
+        heads: list[Any] = [*self.exit_heads.values()]
+        alike += [head.gather(self.head).pack() for head in heads if head.vocab is not None]
         self.pad = 1 if all(alike) else ROWS
         return self
 
@@ -344,10 +341,9 @@ class ExitHead(nn.Module):
 
     def gather(self, head: Linear) -> Linear:
         """The rows of the output layer that the exit reads, gathered once in eval mode."""
-        if not self._rows:
-            with torch.inference_mode(
-                False
-            ):  # as the RoPE table: a gradient may pass through later
+        if not self._rows and self.vocab is not None:
+            # as the RoPE table: a gradient may pass through them later
+            with torch.inference_mode(False):
                 rows = Linear(head.in_features, len(self.vocab))
                 rows.weight = nn.Parameter(head.dense()[self.vocab], requires_grad=False)
                 self._rows = [rows]

@@ -40,8 +40,9 @@ class Linear(nn.Linear):
             return F.linear(x, self.weight)
         if len(self.packed) == 1:
             return product(x, self.packed[0])
-        y = None
-        for part, weight in zip(x.split(self.block, dim=-1), self.packed):
+        (part, weight), *others = zip(x.split(self.block, dim=-1), self.packed)
+        y = product(part, weight)
+        for part, weight in others:
             y = product(part, weight, y)
         return y
 
@@ -140,7 +141,7 @@ class RMSNorm(nn.RMSNorm):
             return
         weight = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
         D = len(weight)
-        self.packed = weight * math.sqrt(D), weight.new_tensor(math.sqrt(D * self.eps))
+        self.packed = weight * math.sqrt(D), weight.new_tensor(math.sqrt(D * (self.eps or 0.0)))
 
     def train(self, mode: bool = True) -> "RMSNorm":
         self.packed = None if mode else self.packed

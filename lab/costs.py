@@ -231,7 +231,7 @@ def memory_limit(model: Llama) -> dict:
         (matrix @ matrix[0])[0].item()
         fastest = min(fastest, time.perf_counter() - began)
     norms = [m.weight for m in (*model.layers.modules(), model.norm) if isinstance(m, RMSNorm)]
-    pass_bytes = sum(read.nbytes for read in (*passed, *norms))
+    pass_bytes = sum(m.nbytes for m in passed) + sum(weight.nbytes for weight in norms)
     speed = matrix.nbytes / fastest
     return {
         "bytes_per_second": speed,

@@ -34,9 +34,9 @@ def read_installed(documents: dict[str, str], site: Path) -> dict[str, str]:
     """
     documents, found = dict(documents), {}
     for file in sorted(site.rglob("*.py")):
-        name = Path("site-packages") / file.relative_to(site)
-        if not {"test", "tests"} & set(name.parts) and not file.is_symlink() and file.is_file():
-            found[name.as_posix()] = file
+        place = Path("site-packages") / file.relative_to(site)
+        if not {"test", "tests"} & set(place.parts) and not file.is_symlink() and file.is_file():
+            found[place.as_posix()] = file
     seen = {hash(line) for text in documents.values() for line in long_lines(text)}
     for name in sorted(found, key=lambda name: (not is_held_out(name), name)):
         try:

@@ -243,7 +243,7 @@ def kept_threads(header: dict, model: Llama, anew: bool = False) -> int:
 
 
 def kept_dtype(header: dict, load: Callable[[], Llama], anew: bool = False) -> torch.dtype:
-    """The faster of float32 and bfloat16 for this model on a CPU, each with its best threads.
+    """The faster of float32 and bfloat16 for this model on a CPU, with float32's best threads.
 
     Found once, and kept as the threads are. load: gives the model in float32. A processor that does
     not compute in bfloat16 takes float32.
@@ -257,10 +257,9 @@ def kept_dtype(header: dict, load: Callable[[], Llama], anew: bool = False) -> t
         raise ValueError(f"{LADDERS}: dtype of {_key(either)} must be one of {', '.join(names)}")
     if dtype is None or anew:
         model, seconds = load(), {}
+        torch.set_num_threads(kept_threads(header | {"dtype": names[0]}, model, anew))
         for name in names:
-            model = model.to(getattr(torch, name)).pack()
-            torch.set_num_threads(kept_threads(header | {"dtype": name}, model, anew))
-            seconds[name] = seconds_of_few(model)
+            seconds[name] = seconds_of_few(model.to(getattr(torch, name)).pack())
         dtype = min(seconds, key=seconds.__getitem__)
         _try_to_keep(either, {"dtype": dtype})
     return getattr(torch, dtype)
