@@ -59,7 +59,7 @@ def main() -> None:
     questions = read_prompts(default_prompts(tokenizer))
     firsts = {question["category"]: question for question in reversed(questions)}
     prompts = [tokenizer.chat(q["turns"][:1]) for q in list(firsts.values())[::-1][:PROMPTS]]
-    costs = [measure_costs(model, DEPTHS, partial(generate, model), False) for _ in range(REPEATS)]
+    costs = [measure_costs(model, DEPTHS, partial(generate, model), None) for _ in range(REPEATS)]
     about = describe("tiny", model.embed.weight.device, model.embed.weight.dtype)
     about |= {"threads": 1, "command": f"python {(HERE / 'record.py').relative_to(ROOT)}"}
     found = {
