@@ -7,7 +7,8 @@ import pytest
 import tiktoken
 
 import checkpoints
-from checkpoints.vocabulary import SMOLLM, Tokenizer
+from checkpoints.tokenizer import Tiktoken, Tokenizer
+from checkpoints.vocabulary import SMOLLM
 from lab.corpus import read_corpus
 from lab.prompts import PROMPTS, default_prompts, read_prompts
 
@@ -33,18 +34,13 @@ def test_the_chat_prompts():
 
 
 @pytest.mark.parametrize(
-    "special, file",
-    [
-        ([], "python.jsonl"),
-        (["<|endoftext|>"], "python.jsonl"),
-        (["<|im_start|>", "<|im_end|>"], "chat.jsonl"),
-    ],
+    "settings, file",
+    [({}, "python.jsonl"), ({"chat_template": "{{ messages[0].content }}"}, "chat.jsonl")],
 )
-def test_the_default_follows_from_the_tokenizer(special, file):
+def test_the_default_follows_from_the_tokenizer(settings, file):
     ranks = {bytes([i]): i for i in range(256)}
-    ids = {token: 256 + i for i, token in enumerate(special)}
-    engine = tiktoken.Encoding("bytes", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens=ids)
-    assert default_prompts(Tokenizer(engine)) == PROMPTS / file
+    engine = tiktoken.Encoding("bytes", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens={})
+    assert default_prompts(Tokenizer(Tiktoken(engine, {}), settings)) == PROMPTS / file
 
 
 def test_seven_kinds_of_beginnings(beginnings):
