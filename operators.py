@@ -79,6 +79,14 @@ class Linear(nn.Linear):
         self.weight.data = self.weight.data.contiguous()
         self.packed = []
 
+    def __getstate__(self) -> dict:
+        """What a copy is made of: the plain weight, since oneDNN's own layout cannot be copied."""
+        state = {**self.__dict__, "packed": []}
+        if self.packed and "weight" not in self._parameters:
+            weight = nn.Parameter(self.dense(), requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight": weight}
+        return state
+
     def train(self, mode: bool = True) -> "Linear":
         if mode:
             self.unpack()

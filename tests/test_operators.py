@@ -1,5 +1,6 @@
 """Operators for a CPU: another layout holds the same numbers, and what it replaces is let go."""
 
+import copy
 import gc
 
 import pytest
@@ -129,3 +130,16 @@ def test_the_norm_is_pytorchs(dtype, tolerance):
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=tolerance, atol=tolerance * 1e-2)
     assert torch.equal(ours(x), theirs(x))  # with gradients it is PyTorch's own
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_model_can_be_copied(tied):
+    """oneDNN's layout cannot: the copy has plain weights, and the original keeps its own."""
+    model = random_model(vocab_size=2**15, tie_embeddings=tied).float().pack()
+    assert model.head.packed or not can_pack(torch.float32)
+    twin = copy.deepcopy(model)
+    assert not twin.head.packed and len(model.head.packed) == can_pack(torch.float32)
+    assert (twin.head.weight is twin.embed.weight) == tied
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, twin.state_dict()[name])
+    assert twin.bfloat16().head.weight.dtype == torch.bfloat16
