@@ -50,9 +50,7 @@ class FixedStep:
         # padded positions write too: a pass that begins at the last position needs room behind it
         self.cache = KVCache(model, model.blocks, max_len + WIDTH)
         self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # where a pass begins
-        self.ids = torch.zeros(
-            WIDTH, dtype=torch.long, device=weight.device
-        )  # and the tokens there
+        self.ids = self.first.new_zeros(WIDTH)  # and the tokens there
         self.states = weight.new_zeros(WIDTH, c.dim)  # what a segment leaves for the head
         self.out = weight.new_zeros(WIDTH, c.vocab_size)  # the head's logits
         self.captured: dict[tuple[int, ...], Callable] = {}

@@ -44,7 +44,7 @@ def generate(
     temperature: 0 takes the likeliest token. Above, each level samples from its top_k likeliest
     (0: all), of these from the fewest that hold top_p of the probability. seed makes it repeatable.
     stop: token ids; the text ends after the first of them, or when the model's context is full.
-    watch: called with an Event after every step. fast: a step that brings its own cache (faststep).
+    watch: called with an Event after every step, but for look-ups. fast: a step to use (faststep).
     Raises ValueError, before any work, for arguments out of range.
     """
     began = time.perf_counter()

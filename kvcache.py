@@ -111,15 +111,15 @@ class KVCache:
     def open(self, exits: tuple[int, ...]) -> None:
         """Make ready for another text and ladder: nothing of an earlier one is left.
 
-        Not even a NaN, which no mask would hide: 0 x NaN is NaN.
+        Not even a NaN, which no mask would hide: 0 x NaN is NaN. An exit whose head owns a block
+        has to be among those the cache was made for.
         """
         for t in (self.keys, self.values, *self.hidden.values()):
             t.zero_()
+        batch, room = self.keys.shape[1], self.keys.shape[3]
         for exit in exits:
             if exit > 0 and exit not in self.hidden:
-                self.hidden[exit] = self.keys.new_zeros(
-                    self.keys.shape[1], self.keys.shape[3], self.dim
-                )
+                self.hidden[exit] = self.keys.new_zeros(batch, room, self.dim)
         self.lengths = [0] * (len(exits) + 1)
 
     @property

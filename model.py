@@ -183,15 +183,12 @@ class Llama(nn.Module):
     def _rope(self, h: Tensor, cache: Cache | None) -> Tensor:
         """cos and sin (2, N, 1, E) for the positions of h (B, N, D), in float32 in any dtype."""
         if self._rope_table is None or self._rope_table.device != h.device:
-            with torch.inference_mode(
-                False
-            ):  # so that training can use a table first built while decoding
+            with torch.inference_mode(False):  # training may use what decoding has built
                 self._rope_table = rope_table(self.config).to(h.device)
         if cache is None:
             return self._rope_table[:, : h.shape[1]]
-        return self._rope_table.index_select(
-            1, cache.at.clamp(max=self.config.max_seq_len - 1)
-        )  # padding may lie past
+        at = cache.at.clamp(max=self.config.max_seq_len - 1)  # padding may lie past the context
+        return self._rope_table.index_select(1, at)
 
 
 class Layer(nn.Module):
@@ -225,11 +222,8 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.n_heads,
-            config.n_kv_heads,
-            config.head_dim,
-        )
+        self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
+        self.head_dim = config.head_dim
         # one product for queries, keys and values: fewer, larger reads
         self.qkv = Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim)
         self.out = Linear(self.heads * self.head_dim, config.dim)
@@ -252,9 +246,8 @@ class Attention(nn.Module):
             y = attend_in_blocks(q, k, v)
         elif cache is None:
             q = q.transpose(1, 2)  # (B, H, N, E)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(
-                1, 2
-            )
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            y = y.transpose(1, 2)
         else:
             k, v = cache.write(slot, k, v)  # (B, G, T, E)
             y = self._attend(q, k, v, cache.mask)
@@ -305,9 +298,8 @@ class ExitHead(nn.Module):
         super().__init__()
         ids = None
         if vocab is not None:
-            ids = torch.tensor(
-                sorted(set(vocab)), dtype=torch.long
-            )  # ascending: ties break as in the full row
+            # ascending: ties break as in the full row
+            ids = torch.tensor(sorted(set(vocab)), dtype=torch.long)
             if len(ids) == 0 or len(ids) < len(vocab) or ids[0] < 0 or ids[-1] >= config.vocab_size:
                 raise ValueError(
                     f"vocab must be distinct token ids in 0..{config.vocab_size - 1}, at least one"
@@ -319,9 +311,7 @@ class ExitHead(nn.Module):
             nn.init.zeros_(self.block.attn.out.weight)
             nn.init.zeros_(self.block.mlp.down.weight)
         self.register_buffer("vocab", ids)
-        self._rows: list[
-            Linear
-        ] = []  # in a list, so that it is no part of what is saved or trained
+        self._rows: list[Linear] = []  # a list, so as to be no part of what is saved or trained
 
     def forward(self, h: Tensor, head: Linear) -> Tensor:
         """Logits (..., V) from h (..., D), as `Llama.read` leaves it, and the output layer."""
@@ -367,16 +357,13 @@ def rope_table(config: Config) -> Tensor:
     freq = 1.0 / config.rope_theta ** (torch.arange(0, E, 2, dtype=torch.float32) / E)  # (E/2,)
     if config.rope_scaling is not None:
         s = config.rope_scaling
-        turns = (
-            s.original_max_seq_len * freq / (2 * math.pi)
-        )  # full turns within the original context
+        turns = s.original_max_seq_len * freq / (2 * math.pi)  # within the original context
         keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
         freq = keep * freq + (1 - keep) * freq / s.factor
     angle = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), freq)  # (T, E/2)
     cos, sin = angle.cos(), angle.sin()
-    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)]).unsqueeze(
-        2
-    )  # (2, T, 1, E)
+    table = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])  # (2, T, E)
+    return table.unsqueeze(2)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
