@@ -105,10 +105,12 @@ class FixedStep:
         return torch.cat(logits)
 
     def pieces(self, cache: KVCache, segment: int, length: int) -> Iterator[tuple[int, int]]:
-        """A segment's passes, cut to WIDTH positions."""
-        for begin, stop in cache.passes(segment, length):
-            for first in range(begin, stop, WIDTH):
-                yield first, min(first + WIDTH, stop)
+        """A segment's passes, first .. last-1: at most WIDTH positions, which see as many keys."""
+        first = cache.lengths[segment]
+        while first < length:
+            last = min(first + WIDTH, up_to_chunk(first + 1), length)
+            yield first, last
+            first = last
 
     def run(self, *key: int) -> None:
         """A pass (start, depth, end) through a segment, or (depth,) through a head.
@@ -148,7 +150,7 @@ class FixedStep:
         return replay
 
     def _segment(self, start: int, depth: int, end: int) -> None:
-        self.cache.begin(self.first + self.cache.columns[:WIDTH], end)
+        self.cache.begin(self.first + self.cache.columns[:WIDTH], [(WIDTH, end)])
         self.states.copy_(self.cache.run(self.model, self.ids, start, depth))
 
     def _head(self, depth: int) -> None:

@@ -11,9 +11,10 @@ position,
 Everything is allocated once. Rolling back after a rejection sets integers and copies nothing: what
 lies beyond a segment's length is stale, masked, and overwritten when its position comes again.
 
-A pass never crosses a multiple of CHUNK, and attends over the keys up to the next one. So how many
-keys a position is compared with depends on the position alone, not on its company in a pass, nor on
-how long the text may get: one condition for the same bits whatever the ladder.
+A position attends over the keys up to the next multiple of CHUNK, those ahead of it masked. So how
+many keys it is compared with depends on the position alone, not on its company in a pass, nor on
+how long the text may get: one condition for the same bits whatever the ladder. A pass that crosses
+such a multiple falls into parts there, for attention only.
 
 Bytes, for T positions (rounded up to CHUNK), s bytes a number, G key/value heads of size E, width
 D, L layers (the blocks of heads included) and K exits above depth 0:
@@ -24,6 +25,7 @@ The file knows nothing of tokens, drafts or levels: that is hispec.py.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,8 @@ from torch import Tensor
 
 from model import Llama
 
-CHUNK = 128  # positions; also the most that a pass can hold, which bounds activations and mask
+CHUNK = 64  # positions: more would read more masked keys, fewer would cut more passes
+LONGEST = 512  # positions in a pass, which bounds its activations and masks
 ROWS = 4  # attention takes its rows in fours: on a CPU fewer would get other bits
 
 
@@ -51,7 +54,7 @@ class KVCache:
         self.keys = weight.new_zeros(layers, batch, c.n_kv_heads, room, c.head_dim)
         self.values = torch.zeros_like(self.keys)
         self.layers = list(zip(self.keys, self.values))
-        self.end, self.seen = 0, self.layers
+        self.views: dict[int, list[tuple[Tensor, Tensor]]] = {}  # the layers' first `end` keys
         self.hidden: dict[int, Tensor] = {}
         self.lengths: list[int] = []
         self.columns = torch.arange(room, device=weight.device)
@@ -59,39 +62,42 @@ class KVCache:
 
     def passes(self, segment: int, length: int) -> Iterator[tuple[int, int]]:
         """The positions < length that a segment has not processed, as passes first .. stop-1."""
-        first = self.lengths[segment]
-        while first < length:
-            stop = min(length, up_to_chunk(first + 1))
-            yield first, stop
-            first = stop
+        for first in range(self.lengths[segment], length, LONGEST):
+            yield first, min(first + LONGEST, length)
 
     def place(self, first: int, stop: int) -> None:
         """Begin a pass over positions first .. stop-1, and padding behind them."""
-        padding = -(stop - first) % self.pad
-        self.begin(self.columns[first : stop + padding], up_to_chunk(stop))
+        last = stop + -(stop - first) % self.pad
+        cuts = [first, *range(up_to_chunk(first + 1), stop, CHUNK), last]
+        parts = [(b - a, up_to_chunk(a + 1)) for a, b in pairwise(cuts)]
+        self.begin(self.columns[first:last], parts)
 
-    def begin(self, at: Tensor, end: int) -> None:
-        """Begin a pass over positions `at` (N,), which attends over keys 0 .. end-1.
+    def begin(self, at: Tensor, parts: list[tuple[int, int]]) -> None:
+        """Begin a pass over positions `at` (N,), in parts: n of them attend over keys 0 .. end-1.
 
-        Works out once what every layer of the pass needs: `mask` (rows, end), 0 where a row may
-        look and -inf elsewhere. Query heads that share a key head are its rows, position by
-        position.
+        Works out once what every layer of the pass needs: each part's size and a mask (rows, end),
+        0 where a row may look and -inf elsewhere. Query heads that share a key head are its rows,
+        position by position.
         """
-        self.at = at
-        if end != self.end:  # what each layer reads: one view for all passes up to there
-            self.end = end
-            self.seen = list(zip(self.keys[..., :end, :], self.values[..., :end, :]))
-        rows = at.repeat_interleave(self.group)  # (N * H/G,)
-        rows = F.pad(rows, (0, -len(rows) % ROWS))
-        ahead = self.columns[:end] > rows[:, None]
-        self.mask = torch.zeros_like(ahead, dtype=self.keys.dtype).masked_fill_(ahead, -torch.inf)
+        self.at, self.sizes, self.parts = at, [n for n, _ in parts], []
+        for part, (_, end) in zip(at.split(self.sizes), parts):
+            rows = part.repeat_interleave(self.group)  # (n * H/G,)
+            rows = F.pad(rows, (0, -len(rows) % ROWS))
+            ahead = self.columns[:end] > rows[:, None]
+            mask = torch.zeros_like(ahead, dtype=self.keys.dtype).masked_fill_(ahead, -torch.inf)
+            if end not in self.views:
+                self.views[end] = list(zip(self.keys[..., :end, :], self.values[..., :end, :]))
+            self.parts.append((self.views[end], mask))
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, G, N, E) at the pass's positions; return all it sees, (B, G, end, E)."""
+    def write(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Store k, v (B, G, N, E) at the pass's positions.
+
+        Returns what each part of it sees: keys, values (B, G, end, E) and the mask.
+        """
         keys, values = self.layers[layer]
         keys.index_copy_(2, self.at, k)
         values.index_copy_(2, self.at, v)
-        return self.seen[layer]
+        return [(*seen[layer], mask) for seen, mask in self.parts]
 
     def run(self, model: Llama, ids: Tensor, start: int, depth: int) -> Tensor:
         """Take the pass through layers start..depth-1; the states (N, D) for the head at `depth`.

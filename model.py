@@ -86,10 +86,12 @@ class Cache(Protocol):
     """What the layers ask of a cache in a pass: where it is, what to see, where to write."""
 
     at: Tensor  # (N,) the pass's positions
-    mask: Tensor  # (rows, T) added to scores; a row is a query head at a position, then padding
+    sizes: list[int]  # how many of them each part of the pass holds
     slots: dict[int, int]  # exit -> where its own block keeps keys and values
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    # for each part the keys and values it sees, and a mask (rows, T) added to its scores; a row is
+    # a query head at a position, then padding
+    def write(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]: ...
 
 
 class Llama(nn.Module):
@@ -249,8 +251,9 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             y = y.transpose(1, 2)
         else:
-            k, v = cache.write(slot, k, v)  # (B, G, T, E)
-            y = self._attend(q, k, v, cache.mask)
+            seen = cache.write(slot, k, v)
+            parts = zip(q.split(cache.sizes, 1), seen)
+            y = torch.cat([self._attend(part, *see) for part, see in parts], 1)
         return y.reshape(B, N, -1)  # from (B, N, H, E)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

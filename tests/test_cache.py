@@ -16,7 +16,7 @@ import kvcache
 from arguments import checked
 from faststep import FixedStep
 from hispec import Ladder, generate
-from kvcache import CHUNK, KVCache
+from kvcache import CHUNK, LONGEST, KVCache
 from model import Config, ExitHead, Llama
 
 
@@ -192,21 +192,41 @@ def test_nothing_is_allocated_in_proportion_to_the_context():
         assert 0 < allocated(1024, rows) < allocated(8192, rows) < allocated(1024, rows) + 40 * mask
 
 
-def test_a_pass_never_crosses_a_chunk_and_reads_keys_to_its_end():
-    model = random_model(max_seq_len=4 * CHUNK)
-    cache = KVCache(model, (2,), 4 * CHUNK)
+def test_a_pass_holds_a_bounded_number_of_positions():
+    cache = KVCache(random_model(max_seq_len=4 * LONGEST), (2,), 4 * LONGEST)
     cache.lengths = [CHUNK - 3, 0]
-    assert list(cache.passes(0, CHUNK + 5)) == [(CHUNK - 3, CHUNK), (CHUNK, CHUNK + 5)]
-    assert list(cache.passes(1, 2 * CHUNK)) == [(0, CHUNK), (CHUNK, 2 * CHUNK)]
+    assert list(cache.passes(0, CHUNK + 5)) == [(CHUNK - 3, CHUNK + 5)]
     assert list(cache.passes(0, CHUNK - 3)) == []
-    for first, last in [(0, 1), (CHUNK - 1, CHUNK), (CHUNK, CHUNK + 1), (CHUNK + 7, CHUNK + 20)]:
-        cache.place(first, last)
-        assert cache.at.tolist() == list(range(first, last))
-        assert cache.end % CHUNK == 0 and last <= cache.end < last + CHUNK
-        rows = cache.mask.view(-1, cache.end)[
-            : (last - first) * 2 : 2
-        ]  # two query heads share a key head
-        assert torch.equal(rows == 0, torch.arange(cache.end) <= torch.arange(first, last)[:, None])
+    assert list(cache.passes(1, LONGEST + 1)) == [(0, LONGEST), (LONGEST, LONGEST + 1)]
+
+
+@pytest.mark.parametrize("pad", [1, 4])
+@pytest.mark.parametrize(
+    ("first", "stop"),
+    [
+        (0, 1),
+        (0, 3 * CHUNK - 1),
+        (CHUNK - 1, CHUNK),
+        (CHUNK - 2, CHUNK + 1),
+        (CHUNK + 7, CHUNK + 20),
+    ],
+)
+def test_a_position_sees_all_before_it_among_keys_up_to_its_chunks_end(pad, first, stop):
+    model = random_model(max_seq_len=4 * CHUNK)
+    model.pad = pad
+    cache = KVCache(model, (2,), 4 * CHUNK)
+    cache.place(first, stop)
+    at = cache.at.tolist()
+    assert at == list(range(first, first + len(at))) and len(at) == -(-(stop - first) // pad) * pad
+    assert sum(cache.sizes) == len(at)
+    zeros = torch.zeros(2, 1, 2, len(at), 4, dtype=torch.float64)
+    for n, (keys, values, mask) in zip(cache.sizes, cache.write(0, *zeros)):
+        mine, at = [p for p in at[:n] if p < stop], at[n:]
+        end = mask.shape[1]
+        assert keys.shape[2] == values.shape[2] == end
+        assert all(end - CHUNK <= position < end for position in mine)
+        rows = mask[: len(mine) * 2 : 2]  # two query heads share a key head
+        assert torch.equal(rows == 0, torch.arange(end) <= torch.tensor(mine)[:, None])
 
 
 @pytest.mark.parametrize("pad", [1, 4, 16])

@@ -13,7 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bench
 import faststep
-import kvcache
 from arguments import checked
 from faststep import KERNELS, WIDTH, FixedStep, compiled_parts, replaced
 from hispec import Ladder, generate
@@ -53,7 +52,7 @@ def test_a_captured_pass_reads_nothing_and_stays_on_its_device(elsewhere):
     with fast.open(model, (2,), 40):
         for key in ((0, 2, CHUNK), (2, 4, CHUNK), (0, 4, CHUNK), (2,), (4,)):
             fast.run(*key)
-    assert fast.out.device.type == fast.cache.mask.device.type == "meta"
+    assert fast.out.device.type == fast.cache.parts[0][1].device.type == "meta"
 
 
 def test_a_draft_step_reads_nothing(elsewhere):
@@ -72,7 +71,11 @@ def test_a_draft_step_reads_nothing(elsewhere):
 
 def test_a_read_in_a_captured_pass_is_caught(elsewhere, monkeypatch):
     real = KVCache.begin
-    planted = lambda self, at, end: real(self, at, end if at[0].item() < 9 else end)  # noqa: E731
+
+    def planted(self, at, parts):
+        assert at[0].item() >= 0  # a host read
+        real(self, at, parts)
+
     monkeypatch.setattr(KVCache, "begin", planted)
     model = elsewhere
     fast = FixedStep(model, 40)
@@ -168,11 +171,11 @@ def test_every_mask_is_aligned(dtype, kv_heads, room):
     model = random_model(n_kv_heads=kv_heads, max_seq_len=4096).to(dtype)
     cache = KVCache(model, (), 3 * CHUNK)
     for last in range(room, 3 * CHUNK, 13):
-        first = max(0, last - 5, kvcache.up_to_chunk(last) - CHUNK)
-        cache.place(first, last)
-        assert cache.mask.is_contiguous() and cache.mask.stride(0) % 8 == 0
-        assert cache.mask.data_ptr() % 16 == 0 and cache.mask.dtype == dtype
-        assert cache.mask.shape[1] >= last and cache.mask.shape[1] % CHUNK == 0
+        cache.place(max(0, last - 5), last)
+        for _, mask in cache.parts:
+            assert mask.is_contiguous() and mask.stride(0) % 8 == 0
+            assert mask.data_ptr() % 16 == 0 and mask.dtype == dtype
+            assert mask.shape[1] % CHUNK == 0
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

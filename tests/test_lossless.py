@@ -240,9 +240,10 @@ def test_an_off_by_one_bonus_is_caught(monkeypatch):
 
 
 def test_a_missing_mask_is_caught(monkeypatch):
-    def blind(self, at, end):
-        real(self, at, end)
-        self.mask.zero_()
+    def blind(self, at, parts):
+        real(self, at, parts)
+        for _, mask in self.parts:
+            mask.zero_()
 
     real = KVCache.begin
     monkeypatch.setattr(KVCache, "begin", blind)

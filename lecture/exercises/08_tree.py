@@ -48,23 +48,25 @@ class TreeCache(KVCache):
         """Begin a pass over a tree whose node 0 stands at position `first`."""
         n = len(parents)
         self.slots_at = self.columns[first : first + n]
-        self.begin(first + torch.tensor(depths(parents)), up_to_chunk(first + n))
-        hidden = torch.ones(n, self.end, dtype=torch.bool)  # what a node does not see
+        end = up_to_chunk(first + n)
+        self.begin(first + torch.tensor(depths(parents)), [(n, end)])
+        hidden = torch.ones(n, end, dtype=torch.bool)  # what a node does not see
         hidden[:, :first] = False
         hidden[:, first : first + n] = ~sees(parents)
         rows = hidden.repeat_interleave(self.group, dim=0)  # (n * H/G, end)
         rows = F.pad(rows, (0, 0, 0, -len(rows) % ROWS))
-        self.mask = torch.zeros_like(rows, dtype=self.keys.dtype).masked_fill_(rows, -torch.inf)
+        mask = torch.zeros_like(rows, dtype=self.keys.dtype).masked_fill_(rows, -torch.inf)
+        self.parts = [(self.views[end], mask)]
 
     def place(self, first: int, last: int) -> None:
         self.slots_at = None
         super().place(first, last)
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         slots = self.at if self.slots_at is None else self.slots_at
         self.keys[layer].index_copy_(2, slots, k)
         self.values[layer].index_copy_(2, slots, v)
-        return self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
+        return [(*seen[layer], mask) for seen, mask in self.parts]
 
 
 def keep(cache: TreeCache, first: int, path: list[int]) -> None:
