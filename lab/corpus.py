@@ -132,7 +132,9 @@ def own_samples(
 
 def write_samples(model: Llama, tokenizer: Tokenizer | None, args, rank: int, world: int) -> Tensor:
     """Rows (B, WHOLE x --context) of at least --self-distill tokens, from all processes."""
-    writer, length = copy.deepcopy(model).bfloat16() if args.bf16 else model, WHOLE * args.context
+    writer, length = model, WHOLE * args.context
+    if args.bf16:  # weights packed for inference cannot be copied: training unpacks them
+        writer = copy.deepcopy(model.train()).bfloat16().eval()
     batches = -(-args.self_distill // (SIDE_BY_SIDE * length))
     mine = []
     for i in tqdm(range(rank, batches, world), "the model's own samples", disable=rank > 0):
