@@ -16,6 +16,7 @@ from checkpoints.tokenizer import Tiktoken, Tokenizer
 from hispec import Generation, LevelStats, generate
 from lab import tune
 from lab.prompts import Request
+from lab.report import print_samples
 
 METHODS = [
     Method("greedy", (), (), None),
@@ -25,8 +26,8 @@ METHODS = [
 REQUESTS = [Request("chat", [1], [5, 6, 7, 8]), Request("code", [1], [5, 6])]
 
 
-def generation(tokens, seconds, *levels):
-    return Generation(tokens, [LevelStats(*level) for level in levels], seconds)
+def generation(tokens, seconds, *levels, prefill=0.0):
+    return Generation(tokens, [LevelStats(*level) for level in levels], seconds, prefill)
 
 
 def made_up_runs():
@@ -92,6 +93,77 @@ def test_figures_of_one_category():
     assert result["speedup_vs_single_layer"] == pytest.approx(0.5)
     assert result["acceptance"] == [1.0, None]  # nothing was proposed there
     assert (result["identical"], result["prompts"]) == (1, 1)
+
+
+def test_prefill_is_apart_and_what_was_written_is_told():
+    """Prefill: means of 2.5 and 1.5 seconds in two repeats; decoding: of 2 and 1."""
+    row, loop = list(range(20)), [7] * 24
+    repeats = [
+        [generation(row, 4.0, (5, 20), prefill=3.0), generation(loop, 5.0, (5, 24), prefill=2.0)],
+        [generation(row, 2.0, (5, 20), prefill=1.0), generation(loop, 3.0, (5, 24), prefill=2.0)],
+    ]
+    methods = [Method(name, (), (), None) for name in ("greedy", "single-layer")]
+    requests = [Request("chat", [1], row), Request("code", [1], loop)]
+    runs = [[repeat, repeat] for repeat in repeats]
+    result = figures(methods, requests, runs, 0, lambda category: True)
+    assert (result["prefill_seconds"], result["decode_seconds"]) == (2.0, 1.5)
+    assert result["distinct"] == (20 + 1) / 2
+    assert result["looping"] == 16 / 44  # all but the first eight of the loop
+    result = figures(methods, requests, runs, 0, "code".__eq__)
+    assert (result["prefill_seconds"], result["distinct"], result["looping"]) == (2.0, 1, 16 / 24)
+    theirs = [[[generation(row, 4.0)] * 2] * 2]  # a peer's levels are not known
+    result = figures(methods, requests, theirs, 0, lambda category: True)
+    assert result["prefill_seconds"] is result["decode_seconds"] is None
+
+
+def test_sampled_texts_are_not_compared():
+    greedy = figures(METHODS, REQUESTS, made_up_runs(), 2, lambda category: True)
+    sampled = figures(METHODS, REQUESTS, made_up_runs(), 2, lambda category: True, sampled=True)
+    assert greedy == sampled | {"identical": 1, "differing_tokens": 1}
+    whole = bench.summarise(METHODS, REQUESTS, made_up_runs(), True)[2]
+    code = figures(METHODS, REQUESTS, made_up_runs(), 2, "code".__eq__, sampled=True)
+    assert whole["by_category"]["code"] == code
+
+
+def test_each_request_is_sampled_from_its_own_seed():
+    asked = []
+
+    def decode(prompt, n, *, stop, **law):
+        return asked.append(law) or generation([5], 1.0)
+
+    methods = [Method(name, (), (), decode) for name in "ab"]
+    bench.measure(methods, REQUESTS, 4, (), 1, {"temperature": 0.8, "seed": 7})
+    assert asked == [{"temperature": 0.8, "seed": seed} for seed in (7, 7, 8, 8)]
+    asked.clear()
+    bench.measure(methods, REQUESTS, 4, (), 1, {})
+    assert asked == [{}] * 4
+
+
+@pytest.mark.parametrize(
+    "ladder, added",
+    [
+        ({"exits": [1, 2], "windows": [2, 4]}, False),
+        ({"exits": [1, 2], "windows": (2, 4), "thresholds": (0.0, 0.0)}, False),
+        ({"exits": [1, 2], "windows": [2, 4], "thresholds": [0.3, 0.0]}, True),
+        ({"exits": [1, 3], "windows": [3, 4]}, True),
+    ],
+)
+def test_the_papers_windows_beside_others(ladder, added):
+    more = {"look-up": {"exits": [0], "windows": [8]}}
+    ladders = bench.all_ladders(random_model(), {"hispec": ladder, **more})
+    papers = [("paper windows", (tuple(ladder["exits"]), (2, 4), ()))]
+    assert [x for x in ladders.items() if x[0] == "paper windows"] == papers * added
+    assert [*ladders][:3] == ["greedy", "single-layer", "hispec"]
+
+
+def test_a_sample_of_each_category_is_its_first(capsys):
+    class Spell:
+        def decode(self, tokens):
+            return " " + "".join(chr(96 + token) for token in tokens)
+
+    requests = [Request(c, [1], text) for c, text in (("x", [1, 2]), ("y", [3]), ("x", [4]))]
+    print_samples(requests, Spell())
+    assert capsys.readouterr().out == "\nSample (x): ab\n\nSample (y): c\n"
 
 
 def test_acceptance_has_an_entry_for_each_level_but_the_last():
@@ -188,6 +260,7 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
         "model",
         "versions",
         "command",
+        "sampling",
         "limit",
         "methods",
     }
@@ -202,12 +275,43 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
         assert method["by_category"]["chat"]["prompts"] == 2
         assert sum(method["time_share"]) + method["time_share_loop"] == pytest.approx(1)
         assert min(method["time_share"]) > 0
+        drawn = method["sampled"]
+        assert drawn["prompts"] == 3 and drawn["tokens"] == 3 * 24
+        assert drawn["by_category"].keys() == {"chat", "code"}
+        assert not {"identical", "differing_tokens"} & {*drawn, *drawn["by_category"]["code"]}
+    assert greedy["sampled"]["speedup_vs_greedy"] == single["sampled"]["speedup_vs_single_layer"]
+    assert result["sampling"] == {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "seed": 0}
+    assert [len(level) for level in ladder["acceptance_by_position"]] == [2, 5]  # and a bonus
+    assert len(ladder["accepted_length"]) == 2
     assert single["agreement"].keys() == {"1-5"}
     assert ladder["agreement"].keys() == {"1-2", "1-5", "2-5"}
     assert 0 <= ladder["false_rejects"] <= 1
     assert "identical" in capsys.readouterr().out
     # and no half-written file; results holds the number of threads
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json", "results"}
+
+
+def test_temperature_0_leaves_the_sampled_part_out(small_bench, capsys):
+    _, result = small_bench("--quick", "--temperature", "0")
+    assert result["sampling"] == {}
+    assert not any("sampled" in method for method in result["methods"])
+    assert "temperature" not in capsys.readouterr().out
+
+
+def test_what_the_sampled_part_draws_from(small_bench, monkeypatch):
+    asked = []
+
+    def watched(model, prompt, n, **options):
+        law = {key: options.pop(key, None) for key in ("temperature", "top_p", "top_k", "seed")}
+        asked.append(tuple(law.values()))
+        return generate(model, prompt, n, **options)
+
+    monkeypatch.setattr(bench, "generate", watched)
+    law = ("--temperature", "1.5", "--top-p", "0.9", "--top-k", "5", "--seed", "3")
+    small_bench("--quick", "--max-new-tokens", "4", *law)
+    drawn = [(1.5, 0.9, 5, seed) for seed in (3, 4, 5)]
+    assert [asked.count(law) for law in drawn] == [3, 3, 3]
+    assert {*asked} == {*drawn, (None,) * 4}
 
 
 def test_chat_never_leaves_the_template_out(small_bench, capsys):
@@ -269,14 +373,14 @@ def test_turns_contain_the_answers_before_them(small_bench, monkeypatch):
 
 
 def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
-    def lossy(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=(), fast=None):
+    def lossy(model, prompt, n, *, exits=(), windows=(), stop=(), **options):
         out = generate(model, prompt, n, exits=exits, windows=windows, stop=stop)
         if len(exits) == 2:
             out.tokens[3] += 1
         return out
 
     monkeypatch.setattr(bench, "generate", lossy)
-    model, result = small_bench("--quick")
+    model, result = small_bench("--quick", "--temperature", "0")
     ladder = result["methods"][2]
     assert (ladder["identical"], ladder["differing_tokens"]) == (0, 3)
     first = Request("chat", *small_bench.first())
@@ -289,10 +393,8 @@ def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
 
 
 def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypatch):
-    def clocked(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=(), fast=None):
-        out = generate(
-            model, prompt, n, exits=exits, windows=windows, thresholds=thresholds, stop=stop
-        )
+    def clocked(model, prompt, n, *, exits=(), windows=(), **options):
+        out = generate(model, prompt, n, exits=exits, windows=windows, **options)
         cost = {((2,), (6,)): 1.0, ((1, 2), (3, 3)): 1.0}.get((exits, windows), 2.0)
         return Generation(out.tokens, out.levels, cost)
 
@@ -301,7 +403,7 @@ def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypa
     monkeypatch.setattr(tune, "RUN", 100)
     with monkeypatch.context() as patch:
         patch.setattr(bench, "generate", clocked)
-        _, tuned = small_bench("--quick", "--tune")
+        _, tuned = small_bench("--quick", "--tune", "--temperature", "0")
     kept = next(iter(json.loads(tune.LADDERS.read_text()).values()))
     # all there are
     assert len(kept["single-layer"]["ran"]) == 4 and len(kept["hispec"]["ran"]) == 3
@@ -310,8 +412,9 @@ def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypa
         ours = [(m["exits"], m["windows"]) for m in result["methods"]]
         assert ours[:3] == [([], []), ([2], [6]), ([1, 2], [3, 3])]
     # beyond the paper: while tuning
-    assert [m["name"] for m in tuned["methods"]][3:] == ["look-up", "look-up, exit"]
-    assert len(ours) == 3
+    names = ["look-up", "look-up, exit", "paper windows"]
+    assert [m["name"] for m in tuned["methods"]][3:] == names
+    assert [m["name"] for m in later["methods"]][3:] == names[2:]
 
 
 def test_stop_tokens_stay_out_of_the_conversation(small_bench, monkeypatch):
@@ -337,6 +440,7 @@ def test_peers_decode_the_same_weights(small_bench):
     assert theirs["identical"] == greedy["prompts"] and theirs["tokens"] == greedy["tokens"]
     assert theirs["tokens_per_target_pass"] is None  # their passes are not counted
     assert theirs["speedup_vs_greedy"] > 0
+    assert theirs["sampled"]["tokens"] == greedy["sampled"]["tokens"]
 
 
 @pytest.mark.parametrize(
@@ -347,6 +451,10 @@ def test_peers_decode_the_same_weights(small_bench):
         (["--step", "none"], "--step: invalid choice: 'none'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--temperature", "-1"], "temperature must be a finite number of at least 0"),
+        (["--top-p", "0"], "top_p must be a probability"),
+        (["--top-k", "-2"], "top_k must be a number of tokens"),
+        (["--seed", "-3"], "seed must be None or a whole number"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--device", "meta"], "--device meta"),
