@@ -5,11 +5,14 @@ import operator
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model import Config
+
+REAL: Any = numbers.Real  # floats, ints, fractions, numpy's
 
 
 @dataclass
@@ -121,12 +124,12 @@ def checked(
 
 def checked_sampling(temperature, top_k, top_p, seed) -> tuple[float, int, float, int | None]:
     """What says how tokens are drawn; ValueError for what is out of range."""
-    if not isinstance(temperature, numbers.Real) or not 0 <= temperature <= sys.float_info.max:
+    if not isinstance(temperature, REAL) or not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     (top_k,) = whole_numbers([top_k], "top_k")
     if top_k < 0:
         raise ValueError(f"top_k must be a number of tokens, or 0 for all, got {top_k}")
-    if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
+    if not isinstance(top_p, REAL) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must be a probability above 0 and at most 1, got {top_p}")
     if seed is not None:
         (seed,) = whole_numbers([seed], "seed")
@@ -158,7 +161,7 @@ def checked_ladder(
         raise ValueError(
             f"thresholds needs one probability for each of the {len(exits)} exits, got {thresholds}"
         )
-    if any(not isinstance(t, numbers.Real) or not 0 <= t <= 1 for t in thresholds):
+    if any(not isinstance(t, REAL) or not 0 <= t <= 1 for t in thresholds):
         raise ValueError(f"thresholds must be probabilities, 0 to 1, got {thresholds}")
     return exits, windows, tuple(map(float, thresholds))
 

@@ -11,8 +11,9 @@ generation, to count what was kept of the drafts, and to compare the levels' pre
 greedy text.
 
 Exits and windows are those that --tune last found for the model, device, dtype and step
-(results/ladders.json); where it has not been run, the paper's. On a CPU, so is the number of
-threads; where it is not known yet, it is found first.
+(results/ladders.json); where it has not been run, the paper's. On a CPU, so are the number of
+threads and, unless --dtype says it, the faster of float32 and bfloat16; where they are not known
+yet, they are found first.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from lab import plots
 from lab.acceptance import draft_acceptance
 from lab.agreement import level_agreement, ratio
 from lab.commands import Parser, command, must_take_files
-from lab.costs import Rungs, memory_limit, pass_times, peak_memory, time_shares
+from lab.costs import ROOM, Rungs, memory_limit, pass_times, peak_memory, time_shares
 from lab.prompts import (
     DRAWN,
     Request,
@@ -50,7 +51,7 @@ from lab.prompts import (
     read_prompts,
 )
 from lab.report import print_divergence, print_limit, print_samples, print_tables, print_tuning
-from lab.tune import default_exits, kept_threads, save_ladders, saved_ladders, tune
+from lab.tune import default_exits, kept_dtype, kept_threads, save_ladders, saved_ladders, tune
 from lab.variety import distinct, looping
 from model import Llama
 
@@ -70,7 +71,12 @@ def main() -> None:
     args = parse_arguments()
     drawn = args.prompts == DRAWN
     questions = read_prompts(args.prompts) if args.prompts and not drawn else None
-    model, tokenizer = load(args.model, args.device, args.dtype)
+    step, setting = {"step": args.step}, (args.model, args.device)
+    if args.dtype is None:
+        either = step | describe(*setting, torch.float32)
+        args.dtype = kept_dtype(either, lambda: load(*setting, torch.float32)[0], args.tune)
+        print(f"of float32 and bfloat16 the faster here: {str(args.dtype).removeprefix('torch.')}")
+    model, tokenizer = load(*setting, args.dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
     if args.chat == "never":
@@ -81,19 +87,21 @@ def main() -> None:
     if args.quick:
         firsts = {question["category"]: question for question in reversed(questions)}
         questions = list(firsts.values())[::-1]
-    header = {"step": args.step, **describe(args.model, args.device, args.dtype)}
-    header["sampling"] = sampling(args)
+    header = step | describe(*setting, args.dtype) | {"sampling": sampling(args)}
     if args.device == "cpu":
         header["threads"] = kept_threads(header, model, anew=args.tune)
         torch.set_num_threads(header["threads"])
     chosen = saved_ladders(header, model)
-    setting = header["device"], f"{header['threads']} threads", header["dtype"], header["model"]
-    print(*setting, sep=" · ")
+    run_on = header["device"], f"{header['threads']} threads", header["dtype"], header["model"]
+    print(*run_on, sep=" · ")
     print("prompt:", tokenizer.prompt, flush=True)
 
-    fixed, limits = args.step == "fixed", (args.max_new_tokens, tokenizer.stop)
+    limits = args.max_new_tokens, tokenizer.stop
     room = most_tokens(model, tokenizer, questions, args.max_new_tokens)
-    make_decoder = partial(decoder, model, room if fixed else None)
+    fast = None  # one step and one cache for all ladders
+    if args.step == "fixed":
+        fast = FixedStep(model, max(room, ROOM), compiled=args.compile)
+    make_decoder = partial(decoder, model, fast)
     with tqdm(total=len(questions), desc="warm-up and greedy reference", leave=False) as bar:
         opened = open_requests(make_decoder(), tokenizer, questions, *limits, room, bar)
         requests = list(opened)
@@ -101,13 +109,13 @@ def main() -> None:
         raise ValueError(f"no prompt fits the model's context of {model.config.max_seq_len} tokens")
     if args.tune:
         firsts = {request.category: request.prompt for request in reversed(requests)}
-        chosen = tune(model, list(firsts.values()), *limits, make_decoder, fixed)
+        chosen = tune(model, list(firsts.values()), *limits, make_decoder, fast)
         save_ladders(header, chosen)
         print_tuning(chosen)
     ladders = all_ladders(model, chosen)
     methods, runs, results = compare(model, requests, ladders, make_decoder, args, limits)
     print_tables(results, args.temperature)
-    limit = memory_limit(model) | pass_times(model, fixed)
+    limit = memory_limit(model) | pass_times(model, fast)
     print_limit(limit, results)
     print_divergence(model, methods, requests, runs[-1])
     print_samples(requests[:1] if args.quick else requests, tokenizer)
@@ -115,7 +123,7 @@ def main() -> None:
         text = json.dumps({**header, "limit": limit, "methods": results}, indent=1) + "\n"
         write_whole(args.json, lambda to: to.write_text(text, "utf-8"))
     if args.figures:
-        data = gathered.gather(model, requests, results, chosen, *limits, make_decoder, fixed)
+        data = gathered.gather(model, requests, results, chosen, *limits, make_decoder, fast)
         plots.save(args.figures, data, header)
 
 
@@ -129,7 +137,8 @@ def compare(
     """
     peaks, longest = [], max((request.prompt for request in requests), key=len)
     for ladder in ladders.values():
-        peaks.append(peak_memory(make_decoder, ladder, longest, limits[0]))
+        device = model.embed.weight.device
+        peaks.append(peak_memory(device, make_decoder(*ladder), longest, limits[0]))
     methods = [Method(name, x[0], x[1], make_decoder(*x), x[2]) for name, x in ladders.items()]
     ours = list(methods)
     if args.peers:
@@ -158,14 +167,12 @@ def compare(
 
 
 def decoder(
-    model: Llama, room: int | None, exits=(), windows=(), thresholds=()
+    model: Llama, fast: FixedStep | None, exits=(), windows=(), thresholds=()
 ) -> Callable[..., Generation]:
-    """generate with this ladder: a fixed step for at most `room` tokens, or the plain one."""
-    fast = fixed_step(model, room) if room else None
+    """generate with this ladder, by the plain step or another."""
     return partial(generate, model, exits=exits, windows=windows, thresholds=thresholds, fast=fast)
 
 
-fixed_step = cache(FixedStep)  # one for all ladders
 ABOUT = ("name", "exits", "windows", "thresholds")  # what says which method a result is of
 
 
@@ -331,9 +338,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--chat", choices=["auto", "never"], default="auto", help=plain)
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     dtypes = ["float32", "bfloat16", "float16", "float64"]
-    add("--dtype", choices=dtypes, help="default: bfloat16 on a GPU, else float32")
+    add("--dtype", choices=dtypes, help="default: bfloat16; on a CPU the faster of it and float32")
     shape = "fixed: every pass has one shape, captured on a GPU (default there)"
     add("--step", choices=["plain", "fixed"], help=shape)
+    launches = "fixed step on a GPU: capture the layers as they are"
+    add("--no-compile", dest="compile", action="store_false", help=launches)
     add("--max-new-tokens", type=int, metavar="N", help="an answer (default 64; --quick: 24)")
     warmth = "of the sampled part (default 0.8); 0: measure greedy decoding only"
     add("--temperature", type=float, default=0.8, help=warmth)
@@ -352,7 +361,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     on_gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
     args.device = args.device or ("cuda" if on_gpu else "cpu")
-    args.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+    if args.dtype or args.device != "cpu":  # there, whichever proves faster
+        args.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
     args.step = args.step or ("fixed" if on_gpu else "plain")
     if args.max_new_tokens is None:
         args.max_new_tokens = 24 if args.quick else 64

@@ -8,7 +8,7 @@ padded. Then
 
 - what a position yields does not depend on its company: all ladders give the same bits;
 - the same kernels run on the same addresses whenever a segment is run, so that CUDA can record them
-  once and replay them with one launch.
+  once and replay them with one launch; what stands between two attentions is compiled first.
 
 The prompt is read by the plain step in wide passes, which are the same whatever the ladder. The
 loop in hispec.py does not change: `generate(fast=...)` calls a `FixedStep` in place of its `step`.
@@ -18,27 +18,34 @@ On a CPU nothing is captured, and padding costs more than it brings: there it se
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hispec import step
 from kvcache import KVCache, up_to_chunk
-from model import Llama
+from model import Layer, Llama
 
 WIDTH = 16  # positions in a pass: on a GPU one position is hardly cheaper than sixteen
 GRAPHS = 256  # captured passes that are kept: the oldest go first
+# a mask rules the first out, odd shapes the second; cuDNN's plans depend on the number of keys
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class FixedStep:
     """A step for every ladder of one model, on one cache; one generation at a time can use it.
 
-    max_len: the longest sequence, prompt included, in tokens.
+    max_len: the longest sequence, prompt included, in tokens. compiled: whether layers are compiled
+    before they are captured, which takes some seconds once.
     """
 
-    def __init__(self, model: Llama, max_len: int):
+    def __init__(self, model: Llama, max_len: int, compiled: bool = True):
         self.model, self.max_len = model, max_len
+        self.parts = compiled_parts() if compiled else {}
         weight, c = model.embed.weight, model.config
         # padded positions write too: a pass that begins at the last position needs room behind it
         self.cache = KVCache(model, model.blocks, max_len + WIDTH)
@@ -49,7 +56,11 @@ class FixedStep:
         self.states = weight.new_zeros(WIDTH, c.dim)  # what a segment leaves for the head
         self.out = weight.new_zeros(WIDTH, c.vocab_size)  # the head's logits
         self.captured: dict[tuple[int, ...], Callable] = {}
-        self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
+        self.pool: Any = None  # on CUDA what all captures share
+        self.stream: Any = None
+        if weight.is_cuda:
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream(weight.device)
         self.busy = threading.Lock()
 
     @contextmanager
@@ -68,7 +79,8 @@ class FixedStep:
             raise ValueError("the step is in use: one generation at a time, or a step for each")
         try:
             self.cache.open(exits)
-            yield self.cache
+            with torch.cuda.device_of(self.first), sdpa_kernel(KERNELS):
+                yield self.cache
         finally:
             self.busy.release()
 
@@ -82,63 +94,84 @@ class FixedStep:
         if cache.lengths[k] == 0:
             return step(model, cache, depths, tokens, length, k, rows)  # the prompt
         logits = []
-        with torch.cuda.device_of(tokens):
-            for j, (above, depth) in enumerate(zip((0, *depths), depths[: k + 1])):
-                for first, last in self.pieces(cache, j, length) if depth > 0 else ():
-                    self.first.fill_(first)
-                    self.ids[: len(tokens) - first] = tokens[first : first + WIDTH]
-                    self.run(above, depth, up_to_chunk(last))
-                    if j == k and last > length - rows:
-                        self.run(depth)
-                        # a copy, since the next replay overwrites it
-                        logits.append(
-                            self.out[max(0, length - rows - first) : last - first].clone()
-                        )
-                cache.lengths[j] = length
+        for j, (start, depth) in enumerate(zip((0, *depths), depths[: k + 1])):
+            for first, last in self.pieces(cache, j, length) if depth > 0 else ():
+                self.first.fill_(first)
+                self.ids[: len(tokens) - first] = tokens[first : first + WIDTH]
+                self.run(start, depth, up_to_chunk(last))
+                if j == k and last > length - rows:
+                    self.run(depth)
+                    # a copy, since the next replay overwrites it
+                    logits.append(self.out[max(0, length - rows - first) : last - first].clone())
+            cache.lengths[j] = length
         return torch.cat(logits)
 
     def pieces(self, cache: KVCache, segment: int, length: int) -> Iterator[tuple[int, int]]:
         """A segment's passes, cut to WIDTH positions."""
-        for start, stop in cache.passes(segment, length):
-            for first in range(start, stop, WIDTH):
+        for begin, stop in cache.passes(segment, length):
+            for first in range(begin, stop, WIDTH):
                 yield first, min(first + WIDTH, stop)
 
     def run(self, *key: int) -> None:
-        """A pass (above, depth, end) through a segment, or (depth,) through a head."""
+        """A pass (start, depth, end) through a segment, or (depth,) through a head.
+
+        Only while the cache is lent: its exits say what a segment has to leave there.
+        """
         if key not in self.captured:
-            work = self._head if len(key) == 1 else self._segment
+            work = partial(self._head if len(key) == 1 else self._segment, *key)
             if len(self.captured) == GRAPHS:
                 del self.captured[next(iter(self.captured))]
-            self.captured[key] = capture(lambda: work(*key), self.model, self.pool)
+            self.captured[key] = self.capture(work) if self.pool else work
         self.captured[key]()
 
-    def _segment(self, above: int, depth: int, end: int) -> None:
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as a CUDA graph, replayed on the tensors it was captured with."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        known = inspect.signature(torch.cuda.graph.__init__).parameters
+        checks: dict[str, Any] = (
+            {"check_input_liveness": True} if "check_input_liveness" in known else {}
+        )
+        with replaced(self.model, self.parts) if self.parts else nullcontext():
+            with torch.cuda.stream(self.stream):
+                for _ in range(3):  # first aside: compilers and libraries set themselves up
+                    work()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **checks):
+                work()
+        # a graph holds addresses, not tensors: what it reads and writes has to be kept
+        rows = [head._rows for head in self.model.exit_heads.values()]
+        held = [self.cache, self.first, self.ids, self.states, self.out, self.model]
+        held += [self.model._rope_table, *rows]
+
+        def replay(held=held) -> None:
+            graph.replay()
+
+        return replay
+
+    def _segment(self, start: int, depth: int, end: int) -> None:
         self.cache.begin(self.first + self.cache.columns[:WIDTH], end)
-        self.states.copy_(self.cache.run(self.model, self.ids, above, depth))
+        self.states.copy_(self.cache.run(self.model, self.ids, start, depth))
 
     def _head(self, depth: int) -> None:
         self.out.copy_(self.model.logits(self.states, depth))
 
 
-def capture(work: Callable[[], None], model: Llama, pool) -> Callable[[], None]:
-    """`work` as a CUDA graph, replayed on the tensors it was captured with; elsewhere itself."""
-    if pool is None:
-        return work
-    side = torch.cuda.Stream()  # a few runs first, aside: libraries set themselves up in them
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    known = inspect.signature(torch.cuda.graph.__init__).parameters
-    checks = {"check_input_liveness": True} if "check_input_liveness" in known else {}
-    with torch.cuda.graph(graph, pool=pool, **checks):
-        work()
-    # a graph holds addresses, not tensors: what the model may drop and make anew has to be kept
-    held = [model._rope_table, *(head._rows for head in model.exit_heads.values())]
+def compiled_parts(backend: str | Callable = "inductor") -> dict[str, Callable]:
+    """What a layer does before and after attention, compiled: one program for all layers."""
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
+    return {name: compiled(getattr(Layer, name)) for name in ("before", "after")}
 
-    def replay(held=held) -> None:
-        graph.replay()
 
-    return replay
+@contextmanager
+def replaced(model: Llama, parts: dict[str, Callable]) -> Iterator[None]:
+    """While open, every layer, exits' blocks among them, runs these parts in place of its own."""
+    layers = [m for m in model.modules() if isinstance(m, Layer)]
+    for layer in layers:
+        layer.__dict__.update({name: partial(part, layer) for name, part in parts.items()})
+    try:
+        yield
+    finally:
+        for layer in layers:
+            for name in parts:
+                del layer.__dict__[name]

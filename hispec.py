@@ -10,8 +10,8 @@ layers that level k has beyond level k-1. So
     exits=(4, 8)  windows=(2, 4)   HiSpec
     exits=(0, 8)  windows=(4, 4)   exit 0 is no layer: it looks drafts up in the text so far
 
-and longer ladders by the same code. Whatever the ladder, the output is the full model's own: the
-same tokens at temperature 0, the same distribution above it. `Ladder.propose` is the method.
+and longer ladders. Whatever the ladder, the output is the full model's own: the same tokens at
+temperature 0, the same distribution above it. `Ladder.propose` is the method.
 """
 
 import time
@@ -39,12 +39,12 @@ def generate(
 
     exits: depths in layers, ascending; 0 looks drafts up in the text so far.
     windows[k]: how many tokens level k is asked for before level k+1 verifies them.
-    thresholds[k]: level k stops short of that once the product of its own probabilities of what it
-    has gathered falls below (at temperature 0: those of temperature 1). None given: never.
+    thresholds[k]: level k stops early once the product of its own probabilities of what it gathered
+    is below this (at temperature 0: those of temperature 1). None given: never.
     temperature: 0 takes the likeliest token. Above, each level samples from its top_k likeliest
     (0: all), of these from the fewest that hold top_p of the probability. seed makes it repeatable.
     stop: token ids; the text ends after the first of them, or when the model's context is full.
-    watch: called with an Event after every step. fast: to be called in place of `step`.
+    watch: called with an Event after every step. fast: a step that brings its own cache (faststep).
     Raises ValueError, before any work, for arguments out of range.
     """
     began = time.perf_counter()
@@ -73,13 +73,14 @@ class Ladder:
         self.top = len(asked.exits)  # the last level: the whole model
         self.stats = [LevelStats(depth) for depth in self.depths]
         self.length = len(asked.prompt)
-        self.end = end  # no text beyond it; a stop token, once settled, brings it forward
+        self.end = end  # no text beyond it; a stop token, once settled, lowers it
         device = model.embed.weight.device
-        self.tokens = torch.zeros(up_to_chunk(end + 1), dtype=torch.long, device=device)
+        room = up_to_chunk(end + model.pad)  # for a bonus past the end, or a pass's padding
+        self.tokens = torch.zeros(room, dtype=torch.long, device=device)
         self.tokens[: self.length] = torch.as_tensor(asked.prompt)
         self.text = list(asked.prompt)  # the same on the host, as far as it has been read there
-        # laws[k]: the distributions, rows (V,), that the drafts which level k is to judge are
-        # samples of. Kept, corrected or added: the level below wrote each as a sample of its own.
+        # laws[k]: for each draft that level k is to judge, the law (V,) of the level below: what
+        # that keeps, corrects or adds is a sample of its own
         self.laws: list[list[Tensor]] = [[] for _ in self.depths]
         self.rng = torch.Generator(device)
         self.rng.manual_seed(self.rng.seed() if asked.seed is None else asked.seed)
@@ -91,8 +92,8 @@ class Ladder:
             return self.copy(want)
         goal, sure = self.length + want, 1.0  # sure: level k's probability of what it appended
         while self.length < min(goal, self.end) and sure >= self.thresholds[k]:
-            base = self.length  # the token before it is level k's latest: it has yet to run it
-            if k > 0 and self.cache.lengths[k] > 0:  # the first pass reads the prompt alone
+            base = self.length  # level k has yet to run position base - 1
+            if k > 0 and self.cache.lengths[k] > 0:  # first comes the prompt, alike for all ladders
                 window = self.asked.windows[k - 1]
                 self.propose(k - 1, min(window, goal - base))  # the level below drafts
             logits = self.run(k, base)
@@ -123,8 +124,8 @@ class Ladder:
 
     def settle(self, k: int, base: int, own: Tensor, kept: Tensor) -> None:
         """Keep the accepted drafts and level k's own token behind them; roll back the rest."""
-        n, drafts = 0, []  # level 0 judges nothing, and the host reads nothing,
-        if k > 0 or self.top == 0:  # but for this one read a verification
+        n, drafts = 0, []  # a drafting level judges nothing: the host need not wait for it
+        if k > 0 or self.top == 0:  # the one host read of a verification
             read = torch.cat([kept, own, self.tokens[base : self.length]])
             n, token, *drafts = read.tolist()
             self.text[base:] = [*drafts[:n], token]
@@ -147,9 +148,8 @@ class Ladder:
         if k == self.top and self.stats[k].calls == 1:
             self.prefilled = time.perf_counter()
         if self.watch:
-            text = self.tokens[base : self.length].tolist()
+            text, now = self.tokens[base : self.length].tolist(), time.perf_counter() - self.began
             positions = [stats.positions for stats in self.stats]
-            now = time.perf_counter() - self.began
             self.watch(Event(k, base, drafts, kept, text, positions, now))
 
     def copy(self, want: int) -> None:
@@ -159,7 +159,7 @@ class Ladder:
         self.tokens[self.length : self.length + len(drafts)] = new
         self.length += len(drafts)
         self.stats[0].calls += 1
-        if self.asked.temperature > 0:  # it was sure of each of them
+        if self.asked.temperature > 0:  # a copy is no chance: all the probability is on it
             self.laws[1].append(F.one_hot(new, self.model.config.vocab_size).double())
 
 
@@ -168,15 +168,15 @@ def step(model: Llama, cache: KVCache, depths, tokens, length: int, k: int, rows
 
     Returns level k's logits (rows, V) at the last `rows` of them.
     """
-    for j, (above, depth) in enumerate(zip((0, *depths), depths[: k + 1])):
+    for j, (start, depth) in enumerate(zip((0, *depths), depths[: k + 1])):
         states = []
-        for first, last in cache.passes(j, length) if depth > 0 else ():
-            cache.place(first, last)
-            h = cache.run(model, tokens[cache.at], above, depth)  # (N, D)
-            states.append(h[: last - first])
+        for first, stop in cache.passes(j, length) if depth > 0 else ():
+            cache.place(first, stop)
+            h = cache.run(model, tokens[cache.at], start, depth)  # (N, D)
+            states.append(h[: stop - first])
         cache.lengths[j] = length
-    last = torch.cat(states)[-rows:]  # (rows, D), padded as positions are
-    return model.logits(F.pad(last, (0, 0, 0, -rows % cache.pad)), depths[k])[:rows]
+    tail = torch.cat(states)[-rows:]  # (rows, D), padded as positions are
+    return model.logits(F.pad(tail, (0, 0, 0, -rows % cache.pad)), depths[k])[:rows]
 
 
 def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,9 +215,6 @@ def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
-    """A token (1,) in proportion to weights (V,): the first of V exponential clocks to ring.
-
-    Unlike torch.multinomial it checks nothing, and so needs no host read.
-    """
+    """A token (1,) in proportion to weights (V,), with no host read: the first clock to ring."""
     clocks = torch.empty_like(weights).exponential_(generator=rng)
     return (weights / clocks).argmax(dim=0, keepdim=True)

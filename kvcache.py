@@ -31,15 +31,15 @@ from torch import Tensor
 
 from model import Llama
 
-CHUNK = 256  # positions; also the most that a pass can hold, which bounds activations and mask
+CHUNK = 128  # positions; also the most that a pass can hold, which bounds activations and mask
 ROWS = 4  # attention takes its rows in fours: on a CPU fewer would get other bits
 
 
 class KVCache:
     """Keys, values, hidden states, segment lengths of `batch` sequences of at most max_len.
 
-    exits: the ladder's depths. A pass holds a multiple of `model.pad` positions: what is padded is
-    written beyond the segment's length, and so is stale from the start.
+    exits: the ladder's depths. A pass holds a multiple of `model.pad` positions (operators.py says
+    why); what is padded is written beyond the segment's length, and so is stale from the start.
     """
 
     def __init__(self, model: Llama, exits: tuple[int, ...], max_len: int, batch: int = 1):
@@ -50,21 +50,25 @@ class KVCache:
         self.group, self.dim = c.n_heads // c.n_kv_heads, c.dim
         self.keys = weight.new_zeros(layers, batch, c.n_kv_heads, room, c.head_dim)
         self.values = torch.zeros_like(self.keys)
+        self.layers = list(zip(self.keys, self.values))
+        self.end, self.seen = 0, self.layers
         self.hidden: dict[int, Tensor] = {}
+        self.lengths: list[int] = []
         self.columns = torch.arange(room, device=weight.device)
         self.open(exits)
 
     def passes(self, segment: int, length: int) -> Iterator[tuple[int, int]]:
-        """The positions < length that a segment has not processed, as passes (first, last + 1)."""
+        """The positions < length that a segment has not processed, as passes first .. stop-1."""
         first = self.lengths[segment]
         while first < length:
-            last = min(length, up_to_chunk(first + 1))
-            yield first, last
-            first = last
+            stop = min(length, up_to_chunk(first + 1))
+            yield first, stop
+            first = stop
 
-    def place(self, first: int, last: int) -> None:
-        """Begin a pass over positions first .. last-1, and padding behind them."""
-        self.begin(self.columns[first : last + (first - last) % self.pad], up_to_chunk(last))
+    def place(self, first: int, stop: int) -> None:
+        """Begin a pass over positions first .. stop-1, and padding behind them."""
+        padding = -(stop - first) % self.pad
+        self.begin(self.columns[first : stop + padding], up_to_chunk(stop))
 
     def begin(self, at: Tensor, end: int) -> None:
         """Begin a pass over positions `at` (N,), which attends over keys 0 .. end-1.
@@ -73,7 +77,10 @@ class KVCache:
         look and -inf elsewhere. Query heads that share a key head are its rows, position by
         position.
         """
-        self.at, self.end = at, end
+        self.at = at
+        if end != self.end:  # what each layer reads: one view for all passes up to there
+            self.end = end
+            self.seen = list(zip(self.keys[..., :end, :], self.values[..., :end, :]))
         rows = at.repeat_interleave(self.group)  # (N * H/G,)
         rows = F.pad(rows, (0, -len(rows) % ROWS))
         ahead = self.columns[:end] > rows[:, None]
@@ -81,17 +88,18 @@ class KVCache:
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (B, G, N, E) at the pass's positions; return all it sees, (B, G, end, E)."""
-        self.keys[layer].index_copy_(2, self.at, k)
-        self.values[layer].index_copy_(2, self.at, v)
-        return self.keys[layer, :, :, : self.end], self.values[layer, :, :, : self.end]
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, self.at, k)
+        values.index_copy_(2, self.at, v)
+        return self.seen[layer]
 
-    def run(self, model: Llama, ids: Tensor, above: int, depth: int) -> Tensor:
-        """Take the pass through layers above..depth-1; the states (N, D) for the head at `depth`.
+    def run(self, model: Llama, ids: Tensor, start: int, depth: int) -> Tensor:
+        """Take the pass through layers start..depth-1; the states (N, D) for the head at `depth`.
 
-        It starts from the tokens ids (N,), or above the first segment from what that has left.
+        It begins with the tokens ids (N,) at layer 0, elsewhere with the hidden states left there.
         """
-        h = self.hidden[above].index_select(1, self.at) if above else model.embed(ids[None])
-        h = model.run(h, above, depth, self)  # (1, N, D)
+        h = self.hidden[start].index_select(1, self.at) if start else model.embed(ids[None])
+        h = model.run(h, start, depth, self)  # (1, N, D)
         if depth in self.hidden:
             self.hidden[depth].index_copy_(1, self.at, h)
         return model.read(h, depth, self)[0]

@@ -119,14 +119,14 @@ class Llama(nn.Module):
 
     def pack(self) -> "Llama":
         """Lay the weights out for inference on a CPU (operators.py). train() and to() undo it."""
-        alike = [
-            m.pack(m.weight is self.embed.weight) for m in self.modules() if isinstance(m, Linear)
-        ]
-        alike += [
-            head.gather(self.head).pack()
-            for head in self.exit_heads.values()
-            if head.vocab is not None
-        ]
+        for m in self.modules():
+            if isinstance(m, RMSNorm):
+                m.pack()
+        linears = [m for m in self.modules() if isinstance(m, Linear)]
+        shared = self.config.tie_embeddings  # the embedding goes on reading the plain matrix
+        alike = [m.pack(keep=shared and m is self.head) for m in linears]
+        heads: list[Any] = [*self.exit_heads.values()]
+        alike += [head.gather(self.head).pack() for head in heads if head.vocab is not None]
         self.pad = 1 if all(alike) else ROWS
         return self
 
@@ -205,7 +205,15 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, h: Tensor, rope: Tensor, slot: int, cache: Cache | None = None) -> Tensor:
-        h = h + self.attn(self.attn_norm(h), rope, slot, cache)
+        q, k, v = self.before(h, rope)
+        return self.after(h, self.attn(q, k, v, slot, cache))
+
+    # what is alike in all layers stands apart from the cache, so that it can be compiled once
+    def before(self, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.project(self.attn_norm(h), rope)
+
+    def after(self, h: Tensor, y: Tensor) -> Tensor:
+        h = h + self.attn.out(y)
         return h + self.mlp(self.mlp_norm(h))
 
 
@@ -227,13 +235,20 @@ class Attention(nn.Module):
         self.out = Linear(self.heads * self.head_dim, config.dim)
         self.out.ends_branch = True  # type: ignore[assignment]
 
-    def forward(self, x: Tensor, rope: Tensor, slot: int, cache: Cache | None = None) -> Tensor:
+    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, H, E), keys and values (B, G, N, E) of x (B, N, D)."""
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
         qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
         q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, N, E)
-        if cache is None and self.training and x.device.type == "cpu":
+        return q, k.transpose(1, 2), v.transpose(1, 2)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, slot: int, cache: Cache | None = None
+    ) -> Tensor:
+        """What the positions see (B, N, H*E), to go through `out`."""
+        B, N, _, _ = q.shape
+        if cache is None and self.training and q.device.type == "cpu":
             y = attend_in_blocks(q, k, v)
         elif cache is None:
             q = q.transpose(1, 2)  # (B, H, N, E)
@@ -243,7 +258,7 @@ class Attention(nn.Module):
         else:
             k, v = cache.write(slot, k, v)  # (B, G, T, E)
             y = self._attend(q, k, v, cache.mask)
-        return self.out(y.reshape(B, N, -1))  # from (B, N, H, E)
+        return y.reshape(B, N, -1)  # from (B, N, H, E)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         """Query heads that share a key head are rows of it: every fused kernel takes that."""
@@ -252,7 +267,8 @@ class Attention(nn.Module):
         rows = q.shape[2]  # N * H/G
         if rows < len(mask):
             q = F.pad(q, (0, 0, 0, len(mask) - rows))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[:, :, :rows]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, G, rows, E)
+        y = y[:, :, :rows] if rows < len(mask) else y
         return y.view(B, self.kv_heads, N, -1, E).transpose(1, 2)  # (B, N, G, H/G, E)
 
 
@@ -325,10 +341,9 @@ class ExitHead(nn.Module):
 
     def gather(self, head: Linear) -> Linear:
         """The rows of the output layer that the exit reads, gathered once in eval mode."""
-        if not self._rows:
-            with torch.inference_mode(
-                False
-            ):  # as the RoPE table: a gradient may pass through later
+        if not self._rows and self.vocab is not None:
+            # as the RoPE table: a gradient may pass through them later
+            with torch.inference_mode(False):
                 rows = Linear(head.in_features, len(self.vocab))
                 rows.weight = nn.Parameter(head.dense()[self.vocab], requires_grad=False)
                 self._rows = [rows]
@@ -367,4 +382,4 @@ def rope_table(config: Config) -> Tensor:
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + E/2]) of x (B, N, heads, E) by its position's angle."""
     cos, sin = rope
-    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)

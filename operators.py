@@ -38,10 +38,12 @@ class Linear(nn.Linear):
         """(..., inputs) to (..., outputs)."""
         if not self.packed:
             return F.linear(x, self.weight)
-        (x0, w0), *others = zip(x.split(self.block, dim=-1), self.packed)
-        y = torch.ops.mkldnn._linear_pointwise(x0, w0, None, "none", [], "")
+        if len(self.packed) == 1:
+            return product(x, self.packed[0])
+        (part, weight), *others = zip(x.split(self.block, dim=-1), self.packed)
+        y = product(part, weight)
         for part, weight in others:
-            y = torch.ops.mkldnn._linear_pointwise.binary(part, y, weight, None, "add")
+            y = product(part, weight, y)
         return y
 
     def pack(self, keep: bool = False) -> bool:
@@ -52,10 +54,10 @@ class Linear(nn.Linear):
         if self.packed:
             return True
         weight = self.weight.detach()
-        if weight.is_cuda or weight.dtype not in (torch.float32, torch.bfloat16):
+        if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
             return True
         if weight.dtype == torch.float32 and weight.numel() < SMALL:
-            if len(weight) >= NARROW:
+            if len(weight) >= NARROW and not keep:
                 self.weight.data = weight.t().contiguous().t()
             return False
         if not can_pack(weight.dtype):
@@ -68,12 +70,13 @@ class Linear(nn.Linear):
     def dense(self) -> Tensor:
         """The plain weight (outputs, inputs)."""
         if "weight" in self._parameters:
-            return self.weight.detach()
+            return self.weight.detach().contiguous()
         return torch.cat([part.to_dense() for part in self.packed], dim=1)
 
     def unpack(self) -> None:
         if "weight" not in self._parameters:
             self.weight = nn.Parameter(self.dense(), requires_grad=False)
+        self.weight.data = self.weight.data.contiguous()
         self.packed = []
 
     def train(self, mode: bool = True) -> "Linear":
@@ -94,6 +97,13 @@ class Linear(nn.Linear):
         return sum(part.nbytes for part in self.packed) or self.weight.nbytes
 
 
+def product(x: Tensor, weight: Tensor, to: Tensor | None = None) -> Tensor:
+    """x times a packed weight, added to `to` if that is given."""
+    if to is None:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, to, weight, None, "add")
+
+
 def packed(weight: Tensor) -> Tensor:
     with torch.inference_mode(False):  # so that its gradient-free product may stand in a graph
         return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
@@ -103,8 +113,7 @@ def packed(weight: Tensor) -> Tensor:
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch has oneDNN's packed products in this dtype."""
     try:
-        weight = packed(torch.eye(4, dtype=dtype))
-        torch.ops.mkldnn._linear_pointwise(torch.eye(4, dtype=dtype), weight, None, "none", [], "")
+        product(torch.eye(4, dtype=dtype), packed(torch.eye(4, dtype=dtype)))
         return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     except (AttributeError, RuntimeError, NotImplementedError):
         return False
@@ -113,19 +122,34 @@ def can_pack(dtype: torch.dtype) -> bool:
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
 
-    In inference on a CPU by four operators in place of PyTorch's eight: in a small model calls set
-    the pace.
+    Packed, by four operators in place of PyTorch's eight: in a small model calls set the pace.
     """
 
+    def __init__(self, dim: int, eps: float):
+        super().__init__(dim, eps)
+        self.packed: tuple[Tensor, Tensor] | None = None  # sqrt(D) * weight, sqrt(D * eps)
+
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda or torch.is_grad_enabled():
+        if self.packed is None:
             return super().forward(x)
-        D, accurate = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
-        size = torch.linalg.vector_norm(
-            x, dim=-1, keepdim=True, dtype=accurate
-        )  # sqrt(D * mean(x^2))
-        scale = torch.hypot(size, size.new_tensor(math.sqrt(D * self.eps)))
-        return (x * (self.weight * math.sqrt(D)) / scale).to(x.dtype)
+        weight, least = self.packed  # both in float32 at least
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=least.dtype)
+        return (x * weight / torch.hypot(size, least)).to(x.dtype)
+
+    def pack(self) -> None:
+        if self.weight.device.type != "cpu":
+            return
+        weight = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
+        D = len(weight)
+        self.packed = weight * math.sqrt(D), weight.new_tensor(math.sqrt(D * (self.eps or 0.0)))
+
+    def train(self, mode: bool = True) -> "RMSNorm":
+        self.packed = None if mode else self.packed
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self.packed = None
+        return super()._apply(fn, recurse)
 
 
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, size: int = 128) -> Tensor:

@@ -346,7 +346,8 @@ def prepare(args, rank: int, world: int) -> tuple[Llama, Tokenizer | None, Tenso
     installed = args.corpus == INSTALLED and not args.self_distill
     if not installed and not (args.model and args.self_distill):
         documents = read_corpus(args.corpus)
-    model, tokenizer = None, None
+    model: Llama | None = None
+    tokenizer: Any = None
     if args.model:
         model, tokenizer = checkpoints.load(args.model, args.device, torch.float32)
         if tokenizer is None and not args.self_distill:

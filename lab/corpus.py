@@ -186,6 +186,7 @@ def sample(
     """
     (B, P), device = openings.shape, model.embed.weight.device
     cache, first = KVCache(model, (), length, batch=B), 0
+    cache.pad = 1  # rows enough
     rows = torch.zeros(B, length, dtype=torch.long, device=device)
     rows[:, :P] = openings
     warm, asking = warm.to(device), torch.full((B,), bool(until), device=device)

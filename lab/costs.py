@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +29,7 @@ from operators import Linear
 # positions in a timed pass, up to more than any ladder takes; others in between
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 20)
 CONTEXT = 128  # positions before a timed pass
+ROOM = CONTEXT + WIDTH  # what a step must have room for, to be timed
 
 Rungs = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]  # exits, windows, thresholds
 ByDepth = dict[int, list[float]]  # seconds, by depth in layers and positions in a pass
@@ -49,11 +50,14 @@ class Costs:
 
 
 @torch.inference_mode()
-def measure_costs(model: Llama, exits: tuple[int, ...], decode: Callable, fixed: bool) -> Costs:
-    """What a ladder of these exits is charged. decode: greedily; fixed: passes of a FixedStep."""
+def measure_costs(
+    model: Llama, exits: tuple[int, ...], decode: Callable, fast: FixedStep | None
+) -> Costs:
+    """What a ladder of these exits is charged. decode: greedily; fast: if not by the plain step."""
     L, depths = model.config.n_layers, (*exits, model.config.n_layers)
     context = min(CONTEXT, model.config.max_seq_len - WIDTHS[-1])
-    trunk, head = (fixed_passes if fixed else plain_passes)(model, depths, context)
+    timed_passes = partial(fixed_passes, fast) if fast else plain_passes
+    trunk, head = timed_passes(model, depths, context)
     modelled = 24 * (trunk[L][1] + head[L][1])
     # whatever else the machine does can only add
     took = min(decode([0], 24).seconds for _ in range(8))
@@ -76,35 +80,42 @@ def plain_passes(model: Llama, depths: tuple[int, ...], context: int) -> tuple[B
         return model.logits(model.read(h, e, cache), e)[:, :n].argmax(-1)
 
     def by_width(call: Callable, e: int) -> list[float]:
-        seconds = [timed(partial(call, e, n), weight.is_cuda) for n in WIDTHS]
+        seconds = [timed(partial(call, e, n), weight.device) for n in WIDTHS]
         return [0.0, *np.interp(range(1, longest + 1), WIDTHS, seconds).tolist()]
 
     trunk = {0: [0.0] * (longest + 1)} | {e: by_width(run_down_to, e) for e in depths}
     return trunk, {e: by_width(choose_at, e) for e in depths}
 
 
-def fixed_passes(model: Llama, depths: tuple[int, ...], context: int) -> tuple[ByDepth, ByDepth]:
+def fixed_passes(
+    fast: FixedStep, model: Llama, depths: tuple[int, ...], context: int
+) -> tuple[ByDepth, ByDepth]:
     """The same of passes of one shape, which cost the same however few positions they are for."""
-    L, on_gpu, end = model.config.n_layers, model.embed.weight.is_cuda, up_to_chunk(context)
-    fast = FixedStep(model, context)
+    L, device, end = model.config.n_layers, model.embed.weight.device, up_to_chunk(context)
     passes = [math.ceil(width / WIDTH) for width in range(WIDTHS[-1] + 1)]
-    layer = timed(partial(fast.run, 0, L, end), on_gpu) / L
     trunk, head = {0: [0.0] * len(passes)}, {}
-    for e in depths:  # a segment's pass takes an exit's own block too
-        whole = timed(lambda e=e: (fast.run(0, e, end), fast.run(e)), on_gpu)
-        trunk[e] = [n * e * layer for n in passes]
-        head[e] = [n * max(0.0, whole - e * layer) for n in passes]
+
+    def whole_pass(e: int) -> None:
+        fast.run(0, e, end)
+        fast.run(e)
+
+    with fast.open(model, tuple(e for e in depths if e < L), fast.max_len):
+        layer = timed(partial(fast.run, 0, L, end), device) / L
+        for e in depths:  # a segment's pass takes an exit's own block too
+            whole = timed(partial(whole_pass, e), device)
+            trunk[e] = [n * e * layer for n in passes]
+            head[e] = [n * max(0.0, whole - e * layer) for n in passes]
     return trunk, head
 
 
-def timed(call: Callable, on_gpu: bool) -> float:
+def timed(call: Callable, device: torch.device) -> float:
     """Seconds of one call: the fastest of twenty, since other work of the machine can only add."""
     took = []
     for _ in range(20):
         began = time.perf_counter()
         call()
-        if on_gpu:
-            torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         took.append(time.perf_counter() - began)
     return min(took)
 
@@ -182,7 +193,7 @@ def timed_steps(depths: tuple[int, ...]):
         began = time.perf_counter()
         logits = real(ladder, k, base)
         if logits.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(logits.device)
         seconds[k] += time.perf_counter() - began
         return logits
 
@@ -220,7 +231,7 @@ def memory_limit(model: Llama) -> dict:
         (matrix @ matrix[0])[0].item()
         fastest = min(fastest, time.perf_counter() - began)
     norms = [m.weight for m in (*model.layers.modules(), model.norm) if isinstance(m, RMSNorm)]
-    pass_bytes = sum(read.nbytes for read in (*passed, *norms))
+    pass_bytes = sum(m.nbytes for m in passed) + sum(weight.nbytes for weight in norms)
     speed = matrix.nbytes / fastest
     return {
         "bytes_per_second": speed,
@@ -230,35 +241,37 @@ def memory_limit(model: Llama) -> dict:
 
 
 @torch.inference_mode()
-def pass_times(model: Llama, fixed: bool) -> dict:
+def pass_times(model: Llama, fast: FixedStep | None) -> dict:
     """Seconds of full passes, head included, by number of positions; and of its parts run alone.
 
     The parts are one layer and the head, over one position.
     """
-    L, weight = model.config.n_layers, model.embed.weight
-    fast = FixedStep(model, CONTEXT + WIDTH) if fixed else None
-    cache, run_step = (fast.cache, fast) if fast else (KVCache(model, (), CONTEXT + WIDTH), step)
-    tokens = torch.zeros(up_to_chunk(CONTEXT + WIDTH), dtype=torch.long, device=weight.device)
+    L, device = model.config.n_layers, model.embed.weight.device
+    lent = fast.open(model, (), ROOM) if fast else nullcontext(KVCache(model, (), ROOM))
+    tokens = torch.zeros(up_to_chunk(ROOM), dtype=torch.long, device=device)
+    with lent as cache:
 
-    def full(n: int) -> None:
-        cache.lengths = [CONTEXT]
-        run_step(model, cache, (L,), tokens, CONTEXT + n, 0, n).argmax(-1)
+        def full(n: int) -> None:
+            cache.lengths = [CONTEXT]
+            (fast or step)(model, cache, (L,), tokens, CONTEXT + n, 0, n).argmax(-1)
 
-    passes = {str(n): timed(partial(full, n), weight.is_cuda) for n in (1, 2, 4, 8, 16)}
-    cache.place(CONTEXT, CONTEXT + 1)
-    h = model.embed(tokens[None, : len(cache.at)])
-    layer = timed(lambda: model.run(h, 0, 1, cache), weight.is_cuda)
-    head = timed(lambda: model.logits(h, L), weight.is_cuda)
+        passes = {str(n): timed(partial(full, n), device) for n in (1, 2, 4, 8, 16)}
+        cache.place(CONTEXT, CONTEXT + 1)
+        h = model.embed(tokens[None, : len(cache.at)])
+        layer = timed(lambda: model.run(h, 0, 1, cache), device)
+        head = timed(lambda: model.logits(h, L), device)
     return {"pass_seconds": passes, "layer_seconds": layer, "layers": L, "head_seconds": head}
 
 
-def peak_memory(make_decoder, ladder: Rungs, prompt: list[int], max_new_tokens: int) -> int | None:
+def peak_memory(
+    device: torch.device, decode: Callable, prompt: list[int], max_new_tokens: int
+) -> int | None:
     """Bytes of GPU memory in use at most while a prompt is answered, weights too; CPU: None."""
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return None
-    torch.cuda.reset_peak_memory_stats()
-    make_decoder(*ladder)(prompt, max_new_tokens)
-    return torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats(device)
+    decode(prompt, max_new_tokens)
+    return torch.cuda.max_memory_allocated(device)
 
 
 def best_threads(model: Llama) -> int:
@@ -271,9 +284,14 @@ def best_threads(model: Llama) -> int:
     threads = 1
     while threads <= (os.cpu_count() or 1):
         torch.set_num_threads(threads)
-        generate(model, [0], 2)
-        seconds = min(generate(model, [0], 6).seconds for _ in range(3))
+        seconds = seconds_of_few(model)
         if seconds < 0.95 * shortest:
             best, shortest = threads, seconds
         threads *= 2
     return best
+
+
+def seconds_of_few(model: Llama) -> float:
+    """Seconds of a few tokens, decoded greedily: enough to tell settings apart."""
+    generate(model, [0], 2)
+    return min(generate(model, [0], 6).seconds for _ in range(3))

@@ -9,6 +9,7 @@ so.
 
 import statistics
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import combinations, combinations_with_replacement, product
 from math import ceil
@@ -81,12 +82,12 @@ class Recorded:
 
 def gather(
     model: Llama, requests: list[Request], results: list[dict], tuned: dict, max_new_tokens: int,
-    stop, make_decoder: Callable, fixed: bool,
+    stop, make_decoder: Callable, fast: FixedStep | None,
 ) -> Data:  # fmt: skip
     """Measure and predict all that the figures show.
 
     results: the bench's dict for each method. tuned: by kind of ladder, with the ladders that
-    tuning ran if it was part of this run. make_decoder, fixed: as in tune.tune.
+    tuning ran if it was part of this run. make_decoder, fast: as in tune.tune.
     """
     n, methods = model.config.n_layers, {r["name"]: as_ladder(r) for r in results}
     ladder = methods["hispec"]
@@ -94,7 +95,7 @@ def gather(
     depths = sorted({*ladder[0], *default_exits(model), *paper_exits(n), *half})
     ours = {e for exits, _, _ in methods.values() for e in exits if e > 0}
     read, decode = tuple(sorted({*depths, *ours})), make_decoder()
-    costs = measure_costs(model, read, decode, fixed)
+    costs = measure_costs(model, read, decode, fast)
     bar = tqdm(requests, "recording what each exit predicts", leave=False)
     traces = [trace(model, r.prompt, max_new_tokens, stop, read, decode) for r in bar]
     recorded = Recorded(n, costs, traces)
@@ -124,7 +125,7 @@ def gather(
         rates={category: rates(some, ladder[0], n) for category, some in of.items()},
         law=law(model, requests, ladder),
         moved=moved(
-            model, [token for i in few for token in requests[i].prompt + requests[i].greedy]
+            model, [token for i in few for token in requests[i].prompt + requests[i].greedy], fast
         ),
         results=results,
     )
@@ -224,33 +225,33 @@ def law(model: Llama, requests: list[Request], ladder: Rungs) -> np.ndarray:
 
 
 @torch.inference_mode()
-def moved(model: Llama, text: list[int]) -> dict[str, list[float]]:
+def moved(model: Llama, text: list[int], fast: FixedStep | None) -> dict[str, list[float]]:
     """How far logits are from those of passes over one, if a pass holds 1 .. WIDTH positions.
 
     "plain": by a library's ordinary products, "ours": as decoding runs here.
     """
     n, depths = min(CONTEXT + WIDTH, model.config.max_seq_len), (model.config.n_layers,)
-    at, far = n - WIDTH, {}
+    at, far = n - WIDTH, dict[str, list[float]]()
     device = model.embed.weight.device
     tokens = torch.zeros(up_to_chunk(n + WIDTH), dtype=torch.long, device=device)
     tokens[:n] = torch.tensor((text * n)[:n])
     for name in ("plain", "ours"):
-        run_step, cache = step, None
         if name == "plain":
             model.train().eval()  # undoes packing
-        elif model.embed.weight.is_cuda:
-            run_step = FixedStep(model, n)
-            cache = run_step.cache
-        else:
+        elif device.type == "cpu":
             model.pack()
-        cache = cache or KVCache(model, (), n)
-        run_step(model, cache, depths, tokens, at, 0, 1)
-        alone = [run_step(model, cache, depths, tokens, at + i + 1, 0, 1) for i in range(WIDTH)]
-        far[name] = []
-        for width in range(1, WIDTH + 1):
-            cache.rollback(at)
-            logits = run_step(model, cache, depths, tokens, at + width, 0, width)
-            far[name].append((logits - torch.cat(alone[:width])).abs().max().item())
+        run_step: Callable = step
+        lent: AbstractContextManager[KVCache] = nullcontext(KVCache(model, (), n))
+        if fast and name == "ours":
+            run_step, lent = fast, fast.open(model, (), n)
+        with lent as cache:
+            run_step(model, cache, depths, tokens, at, 0, 1)
+            alone = [run_step(model, cache, depths, tokens, at + i + 1, 0, 1) for i in range(WIDTH)]
+            far[name] = []
+            for width in range(1, WIDTH + 1):
+                cache.rollback(at)
+                logits = run_step(model, cache, depths, tokens, at + width, 0, width)
+                far[name].append((logits - torch.cat(alone[:width])).abs().max().item())
     return far
 
 

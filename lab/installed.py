@@ -36,11 +36,11 @@ def read_installed(
     """
     documents, found = dict(documents), {}
     for file in sorted(site.rglob("*.py")):
-        name = Path("site-packages") / file.relative_to(site)
-        wanted = not held_out_only or is_held_out(name.as_posix())
-        if not {"test", "tests"} & set(name.parts) and not file.is_symlink() and file.is_file():
+        place = Path("site-packages") / file.relative_to(site)
+        wanted = not held_out_only or is_held_out(place.as_posix())
+        if not {"test", "tests"} & set(place.parts) and not file.is_symlink() and file.is_file():
             if wanted:
-                found[name.as_posix()] = file
+                found[place.as_posix()] = file
     seen = {hash(line) for text in documents.values() for line in long_lines(text)}
     for name in sorted(found, key=lambda name: (not is_held_out(name), name)):
         try:

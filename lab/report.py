@@ -90,8 +90,10 @@ def print_categories(results: list[dict]) -> None:
 
 def print_samples(requests, tokenizer) -> None:
     """The greedy text that follows the first request of each category."""
-    firsts = {request.category: request for request in reversed(requests)}
-    for category, request in reversed(firsts.items()):
+    firsts: dict = {}
+    for request in requests:
+        firsts.setdefault(request.category, request)
+    for category, request in firsts.items():
         print(f"\nSample ({category}):", tokenizer.decode(request.greedy).strip())
 
 

@@ -22,13 +22,16 @@ from collections.abc import Callable
 from itertools import combinations, combinations_with_replacement, product
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from arguments import checked_ladder
 from checkpoints.files import write_whole
+from faststep import FixedStep
 from hispec import Generation
-from lab.costs import WIDTHS, Rungs, best_threads, measure_costs, replay, trace
+from lab.costs import WIDTHS, Rungs, best_threads, measure_costs, replay, seconds_of_few, trace
 from model import Llama
+from operators import can_pack
 
 # what was found, by model, dtype, step and device
 LADDERS = Path(__file__).parent.parent / "results" / "ladders.json"
@@ -53,12 +56,12 @@ def tune(
     max_new_tokens: int,
     stop,
     make_decoder: Callable,
-    fixed: bool,
+    fast: FixedStep | None,
 ) -> dict[str, dict]:
     """The fastest ladder of each kind, for the texts that follow these prompts.
 
-    make_decoder(exits, windows, thresholds) gives the function that decodes with a ladder; fixed:
-    by a FixedStep.
+    make_decoder(exits, windows, thresholds) gives the function that decodes with a ladder; fast:
+    the step it takes, if not the plain one.
 
     All are predicted without thresholds, those of the four most promising sets of exits also with
     them. The best RUN of each kind are run, then those next to the fastest. Returns {name:
@@ -69,7 +72,7 @@ def tune(
     if not model.exit_heads:
         exits = tuple(sorted({*exits, *(d for d in DEPTHS if d <= model.config.n_layers // 2)}))
     decode = make_decoder()
-    costs = measure_costs(model, exits, decode, fixed)
+    costs = measure_costs(model, exits, decode, fast)
     traces = [trace(model, prompt, max_new_tokens, stop, exits, decode) for prompt in prompts]
 
     def predicted(ladder: Rungs) -> float:
@@ -235,11 +238,38 @@ def kept_threads(header: dict, model: Llama, anew: bool = False) -> int:
         raise ValueError(f"{LADDERS}: threads of {_key(header)} must be a whole number above 0")
     if threads is None or anew:
         threads = best_threads(model)
-        try:
-            _write(header, found | {"threads": threads})
-        except OSError:
-            pass  # where nothing can be kept it is found anew each time
+        _try_to_keep(header, found | {"threads": threads})
     return threads
+
+
+def kept_dtype(header: dict, load: Callable[[], Llama], anew: bool = False) -> torch.dtype:
+    """The faster of float32 and bfloat16 for this model on a CPU, with float32's best threads.
+
+    Found once, and kept as the threads are. load: gives the model in float32. A processor that does
+    not compute in bfloat16 takes float32.
+    """
+    if not can_pack(torch.bfloat16):
+        return torch.float32
+    either = header | {"dtype": "either dtype"}
+    names = ("float32", "bfloat16")
+    dtype = _read().get(_key(either), {}).get("dtype")
+    if dtype is not None and dtype not in names:
+        raise ValueError(f"{LADDERS}: dtype of {_key(either)} must be one of {', '.join(names)}")
+    if dtype is None or anew:
+        model, seconds = load(), {}
+        torch.set_num_threads(kept_threads(header | {"dtype": names[0]}, model, anew))
+        for name in names:
+            seconds[name] = seconds_of_few(model.to(getattr(torch, name)).pack())
+        dtype = min(seconds, key=seconds.__getitem__)
+        _try_to_keep(either, {"dtype": dtype})
+    return getattr(torch, dtype)
+
+
+def _try_to_keep(header: dict, entry: dict) -> None:
+    try:
+        _write(header, entry)
+    except OSError:
+        pass  # where nothing can be kept it is found anew each time
 
 
 def _key(header: dict) -> str:

@@ -18,7 +18,8 @@ def looping(tokens: Sequence[int], n: int = 8) -> float:
     Loops of fewer than n tokens count too, since several rounds of them are n tokens or more. The
     first round is none: of a row of one token, all but n are in a loop.
     """
-    row, inside = list(tokens), set()
+    row: list[int] = list(tokens)
+    inside: set[int] = set()
     for length in range(n, len(row) // 2 + 1):
         for start in range(length, len(row) - length + 1):
             if row[start] == row[start - length]:  # most starts end here

@@ -23,7 +23,7 @@ from checkpoints.files import describe, must_be_writable
 from hispec import generate
 from lab.commands import Parser, check_exits, command
 from lab.report import ladder_text
-from lab.tune import default_exits, kept_ladder, kept_threads
+from lab.tune import default_exits, kept_dtype, kept_ladder, kept_threads
 from model import Config, Llama
 from show import page
 from show.terminal import DIM, PLAIN, Painter, statistics
@@ -36,8 +36,14 @@ def main() -> None:
     model, tokenizer = load(args.model)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompt is text")
+    if args.exits is not None:
+        check_exits(args.exits, 0, model.config.n_layers)  # again, now that the depth is known
     weight = model.embed.weight
     header = {"step": "plain", **describe(args.model, weight.device, weight.dtype)}
+    if not weight.is_cuda:
+        dtype = kept_dtype(header, lambda: load(args.model)[0])
+        header["dtype"] = str(dtype).removeprefix("torch.")
+        model = model if dtype == weight.dtype else model.to(dtype).pack()
     ladder, why = choose(args.exits, args.windows, model, header)
     if args.chat == "never":
         tokenizer.template = None
@@ -48,6 +54,7 @@ def main() -> None:
     )  # fmt: skip
     if not weight.is_cuda:
         torch.set_num_threads(kept_threads(header, model))
+    print(f"{header['model']} in {header['dtype']} on {header['device']}")
     print("prompt:", tokenizer.prompt)
     print(f"ladder: {ladder_text(ladder) or 'none'}, {why}")
     run(2, **ladder)  # the first passes of a process are slower than all that follow
@@ -91,7 +98,6 @@ def choose(exits, windows, model: Llama, header: dict) -> tuple[dict, str]:
         return kept
     why = "as asked" if exits is not None else "the model's own exits"
     exits = default_exits(model)[:2] if exits is None else tuple(exits)
-    check_exits(exits, 0, model.config.n_layers)  # again, now that the depth is known
     windows = windows or [2 ** (k + 1) for k in range(len(exits))]
     return {"exits": exits, "windows": windows, "thresholds": ()}, why
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import hispec
+import kvcache
 from arguments import checked
 from faststep import FixedStep
 from hispec import Ladder, generate
@@ -227,3 +228,16 @@ def test_a_batch_is_what_its_rows_are_alone():
                 cache.place(first, last)
                 states.append(model.run(model.embed(ids[:, first:last]), 0, 5, cache))
             torch.testing.assert_close(states[0], torch.cat(states[1:]), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("pad", [1, 4])
+def test_texts_that_end_anywhere_about_a_chunks_end(monkeypatch, pad):
+    """The last pass's padding lies behind the text's end, and there has to be room for it."""
+    monkeypatch.setattr(kvcache, "CHUNK", 16)
+    model = random_model(3)
+    plain = generate(model, [1, 2, 3], 50).tokens
+    model.pad = pad
+    for new in range(8, 32):
+        for exits, windows in [((), ()), ((2,), (3,)), ((1, 3), (2, 5))]:
+            out = generate(model, [1, 2, 3], new, exits=exits, windows=windows)
+            assert out.tokens == plain[:new]

@@ -90,3 +90,13 @@ def test_openings_are_the_templates(tmp_path, name, chats):
         framed.shape[1] == len(tokenizer.chat(["a"])) + 11
         and (framed[:, 0] == tokenizer.bos[0]).all()
     )
+
+
+def test_a_packed_model_writes_in_bfloat16():
+    """oneDNN's layout cannot be copied, and the exits' writer is a copy."""
+    model = random_model(vocab_size=2**15, tie_embeddings=False).float().pack()
+    if not model.head.packed:
+        pytest.skip("this build packs no float32")
+    args = Namespace(bf16=True, context=4, self_distill=1, seed=0, model="m")
+    rows = corpus.write_samples(model, None, args, 0, 1)
+    assert rows.shape == (corpus.SIDE_BY_SIDE, corpus.WHOLE * 4)

@@ -7,8 +7,20 @@ import torch
 from conftest import random_model
 
 import bench
+from faststep import FixedStep
 from hispec import Generation, generate
-from lab.costs import WIDTHS, Costs, Trace, best_threads, measure_costs, memory_limit, replay, trace
+from lab.costs import (
+    WIDTHS,
+    Costs,
+    Trace,
+    best_threads,
+    measure_costs,
+    memory_limit,
+    peak_memory,
+    replay,
+    timed,
+    trace,
+)
 
 EVERY_WIDTH = range(WIDTHS[-1] + 1)
 
@@ -58,9 +70,10 @@ def test_a_replay_charges_each_segment_the_difference_of_its_depths():
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_costs_are_measured_by_width_or_by_the_pass_if_it_is_fixed(monkeypatch, fixed):
-    monkeypatch.setattr("lab.costs.timed", lambda call, on_gpu: 1.0)
+    monkeypatch.setattr("lab.costs.timed", lambda call, device: 1.0)
     model = random_model()
-    costs = measure_costs(model, (1, 3), bench.decoder(model, 64 if fixed else None), fixed)
+    fast = FixedStep(model, 64) if fixed else None
+    costs = measure_costs(model, (1, 3), bench.decoder(model, fast), fast)
     assert costs.trunk.keys() == {0, 1, 3, 5} and costs.head.keys() == {1, 3, 5} and costs.loop >= 0
     assert set(costs.trunk[0]) == {0}
     for row in costs.trunk[5], *costs.head.values():
@@ -75,9 +88,9 @@ def test_costs_between_the_timed_widths_are_interpolated(monkeypatch):
     run = lambda h, first, last, cache=None: h  # noqa: E731
     monkeypatch.setattr(model, "run", run)
     monkeypatch.setattr(
-        "lab.costs.timed", lambda call, on_gpu: float(call().shape[1]) if call().ndim == 3 else 1.0
+        "lab.costs.timed", lambda call, device: float(call().shape[1]) if call().ndim == 3 else 1.0
     )
-    costs = measure_costs(model, (1, 3), lambda prompt, n: Generation([3] * n, [], 1.0), False)
+    costs = measure_costs(model, (1, 3), lambda prompt, n: Generation([3] * n, [], 1.0), None)
     assert costs.trunk[3] == pytest.approx([float(w) for w in EVERY_WIDTH])
 
 
@@ -102,3 +115,20 @@ def test_the_memory_limit_counts_each_weight_of_a_pass_once():
     layer = 16 * (16 + 8 + 8) + 16 * 16 + 3 * 16 * 24 + 2 * 16
     assert limit["pass_bytes"] == 8 * (2 * layer + 16 + 11 * 16)
     assert limit["greedy_tokens_per_second"] == limit["bytes_per_second"] / limit["pass_bytes"] > 0
+
+
+def test_on_a_cpu_no_gpu_memory_is_reported(monkeypatch):
+    """Also where there is a GPU, which other work may be using."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    no_work = lambda *arguments: pytest.fail("work was done")  # noqa: E731
+    assert peak_memory(torch.device("cpu"), no_work, [1], 4) is None
+
+
+def test_gpu_memory_is_that_of_the_models_device(monkeypatch):
+    asked, device = [], torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda on: asked.append(on) or 5)
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    assert peak_memory(device, lambda *arguments: None, [1], 4) == 5
+    timed(lambda: None, device)
+    assert asked == [device] * 22

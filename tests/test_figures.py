@@ -72,7 +72,7 @@ def few_windows(monkeypatch):
 def gather(run, tuned=None) -> figures.Data:
     model, requests, results = run
     return figures.gather(
-        model, requests, results, tuned or {}, 12, (), partial(bench.decoder, model, None), False
+        model, requests, results, tuned or {}, 12, (), partial(bench.decoder, model, None), None
     )
 
 
@@ -187,11 +187,11 @@ def test_one_token_is_sampled_where_draft_and_full_model_differ_most(few_windows
 
 
 def test_how_far_company_moves_logits(monkeypatch):
-    moved = figures.moved(random_model(4, dim=64, ffn_dim=96).float(), [3, 1, 4])
+    moved = figures.moved(random_model(4, dim=64, ffn_dim=96).float(), [3, 1, 4], None)
     assert moved["ours"] == [0.0] * figures.WIDTH and moved["plain"][0] == 0
     real = figures.step
     monkeypatch.setattr(figures, "step", lambda *arguments: real(*arguments) + 0.5 * arguments[-1])
-    moved = figures.moved(random_model(4), [3, 1, 4])
+    moved = figures.moved(random_model(4), [3, 1, 4], None)
     assert moved["plain"] == pytest.approx([0.5 * more for more in range(figures.WIDTH)], abs=1e-9)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WINGS = ("checkpoints", "lab", "show", "lecture", "tests")
+WINGS += ("lecture/exercises", "lecture/exercises/solutions")
 FILES = sorted(
     [*ROOT.glob("*.py"), *(file for wing in WINGS for file in ROOT.glob(f"{wing}/*.py"))]
 )

@@ -8,7 +8,8 @@ import tiktoken
 from conftest import module
 
 import checkpoints
-from checkpoints.vocabulary import SMOLLM, Tokenizer
+from checkpoints.tokenizer import Tiktoken, Tokenizer
+from checkpoints.vocabulary import SMOLLM
 from lab import prompts
 from lab.corpus import read_corpus
 from lab.installed import is_held_out
@@ -46,8 +47,8 @@ def test_the_chat_prompts():
 def test_the_default_follows_from_the_tokenizer(special, file):
     ranks = {bytes([i]): i for i in range(256)}
     ids = {token: 256 + i for i, token in enumerate(special)}
-    engine = tiktoken.Encoding("bytes", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens=ids)
-    assert default_prompts(Tokenizer(engine)) == PROMPTS / file
+    encoding = tiktoken.Encoding("bytes", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens=ids)
+    assert default_prompts(Tokenizer(Tiktoken(encoding, ids), {})) == PROMPTS / file
 
 
 def test_seven_kinds_of_beginnings(beginnings):
@@ -127,7 +128,8 @@ def packages(site):
 
 def byte_tokenizer():
     ranks = {bytes([i]): i for i in range(256)}
-    return Tokenizer(tiktoken.Encoding("bytes", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={}))  # fmt: skip
+    encoding = tiktoken.Encoding("b", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer(Tiktoken(encoding, {}), {})
 
 
 def test_beginnings_are_drawn_from_what_is_held_out(packages):

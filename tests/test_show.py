@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import cases, random_model
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -19,6 +20,11 @@ from hispec import generate
 from show import __main__, page, terminal
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    monkeypatch.setattr(__main__, "kept_dtype", lambda header, load: torch.float32)
 
 
 def letter(token: int) -> bytes:
@@ -150,7 +156,7 @@ def test_the_command_prints_plain_text_where_there_is_no_terminal(show_command):
     assert run.returncode == 0, run.stderr
     assert "\033" not in run.stdout
     assert "8 tokens in" in run.stdout and "accepted: exit 2" in run.stdout
-    assert run.stdout.startswith("ladder: 2(2) 8(4), the model's own exits\n")
+    assert "\nladder: 2(2) 8(4), the model's own exits\n" in run.stdout
 
 
 @pytest.mark.parametrize(
@@ -173,7 +179,9 @@ def test_the_command_prints_as_ever_and_writes_the_page(show_command, tmp_path):
     run = show_command("def add(a, b):", "--max-new-tokens", "8", "--html", "a.html", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     lines = re.fullmatch(
-        r"prompt: plain text\nladder: [^\n]+\n(.*?)\n(8 tokens in .*)\n([^\n]+)\n", run.stdout, re.S
+        r"[^\n]+\nprompt: plain text\nladder: [^\n]+\n(.*?)\n(8 tokens in .*)\n([^\n]+)\n",
+        run.stdout,
+        re.S,
     )
     assert lines is not None, run.stdout
     text, statistics, last = lines.groups()
@@ -257,7 +265,8 @@ def test_arguments_are_looked_at_before_a_model_is_loaded(monkeypatch, arguments
 
 
 def test_an_exit_past_the_depth_is_refused_before_threads_are_searched_for(monkeypatch):
-    monkeypatch.setattr(__main__, "kept_threads", lambda *arguments: pytest.fail("work was begun"))
+    for search in ("kept_dtype", "kept_threads"):
+        monkeypatch.setattr(__main__, search, lambda *arguments: pytest.fail("work was begun"))
     monkeypatch.setattr(sys, "argv", ["show", "x", "--exits", "2", "99"])
     with pytest.raises(ValueError, match="within 0..31"):
         __main__.main()
@@ -309,3 +318,19 @@ def test_the_fastest_kept_ladder_is_the_default(monkeypatch):
     assert (asked["exits"], asked["windows"], why) == ((1, 4, 5), [2, 4, 8], "as asked")
     monkeypatch.setattr(__main__, "kept_ladder", lambda header, model: None)
     assert __main__.choose(None, None, model, {})[0]["windows"] == [2, 4]
+
+
+def test_the_faster_dtype_is_taken_and_said(monkeypatch, capsys):
+    ran = []
+
+    def spy(model, *arguments, **options):
+        ran.append(model.embed.weight.dtype)
+        return generate(model, *arguments, **options)
+
+    monkeypatch.setattr(__main__, "generate", spy)
+    monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
+    monkeypatch.setattr(__main__, "kept_dtype", lambda header, load: torch.bfloat16)
+    monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "3"])
+    __main__.main()
+    assert ran == [torch.bfloat16] * 3
+    assert "tiny in bfloat16 on " in capsys.readouterr().out

@@ -4,9 +4,11 @@ import json
 from functools import partial
 
 import pytest
+import torch
 from conftest import random_model
 
 import bench
+from faststep import FixedStep
 from hispec import Generation
 from lab import tune
 
@@ -39,7 +41,7 @@ def test_tuning_adds_up_over_the_prompts(monkeypatch, costs, best):
     monkeypatch.setattr(tune, "WINDOWS", (3, 6, 8))
     monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))
     monkeypatch.setattr(tune, "RUN", 100)
-    chosen = tune.tune(random_model(), [[0], [1]], 4, (), clocked, False)["single-layer"]
+    chosen = tune.tune(random_model(), [[0], [1]], 4, (), clocked, None)["single-layer"]
     assert (chosen["exits"], chosen["windows"]) == ((1,), (best,))
     assert chosen["measured"] == pytest.approx(20 / sum(costs[best]))
 
@@ -53,7 +55,7 @@ def test_tuning_climbs_to_the_fastest_windows_from_wherever_it_begins(monkeypatc
         return lambda prompt, n, *, stop=(): Generation([3] * 4, [], seconds if windows else 40.0)
 
     monkeypatch.setattr(tune, "RUN", 1)
-    for name, best in tune.tune(random_model(), [[0]], 4, (), clocked, False).items():
+    for name, best in tune.tune(random_model(), [[0]], 4, (), clocked, None).items():
         assert best["windows"] == (fastest,) * tune.KINDS[name][0]
         assert best["measured"] == 2
 
@@ -62,9 +64,8 @@ def test_tuning_climbs_to_the_fastest_windows_from_wherever_it_begins(monkeypatc
 def test_tuning_runs_as_many_ladders_of_either_kind(monkeypatch, fixed):
     monkeypatch.setattr(tune, "RUN", 4)
     model = random_model(n_layers=6)
-    chosen = tune.tune(
-        model, [[1, 2]], 6, (), partial(bench.decoder, model, 40 if fixed else None), fixed
-    )
+    fast = FixedStep(model, 40) if fixed else None
+    chosen = tune.tune(model, [[1, 2]], 6, (), partial(bench.decoder, model, fast), fast)
     assert list(chosen) == list(tune.KINDS)
     assert chosen["look-up"]["exits"] == (0,) and len(chosen["three exits"]["exits"]) == 3
     for best in chosen.values():
@@ -201,3 +202,60 @@ def test_where_nothing_can_be_kept_threads_are_found_anew(searches, monkeypatch,
     (tmp_path / "file").touch()
     monkeypatch.setattr(tune, "LADDERS", tmp_path / "file" / "ladders.json")
     assert [tune.kept_threads(HEADER, random_model()) for _ in range(2)] == [1, 2]
+
+
+@pytest.fixture
+def timed(searches, monkeypatch):
+    """How long each dtype takes; which were timed is kept under `loads` and `seen`."""
+    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
+    seconds["seen"] = []
+
+    def took(model):
+        seconds["seen"].append(model.embed.weight.dtype)
+        return seconds[model.embed.weight.dtype]
+
+    monkeypatch.setattr(tune, "can_pack", lambda dtype: True)
+    monkeypatch.setattr(tune, "seconds_of_few", took)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    return seconds
+
+
+def load_float():
+    return random_model().float()
+
+
+def test_the_faster_dtype_is_found_once_and_again_when_tuning(timed, searches):
+    both = [torch.float32, torch.bfloat16]
+    assert tune.kept_dtype(HEADER, load_float) == torch.bfloat16
+    assert timed["seen"] == both and len(searches) == 1  # bfloat16's threads when it is used
+    assert tune.kept_threads(HEADER | {"dtype": "bfloat16"}, random_model()) == 2
+    never = lambda: pytest.fail("loaded again")  # noqa: E731
+    assert tune.kept_dtype(HEADER | {"dtype": "bfloat16"}, never) == torch.bfloat16
+    timed[torch.bfloat16] = 3.0
+    assert tune.kept_dtype(HEADER, load_float, anew=True) == torch.float32
+    assert tune.kept_dtype(HEADER, never) == torch.float32
+    assert tune.kept_dtype(HEADER | {"model": "another"}, load_float) == torch.float32
+    assert timed["seen"] == 3 * both
+
+
+def test_the_kept_dtype_disturbs_no_ladder(timed):
+    ladders = {"hispec": {"exits": [1, 2], "windows": [3, 4], "thresholds": [0.5, 0.0]}}
+    tune.save_ladders(HEADER, ladders)
+    tune.kept_dtype(HEADER, load_float)
+    assert tune.saved_ladders(HEADER, random_model()) == ladders
+    assert tune.kept_ladder(HEADER | {"model": "m"}, random_model()) is None  # none was measured
+
+
+def test_a_processor_without_bfloat16_takes_float32(timed, monkeypatch):
+    monkeypatch.setattr(tune, "can_pack", lambda dtype: False)
+    assert tune.kept_dtype(HEADER, lambda: pytest.fail("loaded")) == torch.float32
+    assert not tune.LADDERS.exists()
+
+
+def test_a_dtype_that_is_none_of_the_two_is_refused(timed):
+    tune.LADDERS.parent.mkdir()
+    tune.LADDERS.write_text('{"m, either dtype, plain step, cpu": {"dtype": "int8"}}')
+    with pytest.raises(
+        ValueError, match="dtype of m, either dtype, plain step, cpu must be one of"
+    ):
+        tune.kept_dtype(HEADER, load_float)

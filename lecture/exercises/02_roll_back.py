@@ -1,0 +1,53 @@
+"""Exercise 2, ten minutes: forget to roll back, then write the rollback.
+
+python lecture/exercises/02_roll_back.py
+
+The line in question is the last but one of `Ladder.settle`, in hispec.py:
+
+    self.cache.rollback(min(base + n, self.length))
+
+Here it reaches a cache that forgets to do it. Run this and see how often the text is still right.
+Then write `rollback`: integers are set, nothing is copied. Why is it `base + n`, and not
+`base + n + 1`, although n drafts are kept and one token is added behind them?
+"""
+
+from common import generate_with, random_model
+
+from hispec import Ladder, generate
+from kvcache import KVCache
+
+
+class Cache(KVCache):
+    """The cache of the project, but for one method."""
+
+    def rollback(self, length: int) -> None:
+        """Forget what any segment holds at positions >= length."""
+        # your turn: self.lengths has one integer a segment
+
+
+class WithCache(Ladder):
+    """A ladder on that cache."""
+
+    def __init__(self, model, asked, cache, end, step, watch=None):
+        super().__init__(model, asked, Cache(model, asked.exits, end), end, step, watch)
+
+
+def outcome(seed: int) -> str:
+    """What a generation on a random model ends in: "right", "wrong" or "crash"."""
+    model, prompt = random_model(seed), [1, 2, 3]
+    ladder = dict(exits=(1, 3), windows=(2, 4))
+    try:
+        tokens = generate_with(WithCache, model, prompt, 20, **ladder).tokens
+    except (RuntimeError, IndexError, ValueError):
+        return "crash"
+    return "right" if tokens == generate(model, prompt, 20).tokens else "wrong"
+
+
+def main() -> None:
+    seen = [outcome(seed) for seed in range(40)]
+    for kind in ("right", "wrong", "crash"):
+        print(f"{kind}: {seen.count(kind)} of {len(seen)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Exercise 7, twenty minutes: move the exits.
+
+python lecture/exercises/07_exits.py
+
+The paper puts its exits at 1/8 and 1/4 of the depth, which of 32 layers are 4 and 8. `tiny` was
+trained with exits 2 and 8, but every layer can be read. recorded.json holds what seven of them say
+along six texts, and what they cost. Search, by replay, for the fastest ladder of one exit and of
+two. Which exits pay, and by how much do they beat the paper's? Which would pay on a machine where a
+pass costs its layers and nothing else, however many positions it holds?
+"""
+
+from common import as_trace, recorded
+
+from lab.costs import Costs, Rungs, Trace, replay
+
+EXITS = (1, 2, 3, 4, 6, 8, 12)
+WINDOWS = (1, 2, 3, 4, 6, 8, 12)
+GREEDY: Rungs = ((), (), ())
+
+
+def seconds(ladder: Rungs, traces: list[Trace], costs: Costs, n_layers: int) -> float:
+    """What the ladder takes for all the texts."""
+    return sum(t.prefill + replay(t, ladder, costs, n_layers) for t in traces)
+
+
+def fastest(levels: int, traces: list[Trace], costs: Costs, n_layers: int) -> Rungs:
+    """The fastest ladder of one or two exits, with windows that do not shrink upwards.
+
+    From EXITS and WINDOWS, with thresholds 0.
+    """
+    exits, windows = ((4, 8), (2, 4)) if levels == 2 else ((4,), (4,))
+    return exits, windows, (0.0,) * levels  # your turn: these are the paper's
+
+
+def by_layers(costs: Costs) -> Costs:
+    """A pass costs its layers, each a millisecond, at any width; heads and loop are free."""
+    widths = len(next(iter(costs.head.values())))
+    trunk = {e: [0.0, *[1e-3 * e] * (widths - 1)] for e in costs.trunk}
+    return Costs(trunk, {e: [0.0] * widths for e in costs.head}, 0.0)
+
+
+def main() -> None:
+    found = recorded()
+    traces = [as_trace(one) for one in found["traces"]]
+    for name, costs in (
+        ("as measured", found["costs"]),
+        ("by layers", by_layers(found["costs"])),
+    ):
+        greedy = seconds(GREEDY, traces, costs, found["n_layers"])
+        for levels in (1, 2):
+            ladder = fastest(levels, traces, costs, found["n_layers"])
+            gain = greedy / seconds(ladder, traces, costs, found["n_layers"])
+            print(f"{name}, exits {ladder[0]}, windows {ladder[1]}: {gain:.2f}x greedy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""The second invariant: below its length a segment holds what a fresh prefill would hold.
+
+A tree's slots hold several continuations at once, and no prefill of one text does. It is true again
+once a path is kept. The price is that rolling back is no longer free: the kept path has to move.
+Each layer still processes each kept position once, and each rejected node at most once.
+"""
+
+import torch
+
+CHANGED = 2
+
+
+def depths(parents) -> list[int]:
+    found: list[int] = []
+    for parent in parents:
+        found.append(0 if parent < 0 else found[parent] + 1)
+    return found
+
+
+def sees(parents):
+    seen = torch.eye(len(parents), dtype=torch.bool)
+    for node, parent in enumerate(parents):
+        if parent >= 0:
+            seen[node] |= seen[parent]
+    return seen
+
+
+def keep(cache, first, path) -> None:
+    slots = first + torch.tensor(path)
+    for stored in (cache.keys, cache.values):
+        stored[:, :, :, first : first + len(path)] = stored[:, :, :, slots]
+    cache.lengths = [first + len(path)] * len(cache.lengths)

@@ -1,0 +1,131 @@
+"""Operators for a CPU: another layout holds the same numbers, and what it replaces is let go."""
+
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_model
+
+import operators
+from model import ExitHead, Llama
+from operators import Linear, RMSNorm, can_pack
+
+DTYPES = [torch.float32, torch.bfloat16]
+SHAPES = [(64, 32), (64, 8), (576, 960), (1536, 576), (2500, 300)]
+packs = pytest.mark.skipif(not can_pack(torch.bfloat16), reason="no oneDNN, or none in bfloat16")
+
+
+def linear(inputs: int, outputs: int, dtype: torch.dtype) -> Linear:
+    layer = Linear(inputs, outputs).to(dtype).eval()
+    return layer.requires_grad_(False)
+
+
+@packs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs, outputs", SHAPES)
+def test_packing_keeps_every_bit_of_the_weight(inputs, outputs, dtype):
+    layer = linear(inputs, outputs, dtype)
+    weight = layer.weight.clone()
+    layer.pack()
+    small = dtype == torch.float32 and inputs * outputs < operators.SMALL
+    assert bool(layer.packed) is not small
+    assert torch.equal(layer.dense(), weight)
+    assert torch.equal(layer.state_dict()["weight"], weight)
+    layer.unpack()
+    assert layer.packed == [] and torch.equal(layer.weight, weight)
+
+
+@packs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs, outputs", SHAPES)
+def test_a_packed_product_is_the_product(inputs, outputs, dtype):
+    layer, x = linear(inputs, outputs, dtype), torch.randn(2, 5, inputs).to(dtype)
+    exact = x.double() @ layer.weight.double().T
+    layer.pack()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(layer(x).double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@packs
+@pytest.mark.parametrize(
+    "undo",
+    [lambda m: m.train(), lambda m: m.to(torch.float64), lambda m: m.to("cpu")],
+    ids=["train", "another dtype", "the same device"],
+)
+def test_training_and_moving_undo_it(undo):
+    model = big_model(torch.float32)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    packed_ones = [m for m in model.pack().modules() if isinstance(m, Linear) and m.packed]
+    assert packed_ones
+    undo(model)
+    assert model.pad == 1
+    assert not any(m.packed for m in model.modules() if isinstance(m, Linear))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name].float(), before[name]) for name in before)
+    assert model.head.weight is model.embed.weight  # still tied
+
+
+def test_without_onednn_it_is_the_plain_product(monkeypatch):
+    monkeypatch.setattr(operators, "can_pack", lambda dtype: False)
+    for dtype, alike in ((torch.float32, False), (torch.bfloat16, True)):
+        layer, x = linear(576, 960, dtype), torch.randn(3, 576).to(dtype)
+        plain = F.linear(x, layer.weight)
+        assert layer.pack() is alike
+        assert layer.packed == [] and torch.equal(layer(x), plain)
+
+
+def test_a_dtype_or_device_that_has_no_layout_is_left_alone():
+    for layer in (Linear(600, 600).double(), Linear(600, 600).half(), Linear(600, 600).to("meta")):
+        weight = layer.weight
+        layer.pack()
+        assert layer.packed == [] and layer.weight is weight
+
+
+def big_model(dtype: torch.dtype, tied: bool = True) -> Llama:
+    """Large enough to be packed; an exit of its own reads a third of the vocabulary."""
+    shape = dict(dim=576, n_heads=9, n_kv_heads=3, ffn_dim=1536, n_layers=2, vocab_size=2000)
+    model = random_model(1, tie_embeddings=tied, **shape)
+    model.exit_heads["1"] = ExitHead(model.config, vocab=list(range(0, 2000, 3)))
+    return model.requires_grad_(False).to(dtype).eval()
+
+
+def held_bytes(model: Llama) -> int:
+    """Bytes of the distinct tensors that a model's modules hold, packed ones among them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        tensors += module.packed if isinstance(module, Linear) else []
+    for head in model.exit_heads.values():
+        rows = head._rows[0]
+        tensors += [*rows.parameters(), *rows.packed]
+    return sum(t.nbytes for t in {id(t): t for t in tensors}.values())
+
+
+@packs
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_weights_are_held_once(dtype, tied):
+    """But for the head that is tied to the embedding, which is read by rows and by products."""
+    model = big_model(dtype, tied)
+    for head in model.exit_heads.values():
+        head.gather(model.head)
+    before = held_bytes(model)
+    model.pack()
+    gc.collect()
+    twice = model.head.nbytes if tied else 0
+    assert held_bytes(model) - before == twice
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance",
+    [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)],
+)
+def test_the_norm_is_pytorchs(dtype, tolerance):
+    ours, theirs = RMSNorm(48, 1e-5).to(dtype), torch.nn.RMSNorm(48, 1e-5).to(dtype)
+    torch.nn.init.uniform_(ours.weight, 0.5, 1.5)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 7, 48).to(dtype) * torch.logspace(-4, 3, 7)[:, None].to(dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=tolerance, atol=tolerance * 1e-2)
+    assert torch.equal(ours(x), theirs(x))  # with gradients it is PyTorch's own

