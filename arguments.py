@@ -118,8 +118,8 @@ def checked(
             f"max_new_tokens must be between 0 and the model's context of {T}, got {new}"
         )
     ladder = checked_ladder(config.n_layers, exits, windows, thresholds)
-    law = checked_sampling(temperature, top_k, top_p, seed)
-    return Arguments(prompt, new, *ladder, *law, frozenset(stop))
+    temperature, top_k, top_p, seed = checked_sampling(temperature, top_k, top_p, seed)
+    return Arguments(prompt, new, *ladder, temperature, top_k, top_p, seed, frozenset(stop))
 
 
 def checked_sampling(temperature, top_k, top_p, seed) -> tuple[float, int, float, int | None]:

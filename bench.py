@@ -182,7 +182,7 @@ def all_ladders(model: Llama, chosen: dict) -> dict[str, Rungs]:
     Where HiSpec's is not the paper's, the same exits with the paper's windows too.
     """
     exits = default_exits(model)
-    ladders = {
+    ladders: dict[str, dict] = {
         "greedy": {"exits": [], "windows": []},
         "single-layer": {"exits": exits[:1], "windows": [4]},
         "hispec": {"exits": exits[:2], "windows": [2, 4]},

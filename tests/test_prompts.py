@@ -9,7 +9,6 @@ from conftest import module
 
 import checkpoints
 from checkpoints.tokenizer import Tiktoken, Tokenizer
-from checkpoints.vocabulary import SMOLLM
 from lab import prompts
 from lab.corpus import read_corpus
 from lab.installed import is_held_out
@@ -37,18 +36,11 @@ def test_the_chat_prompts():
 
 
 @pytest.mark.parametrize(
-    "special, file",
-    [
-        ([], "python.jsonl"),
-        (["<|endoftext|>"], "python.jsonl"),
-        (["<|im_start|>", "<|im_end|>"], "chat.jsonl"),
-    ],
+    "settings, file",
+    [({}, "python.jsonl"), ({"chat_template": "{{ messages[0].content }}"}, "chat.jsonl")],
 )
-def test_the_default_follows_from_the_tokenizer(special, file):
-    ranks = {bytes([i]): i for i in range(256)}
-    ids = {token: 256 + i for i, token in enumerate(special)}
-    encoding = tiktoken.Encoding("bytes", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens=ids)
-    assert default_prompts(Tokenizer(Tiktoken(encoding, ids), {})) == PROMPTS / file
+def test_the_default_follows_from_the_tokenizer(settings, file):
+    assert default_prompts(byte_tokenizer(settings)) == PROMPTS / file
 
 
 def test_seven_kinds_of_beginnings(beginnings):
@@ -126,10 +118,10 @@ def packages(site):
     return site
 
 
-def byte_tokenizer():
+def byte_tokenizer(settings=None):
     ranks = {bytes([i]): i for i in range(256)}
     encoding = tiktoken.Encoding("b", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
-    return Tokenizer(Tiktoken(encoding, {}), {})
+    return Tokenizer(Tiktoken(encoding, {}), settings or {})
 
 
 def test_beginnings_are_drawn_from_what_is_held_out(packages):
