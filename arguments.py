@@ -118,6 +118,12 @@ def checked(
             f"max_new_tokens must be between 0 and the model's context of {T}, got {new}"
         )
     ladder = checked_ladder(config.n_layers, exits, windows, thresholds)
+    temperature, top_k, top_p, seed = checked_sampling(temperature, top_k, top_p, seed)
+    return Arguments(prompt, new, *ladder, temperature, top_k, top_p, seed, frozenset(stop))
+
+
+def checked_sampling(temperature, top_k, top_p, seed) -> tuple[float, int, float, int | None]:
+    """What says how tokens are drawn; ValueError for what is out of range."""
     if not isinstance(temperature, REAL) or not 0 <= temperature <= sys.float_info.max:
         raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
     (top_k,) = whole_numbers([top_k], "top_k")
@@ -129,9 +135,7 @@ def checked(
         (seed,) = whole_numbers([seed], "seed")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be None or a whole number in 0..2**63-1, got {seed}")
-    return Arguments(
-        prompt, new, *ladder, float(temperature), top_k, float(top_p), seed, frozenset(stop)
-    )
+    return float(temperature), top_k, float(top_p), seed
 
 
 def checked_ladder(

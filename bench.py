@@ -3,10 +3,12 @@
     python bench.py --quick
 
 Each prompt is decoded once to warm up and to record the greedy text; then the methods take turns on
-it, several times, and every speed-up is the median over those repeats of a ratio within one repeat.
-Times are wall-clock seconds of whole generations, prompt included. The last step, outside the timed
-runs, is to time the parts of a generation and to compare the levels' predictions on the greedy
-text.
+it, twice, and every speed-up is the median over those repeats of a ratio within one repeat. Times
+are wall-clock seconds of whole generations, prompt included. Then they take turns on every second
+prompt of a category, sampling: there every method writes another text of the same distribution,
+which tests prove and no comparison of texts could. Last and untimed, the parts of a generation are
+looked at, what was kept of the drafts is counted, and the levels' predictions on the greedy text
+are compared.
 
 Exits and windows are those that --tune last found for the model, device, dtype and step
 (results/ladders.json); where it has not been run, the paper's. On a CPU, so are the number of
@@ -28,18 +30,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from arguments import checked_sampling
 from checkpoints import load, save
 from checkpoints.files import describe, must_be_writable, write_whole
 from faststep import FixedStep
 from hispec import Generation, generate
 from lab import figures as gathered
 from lab import plots
+from lab.acceptance import draft_acceptance
 from lab.agreement import level_agreement, ratio
 from lab.commands import Parser, command, must_take_files
 from lab.costs import ROOM, Rungs, memory_limit, pass_times, peak_memory, time_shares
-from lab.prompts import Request, default_prompts, most_tokens, open_requests, read_prompts
-from lab.report import print_divergence, print_limit, print_tables, print_tuning
+from lab.prompts import (
+    DRAWN,
+    Request,
+    default_prompts,
+    draw_held_out,
+    most_tokens,
+    open_requests,
+    read_prompts,
+)
+from lab.report import print_divergence, print_limit, print_samples, print_tables, print_tuning
 from lab.tune import default_exits, kept_dtype, kept_threads, save_ladders, saved_ladders, tune
+from lab.variety import distinct, looping
 from model import Llama
 
 
@@ -50,13 +63,14 @@ class Method:
     name: str
     exits: tuple[int, ...]
     windows: tuple[int, ...]
-    decode: Callable[..., Generation]  # decode(prompt, max_new_tokens, stop=...)
+    decode: Callable[..., Generation]  # decode(prompt, max_new_tokens, stop=..., temperature=...)
     thresholds: tuple[float, ...] = ()
 
 
 def main() -> None:
     args = parse_arguments()
-    questions = read_prompts(args.prompts) if args.prompts else None
+    drawn = args.prompts == DRAWN
+    questions = read_prompts(args.prompts) if args.prompts and not drawn else None
     step, setting = {"step": args.step}, (args.model, args.device)
     if args.dtype is None:
         either = step | describe(*setting, torch.float32)
@@ -67,11 +81,13 @@ def main() -> None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
     if args.chat == "never":
         tokenizer.template = None
+    if drawn:
+        questions = draw_held_out(tokenizer)
     questions = questions or read_prompts(default_prompts(tokenizer))
     if args.quick:
         firsts = {question["category"]: question for question in reversed(questions)}
         questions = list(firsts.values())[::-1]
-    header = step | describe(*setting, args.dtype)
+    header = step | describe(*setting, args.dtype) | {"sampling": sampling(args)}
     if args.device == "cpu":
         header["threads"] = kept_threads(header, model, anew=args.tune)
         torch.set_num_threads(header["threads"])
@@ -98,11 +114,11 @@ def main() -> None:
         print_tuning(chosen)
     ladders = all_ladders(model, chosen)
     methods, runs, results = compare(model, requests, ladders, make_decoder, args, limits)
-    print_tables(results)
+    print_tables(results, args.temperature)
     limit = memory_limit(model) | pass_times(model, fast)
     print_limit(limit, results)
     print_divergence(model, methods, requests, runs[-1])
-    print(f"\nSample ({requests[0].category}):", tokenizer.decode(requests[0].greedy).strip())
+    print_samples(requests[:1] if args.quick else requests, tokenizer)
     if args.json:
         text = json.dumps({**header, "limit": limit, "methods": results}, indent=1) + "\n"
         write_whole(args.json, lambda to: to.write_text(text, "utf-8"))
@@ -129,14 +145,24 @@ def compare(
         methods += peer_methods(model, exit=ours[1].exits[0])
     for method in methods[1:]:
         method.decode(requests[0].prompt, limits[0], stop=limits[1])  # warm-up of the others
-    runs = measure(methods, requests, *limits, 2 if args.quick else 3)
+    runs = measure(methods, requests, *limits, REPEATS)
     results = summarise(methods, requests, runs)
+    if law := sampling(args):
+        some = every_second(requests)
+        drawn = summarise(methods, some, measure(methods, some, *limits, 1, law), True)
+        for result, of_sampled in zip(results, drawn, strict=True):
+            result["sampled"] = of_sampled
+    about = [{key: getattr(m, key) for key in ABOUT} for m in methods]
+    results = [{**head, **result} for head, result in zip(about, results, strict=True)]
     few = [request.prompt for request in requests[:3]]
     # peers come after ours, and stay closed
     for method, result, peak in zip(ours, results, peaks, strict=False):
         result["peak_bytes"] = peak
         depths = (*method.exits, model.config.n_layers)
         result.update(time_shares(depths, method.decode, few, *limits))
+        if method.exits:
+            # every third request says enough, and nobody waits for it
+            result.update(draft_acceptance(method.decode, len(depths), requests[::3], *limits))
         if any(method.exits):
             result.update(level_agreement(model, method.exits, requests))
     return methods, runs, results
@@ -149,18 +175,41 @@ def decoder(
     return partial(generate, model, exits=exits, windows=windows, thresholds=thresholds, fast=fast)
 
 
+REPEATS = 2  # of the greedy part
+ABOUT = ("name", "exits", "windows", "thresholds")  # what says which method a result is of
+
+
 def all_ladders(model: Llama, chosen: dict) -> dict[str, Rungs]:
-    """Greedy, one draft exit, and HiSpec, with the ladders chosen for them or the paper's."""
+    """Greedy, one draft exit, and HiSpec, with the ladders chosen for them or the paper's.
+
+    Where HiSpec's is not the paper's, the same exits with the paper's windows too.
+    """
     exits = default_exits(model)
-    ladders = {
+    ladders: dict[str, dict] = {
         "greedy": {"exits": [], "windows": []},
         "single-layer": {"exits": exits[:1], "windows": [4]},
         "hispec": {"exits": exits[:2], "windows": [2, 4]},
     }
+    ladders |= chosen
+    ours, papers = ladders["hispec"], [2, 4]
+    if list(ours["windows"]) != papers or any(ours.get("thresholds", ())):
+        ladders["paper windows"] = {"exits": ours["exits"], "windows": papers}
     return {
         name: (tuple(x["exits"]), tuple(x["windows"]), tuple(x.get("thresholds", ())))
-        for name, x in (ladders | chosen).items()
+        for name, x in ladders.items()
     }
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    """How tokens are drawn in the sampled part; empty if there is none."""
+    names = ("temperature", "top_p", "top_k", "seed")
+    return {name: getattr(args, name) for name in names} if args.temperature > 0 else {}
+
+
+def every_second(requests: list[Request]) -> list[Request]:
+    """Half of them, from the first on in each category."""
+    before = [[other.category for other in requests[:i]] for i in range(len(requests))]
+    return [r for r, seen in zip(requests, before, strict=True) if seen.count(r.category) % 2 == 0]
 
 
 def peer_methods(model: Llama, exit: int) -> list[Method]:
@@ -176,12 +225,18 @@ def peer_methods(model: Llama, exit: int) -> list[Method]:
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     theirs.to(model.embed.weight.device)
 
-    def decode(prompt, max_new_tokens, *, stop, **options) -> Generation:
+    def decode(
+        prompt, max_new_tokens, *, stop, temperature=0.0, top_p=1.0, top_k=0, seed=0, **options
+    ) -> Generation:
+        torch.manual_seed(seed)
+        if temperature > 0:
+            options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
         began = time.perf_counter()
         ids = torch.tensor([prompt], device=theirs.device)
         options |= {"eos_token_id": list(stop), "pad_token_id": 0}
         options |= {"attention_mask": torch.ones_like(ids)}
-        out = theirs.generate(ids, max_new_tokens=max_new_tokens, do_sample=False, **options)
+        options |= {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+        out = theirs.generate(ids, **options)
         return Generation(out[0, len(prompt) :].tolist(), [], time.perf_counter() - began, 0.0)
 
     options = {
@@ -192,35 +247,42 @@ def peer_methods(model: Llama, exit: int) -> list[Method]:
     return [Method(name, (), (), partial(decode, **option)) for name, option in options.items()]
 
 
-def measure(methods, requests, max_new_tokens, stop, repeats) -> list[list[list[Generation]]]:
-    """runs[repeat][method][request]; methods take turns on each request, in a rotating order."""
+def measure(
+    methods, requests, max_new_tokens, stop, repeats, law: dict | None = None
+) -> list[list[list[Generation]]]:
+    """runs[repeat][method][request]; methods take turns on each request, in a rotating order.
+
+    law: how to sample, each request from a seed of its own; none: greedily.
+    """
     runs: list = [[[None] * len(requests) for _ in methods] for _ in range(repeats)]
     with tqdm(total=repeats * len(requests) * len(methods), desc="measuring", leave=False) as bar:
         for repeat in range(repeats):
             for r, request in enumerate(requests):
+                drawn = law | {"seed": law["seed"] + r} if law else {}
                 for i in range(len(methods)):
                     m = (i + repeat + r) % len(methods)
-                    made = methods[m].decode(request.prompt, max_new_tokens, stop=stop)
+                    made = methods[m].decode(request.prompt, max_new_tokens, stop=stop, **drawn)
                     runs[repeat][m][r] = made
                     bar.update()
     return runs
 
 
-def summarise(methods, requests, runs) -> list[dict]:
+def summarise(methods, requests, runs, sampled=False) -> list[dict]:
     """One result a method, with the same figures for all requests and by category."""
     categories = list(dict.fromkeys(request.category for request in requests))
     results = []
-    for m, method in enumerate(methods):
-        result = {key: getattr(method, key) for key in ("name", "exits", "windows", "thresholds")}
-        result.update(figures(methods, requests, runs, m, lambda category: True))
-        by = {name: figures(methods, requests, runs, m, name.__eq__) for name in categories}
-        result["by_category"] = by
-        results.append(result)
+    for m in range(len(methods)):
+        of = partial(figures, methods, requests, runs, m, sampled=sampled)
+        by = {name: of(name.__eq__) for name in categories}
+        results.append(of(lambda category: True) | {"by_category": by})
     return results
 
 
-def figures(methods, requests, runs, m: int, chosen) -> dict:
-    """The figures of method m over the requests whose category is chosen."""
+def figures(methods, requests, runs, m: int, chosen, sampled=False) -> dict:
+    """The figures of method m over the requests whose category is chosen.
+
+    sampled: one repeat, of texts that are not to be compared with the greedy ones.
+    """
     picked = [r for r, request in enumerate(requests) if chosen(request.category)]
     names = [method.name for method in methods]
 
@@ -232,13 +294,17 @@ def figures(methods, requests, runs, m: int, chosen) -> dict:
         other = names.index(name)
         return statistics.median(rate(repeat, m) / rate(repeat, other) for repeat in runs)
 
+    def seconds(part) -> float | None:
+        """A prompt's, on average; None where levels are not known, and so neither is the part."""
+        each = [statistics.mean(part(repeat[m][r]) for r in picked) for repeat in runs]
+        return statistics.median(each) if levels else None
+
     # decoding is deterministic: the counts are those of every repeat
     last = [runs[-1][m][r] for r in picked]
     levels = list(zip(*(generation.levels for generation in last), strict=True))
     tokens = sum(len(generation.tokens) for generation in last)
     prompts = sum(len(requests[r].prompt) for r in picked)
-    differing = [differing_tokens(runs[-1][m][r].tokens, requests[r].greedy) for r in picked]
-    return {
+    found = {
         "tokens_per_second": statistics.median(rate(repeat, m) for repeat in runs),
         "speedup_vs_greedy": speedup_over("greedy"),
         "speedup_vs_single_layer": speedup_over("single-layer"),
@@ -248,11 +314,17 @@ def figures(methods, requests, runs, m: int, chosen) -> dict:
             for level in levels[:-1]
         ],
         "positions": [(sum(s.positions for s in level) - prompts) / tokens for level in levels],
-        "identical": differing.count(0),
+        "prefill_seconds": seconds(lambda g: g.prefill_seconds),
+        "decode_seconds": seconds(lambda g: g.seconds - g.prefill_seconds),
+        "distinct": statistics.median(distinct(g.tokens) for g in last),
+        "looping": sum(looping(g.tokens) * len(g.tokens) for g in last) / tokens,
         "prompts": len(picked),
         "tokens": tokens,
-        "differing_tokens": sum(differing),
     }
+    if sampled:
+        return found
+    differing = [differing_tokens(runs[-1][m][r].tokens, requests[r].greedy) for r in picked]
+    return found | {"identical": differing.count(0), "differing_tokens": sum(differing)}
 
 
 def differing_tokens(tokens: list[int], reference: list[int]) -> int:
@@ -268,7 +340,9 @@ def parse_arguments() -> argparse.Namespace:
     models = "tiny, smollm2, a folder or owner/name of Hugging Face's, or a .gguf file"
     add("--model", default="tiny", help=models)
     ours = "default: prompts/chat.jsonl for a model that chats, else prompts/python.jsonl"
-    add("--prompts", type=Path, metavar="FILE", help=f"JSONL with category and turns ({ours})")
+    drawn = f"or {DRAWN}: beginnings of installed files that no training has seen"
+    file = f"JSONL with category and turns, {drawn} ({ours})"
+    add("--prompts", type=Path, metavar="FILE", help=file)
     plain = "never: plain text, whatever the model"
     add("--chat", choices=["auto", "never"], default="auto", help=plain)
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
@@ -279,8 +353,12 @@ def parse_arguments() -> argparse.Namespace:
     launches = "fixed step on a GPU: capture the layers as they are"
     add("--no-compile", dest="compile", action="store_false", help=launches)
     add("--max-new-tokens", type=int, metavar="N", help="an answer (default 64; --quick: 24)")
-    quick = "one prompt a category, 24 tokens each, two repeats"
-    add("--quick", action="store_true", help=quick)
+    warmth = "of the sampled part (default 0.8); 0: measure greedy decoding only"
+    add("--temperature", type=float, default=0.8, help=warmth)
+    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens that hold so much")
+    add("--top-k", type=int, default=0, help="draw from so many tokens (default 0: from all)")
+    add("--seed", type=int, default=0, help="of the sampled part")
+    add("--quick", action="store_true", help="one prompt a category, 24 tokens each")
     find = "first find the fastest exits, windows and threads, and keep them"
     add("--tune", action="store_true", help=find)
     peers = "also measure transformers' decoding of the same weights"
@@ -296,6 +374,7 @@ def parse_arguments() -> argparse.Namespace:
     args.step = args.step or ("fixed" if on_gpu else "plain")
     if args.max_new_tokens is None:
         args.max_new_tokens = 24 if args.quick else 64
+    checked_sampling(args.temperature, args.top_k, args.top_p, args.seed)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     try:

@@ -26,17 +26,21 @@ HELD_OUT_PACKAGES = ("mpmath", "networkx", "rich")  # nor is any file of these, 
 VOCABULARY_SAMPLE = 8  # one of its documents in so many is read to learn the vocabulary
 
 
-def read_installed(documents: dict[str, str], site: Path) -> dict[str, str]:
+def read_installed(
+    documents: dict[str, str], site: Path, held_out_only: bool = False
+) -> dict[str, str]:
     """`documents`, name -> text, and those of the packages in the folder `site`.
 
     Left out are tests, tables, what a program has written, and what has been read already. What is
-    held out is read first, so that its copies fall.
+    held out is read first, so that its copies fall. held_out_only: read no further.
     """
     documents, found = dict(documents), {}
     for file in sorted(site.rglob("*.py")):
         place = Path("site-packages") / file.relative_to(site)
+        wanted = not held_out_only or is_held_out(place.as_posix())
         if not {"test", "tests"} & set(place.parts) and not file.is_symlink() and file.is_file():
-            found[place.as_posix()] = file
+            if wanted:
+                found[place.as_posix()] = file
     seen = {hash(line) for text in documents.values() for line in long_lines(text)}
     for name in sorted(found, key=lambda name: (not is_held_out(name), name)):
         try:

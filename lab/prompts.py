@@ -5,13 +5,19 @@ decodes.
 """
 
 import json
+import random
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from checkpoints.tokenizer import Tokenizer
+from lab.corpus import read_corpus
+from lab.installed import HELD_OUT_PACKAGES, read_installed
 
 PROMPTS = Path(__file__).parent.parent / "prompts"
+DRAWN = Path("held-out")  # in place of a file: beginnings of installed files, drawn as below
+SEED, BEGINNING, FILES = 0, 200, 12  # of the drawing; tokens of a beginning at most; beginnings
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,40 @@ def read_prompts(path: Path) -> list[dict]:
     if not questions:
         raise ValueError(f"{path} holds no prompts")
     return questions
+
+
+def draw_held_out(tokenizer: Tokenizer) -> list[dict]:
+    """Beginnings of twelve installed files on which --corpus installed never trains.
+
+    Two are of each package that is held out as a whole, the others of as many other packages, one
+    of each, all drawn from the seed. A beginning is the first 200 tokens, cut to whole lines; files
+    of less than twice as many are passed over. The category is the package.
+    """
+    library = read_corpus(None)
+    texts = read_installed(library, Path(sysconfig.get_paths()["purelib"]), held_out_only=True)
+    names = sorted(texts.keys() - library.keys())
+    random.Random(SEED).shuffle(names)
+    names.sort(key=lambda name: package_of(name) not in HELD_OUT_PACKAGES)  # the others after these
+    questions: list[dict] = []
+    for name in names:
+        package = package_of(name)
+        taken = sum(question["category"] == package for question in questions)
+        if taken == (2 if package in HELD_OUT_PACKAGES else 1):
+            continue
+        ids = tokenizer.encode(texts[name])
+        lines, _, _ = tokenizer.decode(ids[:BEGINNING]).rpartition("\n")
+        if len(ids) >= 2 * BEGINNING and lines.strip():
+            questions.append({"category": package, "turns": [lines.rstrip()]})
+        if len(questions) == FILES:
+            break
+    if not questions:
+        raise ValueError("no held-out files are installed: pip install -r requirements-dev.txt")
+    return questions
+
+
+def package_of(name: str) -> str:
+    """site-packages/rich/table.py is of rich, site-packages/six.py of six."""
+    return Path(Path(name).parts[1]).stem
 
 
 def most_tokens(model, tokenizer, questions, max_new_tokens) -> int:

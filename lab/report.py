@@ -3,13 +3,16 @@
 import torch
 
 
-def print_tables(results: list[dict]) -> None:
-    def percent(values) -> str:
-        return " ".join("–" if value is None else f"{value:.0%}" for value in values) or "–"
+def percent(values) -> str:
+    return " ".join("–" if value is None else f"{value:.0%}" for value in values) or "–"
 
-    def number(value) -> str:
-        return "–" if value is None else f"{value:.2f}"
 
+def number(value) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def print_tables(results: list[dict], temperature: float = 0.0) -> None:
+    """All results; those of the sampled part, if they have them, say their temperature."""
     columns = {
         "method": lambda r: r["name"],
         "ladder": lambda r: ladder_text(r) or "–",
@@ -18,26 +21,80 @@ def print_tables(results: list[dict]) -> None:
         "x single": lambda r: number(r["speedup_vs_single_layer"]),
         "tokens/pass": lambda r: number(r["tokens_per_target_pass"]),
         "accepted": lambda r: percent(r["acceptance"]),
+        "kept": lambda r: " ".join(map(number, r.get("accepted_length", []))) or "–",
+        "prefill": lambda r: milliseconds(r["prefill_seconds"]),
+        "decode": lambda r: milliseconds(r["decode_seconds"]),
         "time": lambda r: percent(r.get("time_share", [])),
         "loop": lambda r: percent([r.get("time_share_loop")]),
         "identical": lambda r: f"{r['identical']}/{r['prompts']}",
     }
     print_table([[*columns], *([cell(r) for cell in columns.values()] for r in results)])
     print("\nladder: exit(window), stopping below a probability where one is given.")
-    print("accepted, time: by level, shallow to deep. loop: time outside model steps.\n")
-
-    rows = [["tokens/s, x greedy", *(r["name"] for r in results)]]
-    for category in results[0]["by_category"]:
-        cells = [r["by_category"][category] for r in results]
-        speeds = [f"{c['tokens_per_second']:.1f}  {c['speedup_vs_greedy']:.2f}x" for c in cells]
-        rows.append([category, *speeds])
-    print_table(rows)
+    print("accepted, kept (drafts a verification), time: by level, shallow to deep.")
+    print("prefill, decode: ms a prompt. loop: time outside model steps.")
+    if "sampled" in results[0]:
+        print_sampled(results, temperature)
+    print_categories(results)
+    for r in results:
+        for depth, shares in zip(r["exits"], r.get("acceptance_by_position", [])):
+            print(f"\n{r['name']}: kept of exit {depth}'s drafts, by position: {percent(shares)}")
     for r in results:
         if "agreement" in r:
             said = ", ".join(f"{pair} {value:.0%}" for pair, value in r["agreement"].items())
             if "false_rejects" in r:
                 said += f"; false rejects {percent([r['false_rejects']])}"
             print(f"\n{r['name']}: levels agree on {said}")
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "–" if seconds is None else f"{1e3 * seconds:.0f}"
+
+
+def print_sampled(results: list[dict], temperature: float) -> None:
+    """The figures of the sampled texts, over plain sampling."""
+    rows = [[f"at temperature {temperature:g}", "tokens/s", "x plain", "x single", "tokens/pass",
+             "accepted"]]  # fmt: skip
+    for r in results:
+        s = r["sampled"]
+        speeds = [number(s[f"speedup_vs_{other}"]) for other in ("greedy", "single_layer")]
+        counts = [number(s["tokens_per_target_pass"]), percent(s["acceptance"])]
+        rows.append([r["name"], f"{s['tokens_per_second']:.1f}", *speeds, *counts])
+    print()
+    print_table(rows)
+
+
+def print_categories(results: list[dict]) -> None:
+    """Speeds by category beside what was written: a text that goes round in circles is easy."""
+    both = "sampled" in results[0]
+    names = [r["name"] for r in results]
+    rows = [["tokens/s, x greedy" + ", x sampled" * both, *names, "distinct", "looping"]]
+
+    def row(first: str, of) -> list[str]:
+        cells, drawn = [of(r) for r in results], [of(r["sampled"]) for r in results if both]
+        speeds = [f"{c['tokens_per_second']:.1f}  {c['speedup_vs_greedy']:.2f}x" for c in cells]
+        if both:
+            speeds = [f"{s}  {c['speedup_vs_greedy']:.2f}x" for s, c in zip(speeds, drawn)]
+        varied = [" / ".join(f"{c[0]['distinct']:g}" for c in (cells, drawn) if c)]
+        varied += [" / ".join(percent([c[0]["looping"]]) for c in (cells, drawn) if c)]
+        return [first, *speeds, *varied]
+
+    for category in results[0]["by_category"]:
+        rows.append(row(category, lambda r, category=category: r["by_category"][category]))
+    rows.append(row("all", lambda r: r))
+    print()
+    print_table(rows)
+    texts = "greedy / sampled texts" if both else "texts"
+    print(f"\ndistinct: median number of different tokens among the first 64, of {names[0]}'s")
+    print(f"{texts}; looping: share of tokens in a loop of eight or more.")
+
+
+def print_samples(requests, tokenizer) -> None:
+    """The greedy text that follows the first request of each category."""
+    firsts: dict = {}
+    for request in requests:
+        firsts.setdefault(request.category, request)
+    for category, request in firsts.items():
+        print(f"\nSample ({category}):", tokenizer.decode(request.greedy).strip())
 
 
 def print_limit(limit: dict, results: list[dict]) -> None:

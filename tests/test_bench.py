@@ -1,5 +1,4 @@
-"""The bench's arithmetic on made-up runs, its prompts, and one whole run on a small random
-model."""
+"""The bench's options and prompts, and whole runs on a small random model."""
 
 import json
 import re
@@ -11,132 +10,10 @@ import torch
 from conftest import random_model
 
 import bench
-from bench import Method, differing_tokens, figures
 from checkpoints.tokenizer import Tiktoken, Tokenizer
-from hispec import Generation, LevelStats, generate
+from hispec import Generation, generate
 from lab import tune
 from lab.prompts import Request
-
-METHODS = [
-    Method("greedy", (), (), None),
-    Method("single-layer", (1,), (2,), None),
-    Method("hispec", (1, 3), (2, 4), None),
-]
-REQUESTS = [Request("chat", [1], [5, 6, 7, 8]), Request("code", [1], [5, 6])]
-
-
-def generation(tokens, seconds, *levels):
-    return Generation(tokens, [LevelStats(*level) for level in levels], seconds)
-
-
-def made_up_runs():
-    """Two repeats. Greedy: 4 tokens in 4 s and 2 in 1 s; the others faster, HiSpec with one wrong
-    token."""
-    greedy = [generation([5, 6, 7, 8], 4.0, (5, 4)), generation([5, 6], 1.0, (5, 2))]
-    single = [
-        generation([5, 6, 7, 8], 2.0, (1, 6, 6, 3), (5, 2)),
-        generation([5, 6], 0.5, (1, 2, 2, 1), (5, 1)),
-    ]
-    ladder = [
-        generation([5, 6, 9, 8], 1.0, (1, 4, 4, 2), (3, 2, 4, 3), (5, 1)),
-        generation([5, 6], 1.0, (1, 2, 2, 2), (3, 1, 0, 0), (5, 1)),
-    ]
-    slower = [
-        [generation(g.tokens, 2 * g.seconds) for g in method] for method in (greedy, single, ladder)
-    ]
-    for method, original in zip(slower, (greedy, single, ladder), strict=True):
-        for copy, g in zip(method, original, strict=True):
-            copy.levels = g.levels
-    return [[greedy, single, ladder], slower]
-
-
-def test_figures_over_all_requests():
-    result = figures(METHODS, REQUESTS, made_up_runs(), 2, lambda category: True)
-    assert result["tokens_per_second"] == pytest.approx((6 / 2 + 6 / 4) / 2)  # median of 3 and 1.5
-    assert result["speedup_vs_greedy"] == pytest.approx((6 / 2) / (6 / 5))
-    assert result["speedup_vs_single_layer"] == pytest.approx((6 / 2) / (6 / 2.5))
-    assert result["tokens_per_target_pass"] == 6 / 2
-    assert result["acceptance"] == [4 / 6, 3 / 4]
-    assert (result["identical"], result["prompts"]) == (1, 2)
-    assert (result["tokens"], result["differing_tokens"]) == (6, 1)
-
-
-def test_speedups_are_medians_of_ratios_within_a_repeat():
-    # ratios 2, 1, 3; the ratio of the medians would be 9/5
-    seconds = [(10, 9, 5), (6, 9, 6), (9, 9, 3)]
-    runs = [[[generation([5], s, (5, 1))] for s in repeat] for repeat in seconds]
-    result = figures(METHODS, [Request("chat", [1], [5])], runs, 2, "chat".__eq__)
-    assert result["speedup_vs_greedy"] == pytest.approx(2)
-    assert result["speedup_vs_single_layer"] == pytest.approx(9 / 5)
-
-
-def test_positions_are_those_after_the_prompt_for_each_token():
-    request = Request("chat", [1, 2, 3], [5, 6])
-    one, two = (
-        generation([5, 6], 1.0, (5, 2, 2, 2, 4)),
-        generation([5, 6], 1.0, (1, 2, 2, 2, 8), (5, 1, 2, 2, 5)),
-    )
-    assert figures(METHODS, [request], [[[one], [two], [one]]], 0, "chat".__eq__)["positions"] == [
-        (4 - 3) / 2
-    ]
-    assert figures(METHODS, [request], [[[one], [two], [one]]], 1, "chat".__eq__)["positions"] == [
-        (8 - 3) / 2,
-        2 / 2,
-    ]
-
-
-def test_figures_of_one_category():
-    result = figures(METHODS, REQUESTS, made_up_runs(), 2, "code".__eq__)
-    assert result["tokens_per_second"] == pytest.approx((2 / 1 + 2 / 2) / 2)
-    assert result["speedup_vs_greedy"] == pytest.approx(1.0)
-    assert result["speedup_vs_single_layer"] == pytest.approx(0.5)
-    assert result["acceptance"] == [1.0, None]  # nothing was proposed there
-    assert (result["identical"], result["prompts"]) == (1, 1)
-
-
-def test_acceptance_has_an_entry_for_each_level_but_the_last():
-    deep = generation([5], 1.0, (1, 8, 8, 6), (2, 4, 6, 3), (3, 2, 4, 1), (5, 1, 1, 1))
-    runs = [[[generation([5], 1.0, (5, 1))], [generation([5], 1.0, (5, 1))], [deep]]]
-    result = figures(METHODS, [Request("chat", [1], [5])], runs, 2, "chat".__eq__)
-    assert result["acceptance"] == [6 / 8, 3 / 6, 1 / 4]
-
-
-def test_methods_take_turns_in_a_rotating_order():
-    order = []
-
-    def decode(name):
-        return lambda prompt, n, *, stop: order.append(name) or generation([5], 1.0)
-
-    methods = [Method(name, (), (), decode(name)) for name in "abc"]
-    runs = bench.measure(methods, REQUESTS, 4, (), 3)
-    assert len(order) == 3 * 2 * 3
-    turns = [order[i : i + 3] for i in range(0, len(order), 3)]
-    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns)
-    assert {turn[0] for turn in turns} == {"a", "b", "c"}  # none is always the first
-    assert all(
-        isinstance(run, Generation) for repeat in runs for method in repeat for run in method
-    )
-
-
-def test_greedy_is_its_own_yardstick():
-    result = figures(METHODS, REQUESTS, made_up_runs(), 0, lambda category: True)
-    assert result["speedup_vs_greedy"] == 1
-    assert result["tokens_per_target_pass"] == 1
-    assert result["acceptance"] == []
-
-
-@pytest.mark.parametrize(
-    "a, b, count",
-    [
-        ([], [], 0),
-        ([1, 2], [1, 2], 0),
-        ([1, 2], [1, 3], 1),
-        ([1], [1, 2, 3], 2),
-        ([2, 1, 1], [1], 3),
-    ],
-)
-def test_differing_tokens(a, b, count):
-    assert differing_tokens(a, b) == count
 
 
 @pytest.fixture
@@ -189,6 +66,7 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
         "model",
         "versions",
         "command",
+        "sampling",
         "limit",
         "methods",
     }
@@ -203,12 +81,43 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
         assert method["by_category"]["chat"]["prompts"] == 2
         assert sum(method["time_share"]) + method["time_share_loop"] == pytest.approx(1)
         assert min(method["time_share"]) > 0
+        drawn = method["sampled"]
+        assert drawn["prompts"] == 2 and drawn["tokens"] == 2 * 24  # one of each
+        assert drawn["by_category"].keys() == {"chat", "code"}
+        assert not {"identical", "differing_tokens"} & {*drawn, *drawn["by_category"]["code"]}
+    assert greedy["sampled"]["speedup_vs_greedy"] == single["sampled"]["speedup_vs_single_layer"]
+    assert result["sampling"] == {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "seed": 0}
+    assert [len(level) for level in ladder["acceptance_by_position"]] == [2, 5]  # and a bonus
+    assert len(ladder["accepted_length"]) == 2
     assert single["agreement"].keys() == {"1-5"}
     assert ladder["agreement"].keys() == {"1-2", "1-5", "2-5"}
     assert 0 <= ladder["false_rejects"] <= 1
     assert "identical" in capsys.readouterr().out
     # and no half-written file; results holds the number of threads
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json", "results"}
+
+
+def test_temperature_0_leaves_the_sampled_part_out(small_bench, capsys):
+    _, result = small_bench("--quick", "--temperature", "0")
+    assert result["sampling"] == {}
+    assert not any("sampled" in method for method in result["methods"])
+    assert "temperature" not in capsys.readouterr().out
+
+
+def test_what_the_sampled_part_draws_from(small_bench, monkeypatch):
+    asked = []
+
+    def watched(model, prompt, n, **options):
+        law = {key: options.pop(key, None) for key in ("temperature", "top_p", "top_k", "seed")}
+        asked.append(tuple(law.values()))
+        return generate(model, prompt, n, **options)
+
+    monkeypatch.setattr(bench, "generate", watched)
+    law = ("--temperature", "1.5", "--top-p", "0.9", "--top-k", "5", "--seed", "3")
+    small_bench("--quick", "--max-new-tokens", "4", *law)
+    drawn = [(1.5, 0.9, 5, seed) for seed in (3, 4)]  # of two categories one request each
+    assert [asked.count(law) for law in drawn] == [3, 3]
+    assert {*asked} == {*drawn, (None,) * 4}
 
 
 def test_chat_never_leaves_the_template_out(small_bench, capsys):
@@ -271,14 +180,14 @@ def test_turns_contain_the_answers_before_them(small_bench, monkeypatch):
 
 
 def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
-    def lossy(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=(), fast=None):
+    def lossy(model, prompt, n, *, exits=(), windows=(), stop=(), **options):
         out = generate(model, prompt, n, exits=exits, windows=windows, stop=stop)
         if len(exits) == 2:
             out.tokens[3] += 1
         return out
 
     monkeypatch.setattr(bench, "generate", lossy)
-    model, result = small_bench("--quick")
+    model, result = small_bench("--quick", "--temperature", "0")
     ladder = result["methods"][2]
     assert (ladder["identical"], ladder["differing_tokens"]) == (0, 3)
     first = Request("chat", *small_bench.first())
@@ -292,10 +201,8 @@ def test_a_wrong_token_is_shown(small_bench, monkeypatch, capsys):
 
 
 def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypatch):
-    def clocked(model, prompt, n, *, exits=(), windows=(), thresholds=(), stop=(), fast=None):
-        out = generate(
-            model, prompt, n, exits=exits, windows=windows, thresholds=thresholds, stop=stop
-        )
+    def clocked(model, prompt, n, *, exits=(), windows=(), **options):
+        out = generate(model, prompt, n, exits=exits, windows=windows, **options)
         cost = {((2,), (6,)): 1.0, ((1, 2), (3, 3)): 1.0}.get((exits, windows), 2.0)
         return Generation(out.tokens, out.levels, cost)
 
@@ -304,7 +211,7 @@ def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypa
     monkeypatch.setattr(tune, "RUN", 100)
     with monkeypatch.context() as patch:
         patch.setattr(bench, "generate", clocked)
-        _, tuned = small_bench("--quick", "--tune")
+        _, tuned = small_bench("--quick", "--tune", "--temperature", "0")
     kept = next(iter(json.loads(tune.LADDERS.read_text()).values()))
     # all there are
     assert len(kept["single-layer"]["ran"]) == 4 and len(kept["hispec"]["ran"]) == 3
@@ -313,8 +220,9 @@ def test_tuning_takes_the_fastest_and_the_next_run_uses_it(small_bench, monkeypa
         ours = [(m["exits"], m["windows"]) for m in result["methods"]]
         assert ours[:3] == [([], []), ([2], [6]), ([1, 2], [3, 3])]
     # beyond the paper: while tuning
-    assert [m["name"] for m in tuned["methods"]][3:] == ["look-up", "look-up, exit"]
-    assert len(ours) == 3
+    names = ["look-up", "look-up, exit", "paper windows"]
+    assert [m["name"] for m in tuned["methods"]][3:] == names
+    assert [m["name"] for m in later["methods"]][3:] == names[2:]
 
 
 def test_stop_tokens_stay_out_of_the_conversation(small_bench, monkeypatch):
@@ -340,6 +248,7 @@ def test_peers_decode_the_same_weights(small_bench):
     assert theirs["identical"] == greedy["prompts"] and theirs["tokens"] == greedy["tokens"]
     assert theirs["tokens_per_target_pass"] is None  # their passes are not counted
     assert theirs["speedup_vs_greedy"] > 0
+    assert theirs["sampled"]["tokens"] == greedy["sampled"]["tokens"]
 
 
 @pytest.mark.parametrize(
@@ -350,6 +259,10 @@ def test_peers_decode_the_same_weights(small_bench):
         (["--step", "none"], "--step: invalid choice: 'none'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["--temperature", "-1"], "temperature must be a finite number of at least 0"),
+        (["--top-p", "0"], "top_p must be a probability"),
+        (["--top-k", "-2"], "top_k must be a number of tokens"),
+        (["--seed", "-3"], "seed must be None or a whole number"),
         (["--device", "nonsense"], "--device nonsense"),
         (["--device", "cuda:99"], "--device cuda:99"),
         (["--device", "meta"], "--device meta"),

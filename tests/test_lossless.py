@@ -62,15 +62,20 @@ def test_the_context_limit_ends_generation(ladder):
         assert len(out.tokens) == 16 - n
 
 
-def test_a_look_up_drafts_what_followed_the_last_two_tokens():
+def test_a_look_up_drafts_what_followed_the_longest_end_that_occurred():
     assert hispec.look_up([1, 2, 3, 4, 1, 2], 3) == [3, 4, 1]
-    assert hispec.look_up([1, 2, 3, 1, 2, 4, 1, 2], 1) == [4]  # where they occurred last
+    assert hispec.look_up([1, 2, 3, 1, 2, 4, 1, 2], 1) == [4]  # two tokens, where they stood last
+    assert hispec.look_up([8, 1, 2, 5, 9, 1, 2, 6, 8, 1, 2], 1) == [5]  # three go before two
+    assert hispec.look_up([2, 7, 3, 2], 2) == [7, 3]  # one is enough
+    four = [2, 3, 4, 5]  # more than four are not looked for: the latest of these counts
+    assert hispec.look_up([1, *four, 8, 0, *four, 9, 1, *four], 1) == [9]
     assert hispec.look_up([5, 7, 8, 7, 8], 3) == [
         7,
         8,
         7,
     ]  # past the end of the text it copies what it has copied
-    for nothing in ([], [1], [1, 1], [1, 2, 3], [2, 1, 1, 3, 2, 3]):
+    assert hispec.look_up([1, 1], 2) == [1, 1]
+    for nothing in ([], [1], [1, 2, 3]):
         assert hispec.look_up(nothing, 4) == []
 
 

@@ -5,12 +5,14 @@ from collections import Counter
 
 import pytest
 import tiktoken
+from conftest import module
 
 import checkpoints
 from checkpoints.tokenizer import Tiktoken, Tokenizer
-from checkpoints.vocabulary import SMOLLM
+from lab import prompts
 from lab.corpus import read_corpus
-from lab.prompts import PROMPTS, default_prompts, read_prompts
+from lab.installed import is_held_out
+from lab.prompts import PROMPTS, default_prompts, draw_held_out, read_prompts
 
 KINDS = {"function", "class", "tests", "script", "data", "algorithms", "refactoring"}
 
@@ -38,9 +40,7 @@ def test_the_chat_prompts():
     [({}, "python.jsonl"), ({"chat_template": "{{ messages[0].content }}"}, "chat.jsonl")],
 )
 def test_the_default_follows_from_the_tokenizer(settings, file):
-    ranks = {bytes([i]): i for i in range(256)}
-    engine = tiktoken.Encoding("bytes", pat_str=SMOLLM, mergeable_ranks=ranks, special_tokens={})
-    assert default_prompts(Tokenizer(Tiktoken(engine, {}), settings)) == PROMPTS / file
+    assert default_prompts(byte_tokenizer(settings)) == PROMPTS / file
 
 
 def test_seven_kinds_of_beginnings(beginnings):
@@ -101,3 +101,55 @@ def test_missing_or_empty_prompts(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no prompts"):
         read_prompts(tmp_path / "empty.jsonl")
+
+
+@pytest.fixture
+def packages(site):
+    """Beside `site`'s own: files of the packages held out as a whole, and of twenty others."""
+    for package in ("rich", "mpmath", "networkx"):
+        for i in range(4):
+            (site / package).mkdir(exist_ok=True)
+            (site / package / f"part{i}.py").write_text(module(f"{package}{i}"), "utf-8")
+    for i in range(20):
+        name = f"other{i}"
+        (site / name).mkdir()
+        for j in range(60):
+            (site / name / f"file{j}.py").write_text(module(f"{name}_{j}"), "utf-8")
+    return site
+
+
+def byte_tokenizer(settings=None):
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("b", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer(Tiktoken(encoding, {}), settings or {})
+
+
+def test_beginnings_are_drawn_from_what_is_held_out(packages):
+    questions = draw_held_out(byte_tokenizer())
+    assert questions == draw_held_out(byte_tokenizer())
+    per_package = Counter(question["category"] for question in questions)
+    whole = {"mpmath": 2, "networkx": 2, "rich": 2}
+    others = per_package.keys() - whole.keys()
+    assert len(questions) == 12 and len(others) == 6 and per_package.items() >= whole.items()
+    files = {
+        file.read_text("utf-8"): file for file in packages.rglob("*.py") if file.name != "bad.py"
+    }
+    for question in questions:
+        (beginning,) = question["turns"]
+        (file,) = {file for text, file in files.items() if text.startswith(beginning + "\n")}
+        name = "site-packages/" + file.relative_to(packages).as_posix()
+        assert is_held_out(name) and question["category"] == name.split("/")[1]
+        assert 100 < len(beginning) < 200  # two or three whole lines of 60 bytes
+
+
+def test_short_files_are_passed_over_and_none_is_an_error(site):
+    for file in site.rglob("*.py"):
+        if file.is_file():
+            file.write_text("value = 1  # it is\n" * 3, "utf-8")
+    with pytest.raises(ValueError, match="no held-out files"):
+        draw_held_out(byte_tokenizer())
+
+
+def test_a_module_without_a_folder_is_its_own_package():
+    assert prompts.package_of("site-packages/six.py") == "six"
+    assert prompts.package_of("site-packages/rich/deep/table.py") == "rich"
