@@ -5,9 +5,12 @@ no more, and a bounded number of steps. `Template.cut` tells what the template w
 turn says: only in the first may special tokens be read. Knows no tokens.
 """
 
+import functools
 import json
+import re
 import secrets
 import time
+from collections.abc import Callable
 from datetime import datetime
 
 import jinja2
@@ -96,6 +99,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.globals["raise_exception"] = _refuse
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         del self.globals["lipsum"]  # fills pages by itself
+        self.filters = {name: _modest(name, work) for name, work in self.filters.items()}
         self.begin()
 
     def begin(self) -> None:
@@ -121,7 +125,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             _refuse("it makes too long a text")
         return value
 
+    def call(self, context, work, /, *arguments, **options):
+        _check_numbers(arguments, options)
+        if getattr(work, "__name__", "") in ("format", "format_map"):  # the sandbox wraps them
+            text = getattr(getattr(work, "__wrapped__", work), "__self__", "")
+            _check_format(text, ())
+        return super().call(context, work, *arguments, **options)
+
     def call_binop(self, context, operator, left, right):
+        if operator == "%":
+            _check_format(left, right)
         if operator == "**" and not (abs(left) < 1e6 and abs(right) < 100):
             _refuse("a power is too large")
         if operator == "*":
@@ -166,6 +179,34 @@ class _Generation(Extension):
     def parse(self, parser):
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _modest(name: str, work: Callable) -> Callable:
+    """The filter `work`, refused numbers that ask for pages of blanks."""
+
+    @functools.wraps(work)  # keeps what jinja2 has noted on it
+    def checked(*arguments, **options):
+        _check_numbers(arguments[1:], options)
+        _check_format(arguments[0] if name == "format" else "", ())
+        return work(*arguments, **options)
+
+    return checked
+
+
+def _check_numbers(*values) -> None:
+    for value in values:
+        if isinstance(value, int) and value > LENGTH:
+            _refuse("a number is too large")
+        if isinstance(value, (tuple, list, dict)):
+            _check_numbers(*(value.values() if isinstance(value, dict) else value))
+
+
+def _check_format(text, values) -> None:
+    """Widths stand in a format as numbers, or * asks for one of the values."""
+    if isinstance(text, str) and re.search(r"\d{7}", text):
+        _refuse("a number is too large")
+    if isinstance(text, str) and "*" in text:
+        _check_numbers(values)
 
 
 def _refuse(message: str):

@@ -56,6 +56,14 @@ TEMPLATES = {
     "refuses: it makes too long a text": "{% set ns = namespace(s='aa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "refuses: it makes too long a text ": "{{ 'a' * 10 ** 10 }}",
     "refuses: it makes too long a text  ": LOOPS.replace("BODY", "{{ 'a' * 10000 }}"),
+    "refuses: a number is too large": "{{ 'a'.center(10 ** 10) }}",
+    "refuses: a number is too large ": "{{ 'a' | center(10 ** 10) }}",
+    "refuses: a number is too large  ": "{{ 'a' | indent(width=10 ** 10, first=true) }}",
+    "refuses: a number is too large   ": "{{ '%9999999999d' % 1 }}",
+    "refuses: a number is too large    ": "{{ '%*d' % (10 ** 10, 1) }}",
+    "refuses: a number is too large     ": "{{ '{:>9999999999}'.format(1) }}",
+    "refuses: a number is too large      ": "{{ '{:>{}}'.format(1, 10 ** 10) }}",
+    "refuses: a number is too large       ": "{{ '%9999999999d' | format(1) }}",
     "refuses: maximum recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "refuses: access to attribute '__class__'": "{{ ''.__class__.__mro__ }}",
     "refuses: access to attribute 'append'": "{{ messages.append(1) }}",
@@ -75,6 +83,13 @@ def test_bad_templates_end_in_one_line(message):
     ) as error:
         byte_level(template=TEMPLATES[message]).chat(["hi"])
     assert "\n" not in str(error.value) and time.monotonic() - began < 8
+
+
+def test_numbers_in_a_turn_are_just_text():
+    template = (
+        "{% for m in messages %}{{ ('%s' % m.content) | trim }}{{ '{}'.format('') }}{% endfor %}"
+    )
+    assert byte_level(template=template).chat(["call 5551234567 * 2 "]) == [*b"call 5551234567 * 2"]
 
 
 def test_a_template_trims_and_cuts_as_it_will():
