@@ -364,7 +364,7 @@ def parse_arguments() -> argparse.Namespace:
     peers = "also measure transformers' decoding of the same weights"
     add("--peers", action="store_true", help=peers)
     add("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
-    draw = "also draw eleven figures into DIR, as PNG and SVG"
+    draw = "also draw twelve figures into DIR, as PNG and SVG"
     add("--figures", type=Path, metavar="DIR", help=draw)
     args = parser.parse_args()
     on_gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")

@@ -24,13 +24,14 @@ from faststep import WIDTH, FixedStep
 from hispec import Ladder, step
 from kvcache import KVCache, up_to_chunk
 from lab.agreement import measure
-from lab.costs import CONTEXT, Costs, Rungs, Trace, measure_costs, replay, trace
+from lab.costs import CONTEXT, Costs, Rungs, Trace, measure_costs, replay, timed_steps, trace
 from lab.prompts import Request
 from lab.tune import DEPTHS, GREEDY, THRESHOLDS, WINDOWS, default_exits, run
 from model import Llama
 
 N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
 FEW = 6  # prompts they are run on, each of another category
+SHORT, LONG = 4, 16  # windows of a single layer beside HiSpec
 LONGEST = (12, 24)  # windows that the formula is tuned over: N_d and N_i, or a single layer's
 OPENING, SAMPLES = 16, 1000  # tokens that are sampled after, and how often
 
@@ -51,7 +52,10 @@ class Data:
     pairs: dict[tuple[int, ...], float]
     # predicted and measured speed-ups, by kind of ladder
     compared: dict[str, list[tuple[float, float]]]
-    # by category: p, draft and intermediate agree; q, intermediate and full do
+    trained: tuple[int, ...]  # the exits that were trained
+    # by ladder milliseconds a token: drafting, intermediate, full, and the loop outside steps
+    wall: dict[str, list[float]]
+    # by category: alpha, draft and intermediate agree; beta, intermediate and full do
     rates: dict[str, tuple[float, float]]
     # (3, V) distributions of one token: the draft exit's, the full model's, what HiSpec sampled
     law: np.ndarray
@@ -116,6 +120,8 @@ def gather(
         ladder=ladder,
         costs=costs,
         agreement=agreement(model, requests),
+        trained=model.exits,
+        wall=wall(ladder, n, make_decoder, [requests[i].prompt for i in few], max_new_tokens, stop),
         speed={x: sum(len(g.tokens) for g in made[x]) / seconds[x] for x in made},
         identical=all(
             [g.tokens for g in x] == [requests[i].greedy for i in few] for x in made.values()
@@ -197,6 +203,28 @@ def agreement(model: Llama, requests: list) -> tuple[list[float], list[float]]:
     return tuple((s / n if n else s).tolist() for s, n in zip(sums, counts))
 
 
+def wall(
+    ladder: Rungs, n_layers: int, make_decoder: Callable, prompts: list, max_new_tokens: int, stop
+) -> dict[str, list[float]]:
+    """Data.wall of greedy, of HiSpec's exits alone, and of HiSpec: the faster of two turns each."""
+    draft, middle = ladder[0]
+    alone = [(draft, SHORT), (middle, SHORT), (middle, LONG)]
+    ladders = {"greedy": GREEDY} | {
+        f"exit {e},\nwindow {w}": ((e,), (w,), (0.0,)) for e, w in alone
+    }
+    spent: dict[str, list[float]] = {}
+    for name, x in 2 * [*ladders.items(), ("HiSpec", ladder)]:
+        with timed_steps((*x[0], n_layers)) as seconds:
+            made = [make_decoder(*x)(prompt, max_new_tokens, stop=stop) for prompt in prompts]
+        *below, full = seconds
+        drafting, intermediate = (*below, 0.0, 0.0)[:2]
+        loop = sum(g.seconds for g in made) - sum(seconds)
+        tokens = sum(len(g.tokens) for g in made)
+        each = [1e3 * part / tokens for part in (drafting, intermediate, full, loop)]
+        spent[name] = min(spent.get(name, each), each, key=sum)
+    return spent
+
+
 @torch.inference_mode()
 def law(model: Llama, requests: list[Request], ladder: Rungs) -> np.ndarray:
     """One token's law (3, V) at temperature 1: the draft exit's, the full model's, as sampled.
@@ -256,44 +284,40 @@ def moved(model: Llama, text: list[int], fast: FixedStep | None) -> dict[str, li
 
 
 def rates(traces: list, exits: tuple[int, ...], n_layers: int) -> tuple[float, float]:
-    """p and q along the greedy texts: draft and intermediate agree, intermediate and full do."""
+    """alpha and beta along the greedy texts: draft and intermediate agree, that and full do."""
     draft, middle, full = ([c for t in traces for c in t.choices[e]] for e in (*exits, n_layers))
     return statistics.fmean(map(eq, draft, middle)), statistics.fmean(map(eq, middle, full))
 
 
-def step_seconds(costs: Costs, depth: int, width: int = 1, below: int = 0) -> float:
-    """A step of the level at this depth over `width` positions, of which all but one passed the
-    layers `below` before.
+def step_seconds(costs: Costs, depth: int) -> float:
+    """A step of the level at this depth over one position, its head and the loop included."""
+    return costs.trunk[depth][1] + costs.head[depth][1] + costs.loop
 
-    The one is the last draft, which the level below has written but not run: it takes all layers,
-    the lower ones alone.
+
+def speed_up_by_rates(
+    d: float, i: float, alpha, beta, full: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Speed-ups over greedy by a formula: of a single layer and of HiSpec, with their best windows.
+
+    alpha, beta: how often the draft exit chooses as the intermediate does, and that as the full
+    model does (arrays, 0..1), for each token independently. d, i: a step of either exit, in steps
+    of the full model. A round of n drafts gives r tokens with probability alpha^(r-1) (1-alpha) for
+    r <= n and alpha^n for r = n+1, for n d + i. After m >= N_i tokens one full verification, for
+    `full`, keeps (1 - beta^(m+1)) / (1 - beta) of them, its own included. A single layer that is
+    right with probability a, alpha beta at the draft exit and beta at the intermediate, gives
+    (1 - a^(k+1)) / (1 - a) for k steps and one of the full model.
     """
-    layers = costs.trunk[below][1] + costs.trunk[depth][width] - costs.trunk[below][width]
-    return layers + costs.head[depth][width] + costs.loop
-
-
-def speed_up_by_rates(d: float, i: float, p, q, full: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Speed-ups over greedy by a formula: of a single layer and of HiSpec, each with its best
-    windows.
-
-    p, q: how often the draft exit chooses as the intermediate does, and that as the full model does
-    (arrays, 0..1), for each token independently. d, i: a step of either exit, in steps of the full
-    model. A round of n drafts gives r tokens with probability p^(r-1) (1-p) for r <= n and p^n for
-    r = n+1, for n d + i. After m >= N_i tokens one full verification, for `full`, keeps (1 -
-    q^(m+1)) / (1 - q) of them, its own included. A single layer that is right with probability a,
-    pq at the draft exit and q at the intermediate, gives (1 - a^(k+1)) / (1 - a) for k steps and
-    one of the full model.
-    """
-    p, q = np.broadcast_arrays(p, np.minimum(q, 1 - 1e-6))  # at 1 the sums below would be 0 / 0
-    exits, longest = ((p * q, d), (q, i)), sum(LONGEST)
+    # at 1 the sums below would be 0 / 0
+    alpha, beta = np.broadcast_arrays(alpha, np.minimum(beta, 1 - 1e-6))
+    exits, longest = ((alpha * beta, d), (beta, i)), sum(LONGEST)
     single = np.max(
         [(1 - a ** (k + 1)) / (1 - a) / (k * c + 1) for a, c in exits for k in range(1, longest)],
         axis=0,
     )
-    hispec = np.zeros(p.shape)
+    hispec = np.zeros(alpha.shape)
     for n in range(1, LONGEST[0] + 1):
-        chances = [p ** (r - 1) * (1 - p) for r in range(1, n + 1)] + [p**n]
-        reached = [np.ones_like(p)]  # how likely it is that some round ends at so many tokens
+        chances = [alpha ** (r - 1) * (1 - alpha) for r in range(1, n + 1)] + [alpha**n]
+        reached = [np.ones_like(alpha)]  # how likely it is that some round ends at so many tokens
         for m in range(1, LONGEST[1]):
             reached.append(sum(reached[m - r] * c for r, c in enumerate(chances, 1) if r <= m))
         for N in range(1, LONGEST[1] + 1):
@@ -301,7 +325,7 @@ def speed_up_by_rates(d: float, i: float, p, q, full: float = 1.0) -> tuple[np.n
                 sum(reached[m - r] * c for r, c in enumerate(chances, 1) if 0 <= m - r < N)
                 for m in range(N, N + n + 1)
             ]
-            tokens = sum(end * (1 - q ** (m + 1)) / (1 - q) for m, end in enumerate(ends, N))
+            tokens = sum(end * (1 - beta ** (m + 1)) / (1 - beta) for m, end in enumerate(ends, N))
             hispec = np.maximum(hispec, tokens / (sum(reached[:N]) * (n * d + i) + full))
     return single, hispec
 

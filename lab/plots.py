@@ -1,4 +1,4 @@
-"""Eleven figures of one run of the bench, drawn from what figures.py gathered."""
+"""Twelve figures of one run of the bench, drawn from what figures.py gathered."""
 
 import statistics
 import textwrap
@@ -70,37 +70,28 @@ def plot_pass(figure: Figure, data: Data) -> str:
 
 
 def plot_wall(figure: Figure, data: Data) -> str:
-    (draft, middle), (n_d, n_i), _ = data.ladder
-    n, costs, axes = data.n_layers, data.costs, figure.subplots()
-    drafted = {e: 1e3 * step_seconds(costs, e) for e in sorted(costs.head)}
-    checked = {
-        e: 1e3 * step_seconds(costs, e, n_d + 1, draft) / (n_d + 1) for e in drafted if e > draft
-    }
-    full = 1e3 * step_seconds(costs, n, n_i + 1, middle) / (n_i + 1)
-    axes.plot(*zip(*drafted.items()), "o-", label="drafted: 1 position a step")
-    label = f"verified above exit {draft}: {n_d + 1} positions a step"
-    axes.plot(*zip(*checked.items()), "s-", label=label)
-    label = f"verified in full: {n_i + 1} positions a step"
-    axes.plot(n, full, "D", color=COLOURS[4], markersize=9, label=label)
-    marks = [(draft, drafted[draft], 0), (middle, checked[middle], 1)]
-    marks += [(n, full, 4), (n, drafted[n], 0)]
-    beside: dict[str, Any] = dict(xytext=(2, 8), textcoords="offset points", ha="right")
-    for depth, ms, colour in marks:
-        text = f"{ms:.1f}" if ms < drafted[n] else f"greedy {ms:.1f}"
-        axes.annotate(text, (depth, ms), color=COLOURS[colour], **beside)
-    axes.set(xlabel="depth of the level (layers)", ylabel="milliseconds a token")
-    axes.set(ylim=(0, 1.12 * drafted[n]))
+    axes, (exits, windows, _) = figure.subplots(), data.ladder
+    names, bottoms = list(data.wall), np.zeros(len(data.wall))
+    most = max(map(sum, data.wall.values()))
+    roles = zip(("drafting", "intermediate", "full", "loop"), zip(*data.wall.values(), strict=True))
+    for (role, heights), colour in zip(roles, (*COLOURS[:3], "0.7")):
+        bars = axes.bar(names, heights, 0.66, bottoms, label=role, color=colour, edgecolor="white")
+        shown = [f"{height:.1f}" if height > 0.04 * most else "" for height in heights]
+        axes.bar_label(bars, shown, label_type="center", color="white", weight="bold")
+        bottoms += heights
+    for name, whole in zip(names, bottoms):
+        axes.annotate(
+            f"{whole:.1f}", (name, whole), (0, 4), textcoords="offset points", ha="center"
+        )
+    axes.set(ylabel="milliseconds a token", ylim=(0, 1.1 * most))
     axes.set_title(
-        f"A token takes {drafted[draft]:.1f} ms to draft, {checked[middle]:.1f} to check at exit "
-        f"{middle}, "
-        f"{full:.1f} to verify in full"
+        f"A token takes {bottoms[1:-1].min():.1f} ms with one exit, {bottoms[-1]:.1f} ms with both"
     )
     axes.legend()
     return (
-        f"From measured seconds of layers, heads and loop. HiSpec here: exits {draft} and "
-        f"{middle}, windows {n_d} and "
-        f"{n_i}. A verification reads its drafts and one token of its own, and starts where the "
-        "exit below ended."
+        f"Measured on one prompt of each category ({FEW} at most), the faster of two turns. "
+        f"HiSpec: exits {exits[0]} and {exits[1]}, windows {windows[0]} and {windows[1]}. Alone a "
+        "shallow exit leaves the full model much to verify, and a deep one drafts dearly."
     )
 
 
@@ -111,11 +102,42 @@ def plot_agreement(figure: Figure, data: Data) -> str:
         axes.plot(layers, [100 * a for a in share], style, markersize=5, label=label)
     for exit in exits:
         axes.axvline(exit, color="0.5", linestyle=":", zorder=0)
+    marks = [(e, 100 * share[e - 1]) for share in data.agreement for e in data.trained]
+    if marks:
+        style: dict[str, Any] = dict(color=COLOURS[4], markersize=10, label="trained exits")
+        axes.plot(*zip(*marks), "D", **style)
     axes.set(xlabel="exit after layer", ylabel="same token as the full model (%)", ylim=(0, 102))
     seen = " and ".join(f"exit {exit} on {data.agreement[1][exit - 1]:.0%}" for exit in exits)
     axes.set_title(f"On greedy answers the full model agrees with {seen}")
     axes.legend(loc="lower right")
-    return "Teacher-forced: every layer reads the same text. Dotted: HiSpec's exits in this run."
+    return (
+        "Teacher-forced: every layer reads the same text. Exits without a diamond were not "
+        "trained. Dotted: HiSpec's exits in this run."
+    )
+
+
+def plot_acceptance(figure: Figure, data: Data) -> str:
+    axes, firsts = figure.subplots(), {}
+    for r in data.results:
+        for exit, kept in zip(r["exits"], r.get("acceptance_by_position", ())):
+            if r["name"] not in ("single-layer", "hispec") or not kept:
+                continue
+            firsts[r["name"], exit] = kept[0]
+            style = "o-" if r["name"] == "hispec" else "s--"
+            label = f"{r['name']}: exit {exit}'s drafts"
+            share = [100 * (value or 0.0) for value in kept]
+            axes.plot(range(1, len(kept) + 1), share, style, label=label)
+    axes.set(xlabel="position in the draft", ylabel="kept (%)", ylim=(0, 102))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    of = [kept for (name, _), kept in firsts.items() if name == "hispec"]
+    axes.set_title("HiSpec keeps the first token of " + " and of ".join(f"{v:.0%}" for v in of)
+                   + " of its exits' drafts")  # fmt: skip
+    if firsts:
+        axes.legend()
+    return (
+        "Counted: of the drafts with so many tokens, the share whose token there was kept by the "
+        "level above. A token behind a rejected one is not."
+    )
 
 
 def plot_reuse(figure: Figure, data: Data) -> str:
@@ -311,23 +333,24 @@ def plot_where(figure: Figure, data: Data) -> str:
     panels |= {"d = 1/8, i = 1/4": (1 / 8, 1 / 4), "d = 1/32, i = 1/8": (1 / 32, 1 / 8)}
     row = figure.subplots(1, len(panels), sharex=True, sharey=True)
     for axes, (title, (cheap, dear)) in zip(row, panels.items()):
-        single, hispec = speed_up_by_rates(cheap, dear, RATES[:, None], RATES)  # rows p, columns q
+        single, hispec = speed_up_by_rates(cheap, dear, RATES[:, None], RATES)  # rows alpha
         filled = axes.contourf(RATES, RATES, hispec, LEVELS, cmap="cividis", extend="both")
         axes.contour(RATES, RATES, hispec, [1], colors="white", linewidths=3)
         axes.contourf(RATES, RATES, single / hispec, [1, np.inf], colors="none", hatches=["//"])
         axes.set_title(title, fontsize=13)
-        axes.set(xlabel="q: intermediate = full", xlim=(RATES[0], 1), ylim=(RATES[0], 1))
-    row[0].set_ylabel("p: draft = intermediate")
-    for category, (p, q) in data.rates.items():
+        axes.set(xlabel="beta: intermediate = full", xlim=(RATES[0], 1), ylim=(RATES[0], 1))
+    row[0].set_ylabel("alpha: draft = intermediate")
+    for category, (alpha, beta) in data.rates.items():
         style: dict[str, Any] = dict(markeredgecolor="white", clip_on=False, zorder=3)
         marker, size = ("*", 16) if category == "all" else ("o", 7)
-        row[0].plot(q, p, color=COLOURS[4], marker=marker, markersize=size, **style)
+        row[0].plot(beta, alpha, color=COLOURS[4], marker=marker, markersize=size, **style)
     figure.colorbar(filled, ax=row, label="HiSpec's speed-up over greedy", ticks=LEVELS)
-    p, q = data.rates["all"]
+    alpha, beta = data.rates["all"]
     measured = next(r for r in data.results if r["name"] == "hispec")["speedup_vs_greedy"]
-    formula = float(speed_up_by_rates(d, i, p, q)[1])
+    formula = float(speed_up_by_rates(d, i, alpha, beta)[1])
     figure.suptitle(
-        f"At p = {p:.2f} and q = {q:.2f} the formula gives {formula:.2f}x, measured {measured:.2f}x"
+        f"At alpha = {alpha:.2f}, beta = {beta:.2f} the formula gives {formula:.2f}x, "
+        f"measured {measured:.2f}x"
     )
     return (
         "By formula: windows tuned, no thresholds, tokens independent, no prompt, a wide step as "
@@ -343,6 +366,7 @@ PLOTS: dict[str, Callable[[Figure, Data], str]] = {
     "one-pass": plot_pass,
     "verification-wall": plot_wall,
     "agreement": plot_agreement,
+    "acceptance": plot_acceptance,
     "reuse": plot_reuse,
     "windows": plot_windows,
     "sampling": plot_sampling,

@@ -13,6 +13,8 @@ import torch
 from conftest import random_model
 
 import bench
+import hispec
+import lab.costs as costs_room
 from hispec import Generation, generate
 from lab import figures, plots, tune
 from lab.costs import WIDTHS, Costs, Trace, replay
@@ -209,6 +211,33 @@ def test_runs_keep_the_faster_turn_and_the_right_ladder():
     assert [(g.tokens, g.seconds) for g in made[one]] == [([1], 3), ([1], 7)]
 
 
+def test_the_wall_has_the_time_of_each_level(few_windows, monkeypatch):
+    """By a clock that ticks a second a step at the draft exit, two at the intermediate, nine above."""
+    now, real = [0.0], figures.timed_steps
+
+    def work(ladder, k, base):
+        now[0] += ladder.depths[k]
+        return run_level(ladder, k, base)
+
+    run_level = hispec.Ladder.run
+    monkeypatch.setattr(hispec.Ladder, "run", work)
+    monkeypatch.setattr(costs_room.time, "perf_counter", lambda: now[0])
+    model, requests, _ = small_run()
+    prompts = [requests[0].prompt, requests[2].prompt]
+    decoders = partial(bench.decoder, model, None)
+    wall = figures.wall(((2, 4), (2, 4), (0.0, 0.0)), 9, decoders, prompts, 12, ())
+    assert figures.timed_steps is real
+    names = ["greedy", "exit 2,\nwindow 4", "exit 4,\nwindow 4", "exit 4,\nwindow 16", "HiSpec"]
+    assert list(wall) == names
+    for name, ladder in zip(
+        names, [((), ()), ((2,), (4,)), ((4,), (4,)), ((4,), (16,)), ((2, 4), (2, 4))]
+    ):
+        made = [generate(model, p, 12, exits=ladder[0], windows=ladder[1]) for p in prompts]
+        calls = [sum(g.levels[k].calls for g in made) for k in range(len(ladder[0]) + 1)]
+        of = [1e3 * n * e / 24 for n, e in zip(calls, (*ladder[0], 9))]
+        assert wall[name] == pytest.approx([*[*of[:-1], 0.0, 0.0][:2], of[-1], 0.0])
+
+
 def test_pairs_of_exits_are_predicted_with_their_best_windows(few_windows, monkeypatch):
     """Against replays of every window on the same costs and traces, one exit and two."""
     traces, real = [], figures.trace
@@ -240,7 +269,6 @@ def test_a_step_takes_its_layers_its_head_and_the_loop():
     widths = np.arange(WIDTHS[-1] + 1)
     costs = Costs({e: list(e * (2.0 + widths)) for e in (0, 2, 8)}, {8: list(10 * widths)}, 0.5)
     assert figures.step_seconds(costs, 8) == 8 * 3 + 10 + 0.5
-    assert figures.step_seconds(costs, 8, 4, below=2) == 2 * 3 + 6 * 6 + 40 + 0.5
 
 
 def test_the_papers_exits():
@@ -251,7 +279,7 @@ def test_the_papers_exits():
 
 # The formula
 
-COLUMNS = {"q": [0.7, 0.8, 0.9, 0.9, 0.95, 0.95], "p": [0.7, 0.8, 0.7, 0.8, 0.8, 0.9]}
+COLUMNS = {"beta": [0.7, 0.8, 0.9, 0.9, 0.95, 0.95], "alpha": [0.7, 0.8, 0.7, 0.8, 0.8, 0.9]}
 
 
 @pytest.mark.parametrize(
@@ -267,17 +295,17 @@ COLUMNS = {"q": [0.7, 0.8, 0.9, 0.9, 0.95, 0.95], "p": [0.7, 0.8, 0.7, 0.8, 0.8,
 def test_the_formula_gives_the_table_it_was_published_with(d, i, published):
     """HiSpec over the single layer, both tuned, where a full verification is charged the upper
     layers alone."""
-    single, hispec = figures.speed_up_by_rates(d, i, COLUMNS["p"], COLUMNS["q"], full=1 - i)
+    single, hispec = figures.speed_up_by_rates(d, i, COLUMNS["alpha"], COLUMNS["beta"], full=1 - i)
     assert hispec / single == pytest.approx(published, abs=0.02)
 
 
-@pytest.mark.parametrize("p, q", [(0.7, 0.9), (0.8, 0.7), (0.4, 0.5)])
-def test_the_formula_is_what_the_recursion_takes_when_width_is_free(p, q):
+@pytest.mark.parametrize("alpha, beta", [(0.7, 0.9), (0.8, 0.7), (0.4, 0.5)])
+def test_the_formula_is_what_the_recursion_takes_when_width_is_free(alpha, beta):
     """Replayed on texts whose tokens agree independently, with the best of a few windows; a full
     pass costs 1."""
     rng, n = Random(1), 6000
-    middle = [int(rng.random() >= q) for _ in range(n)]  # the text is all 0
-    draft = [m if rng.random() < p else 2 for m in middle]
+    middle = [int(rng.random() >= beta) for _ in range(n)]  # the text is all 0
+    draft = [m if rng.random() < alpha else 2 for m in middle]
     choices = {2: draft, 8: middle, 32: [0] * n}
     text = Trace([], 0.0, choices, {e: [1.0] * n for e in choices})
     widths = range(WIDTHS[-1] + 1)
@@ -287,7 +315,7 @@ def test_the_formula_is_what_the_recursion_takes_when_width_is_free(p, q):
     def best(exits, windows):
         return max(n / replay(text, (exits, w, (0.0,) * len(exits)), costs, 32) for w in windows)
 
-    single, hispec = figures.speed_up_by_rates(2 / 32, 8 / 32, p, q)
+    single, hispec = figures.speed_up_by_rates(2 / 32, 8 / 32, alpha, beta)
     alone = [((e,), [(w,) for w in range(1, 14)]) for e in (2, 8)]
     assert max(best(*one) for one in alone) == pytest.approx(float(single), rel=0.03)
     both = [(a, b) for a in range(1, 5) for b in range(a, 12)]

@@ -18,7 +18,7 @@ from test_figures import gather, small_run
 
 import bench
 from lab import figures, plots, tune
-from lab.costs import WIDTHS, Costs
+from lab.costs import WIDTHS
 
 few_windows = test_figures.few_windows  # the fixture: smaller grids
 small_bench = test_bench.small_bench  # the fixture: bench.main on a small random model
@@ -33,7 +33,7 @@ def test_a_run_draws_each_figure_whole_and_twice(small_bench, few_windows, tmp_p
     _, result = small_bench("--quick", "--figures", str(tmp_path / "new" / "folder"))
     drawn = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
     assert drawn.keys() == {f"{name}.{kind}" for name in plots.PLOTS for kind in ("png", "svg")}
-    assert len(drawn) == 22
+    assert len(drawn) == 24
     for name, content in drawn.items():
         if name.endswith(".png"):
             assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
@@ -110,18 +110,32 @@ def drawn(plot, data):
     return figure.axes
 
 
-def test_the_wall_shows_milliseconds_of_a_token(data):
-    widths = range(WIDTHS[-1] + 1)
-    trunk = {e: [0.001 * e * w for w in widths] for e in (0, 1, 2, 4, 9)}
-    costs = Costs(trunk, {e: [0.01 for _ in widths] for e in (1, 2, 4, 9)}, 0.002)
-    (axes,) = drawn(plots.plot_wall, dataclasses.replace(data, costs=costs))
-    drafted, checked, full = (
-        {x: y for x, y in zip(*line.get_data(), strict=True)} for line in axes.lines
-    )
-    assert drafted == pytest.approx({e: e + 12 for e in (1, 2, 4, 9)})
-    # N_d = 2: three positions
-    assert checked == pytest.approx({e: (2 + 3 * (e - 2) + 12) / 3 for e in (4, 9)})
-    assert full == pytest.approx({9: (4 + 5 * 5 + 12) / 5})  # N_i = 4: five positions, above exit 4
+def test_the_wall_stacks_milliseconds_of_a_token(data):
+    wall = {
+        "greedy": [0, 0, 9.0, 1.0],
+        "exit 2": [1.0, 0, 6.0, 0.5],
+        "HiSpec": [1.0, 2.0, 3.0, 0.25],
+    }
+    (axes,) = drawn(plots.plot_wall, dataclasses.replace(data, wall=wall))
+    for k, bars in enumerate(axes.containers):
+        assert [bar.get_height() for bar in bars] == [parts[k] for parts in wall.values()]
+        assert [bar.get_y() for bar in bars] == [sum(parts[:k]) for parts in wall.values()]
+    assert [c.get_label() for c in axes.containers] == ["drafting", "intermediate", "full", "loop"]
+    assert axes.get_title() == "A token takes 7.5 ms with one exit, 6.2 ms with both"
+
+
+def test_acceptance_is_drawn_by_position(data):
+    single, ladder = (r for r in data.results if r["name"] in ("single-layer", "hispec"))
+    single["acceptance_by_position"] = [[0.9, 0.5, None]]
+    ladder["acceptance_by_position"] = [[0.75, 0.5], [0.875, 0.25, 0.125]]
+    (axes,) = drawn(plots.plot_acceptance, data)
+    lines = {line.get_label(): [tuple(p) for p in line.get_xydata()] for line in axes.lines}
+    assert lines == {
+        "single-layer: exit 4's drafts": [(1, 90), (2, 50), (3, 0)],
+        "hispec: exit 2's drafts": [(1, 75), (2, 50)],
+        "hispec: exit 4's drafts": [(1, 87.5), (2, 25), (3, 12.5)],
+    }
+    assert "75% and of 88%" in axes.get_title()
 
 
 def test_one_pass_is_drawn_beside_as_many_of_one_position(data):
@@ -149,12 +163,16 @@ def test_layers_are_counted_with_and_without_what_levels_share(data):
 
 
 def test_agreement_is_drawn_at_its_layer(data):
-    (axes,) = drawn(plots.plot_agreement, data)
+    (axes,) = drawn(plots.plot_agreement, dataclasses.replace(data, trained=(2, 3)))
     for line, share in zip(axes.lines[:2], data.agreement, strict=True):
         assert dict(zip(*line.get_data(), strict=True)) == {
             e: 100 * a for e, a in enumerate(share, 1)
         }
-    assert [line.get_xdata()[0] for line in axes.lines[2:]] == [2, 4]
+    assert [line.get_xdata()[0] for line in axes.lines[2:4]] == [2, 4]
+    marked = [tuple(p) for p in axes.lines[4].get_xydata()]
+    assert marked == [(e, 100 * share[e - 1]) for share in data.agreement for e in (2, 3)]
+    (axes,) = drawn(plots.plot_agreement, data)  # a random model has no trained exit
+    assert len(axes.lines) == 4
 
 
 def test_a_law_is_drawn_by_the_full_models_likeliest_tokens(data, monkeypatch):
@@ -234,9 +252,9 @@ def test_predictions_are_drawn_against_measurements():
 def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):
     asked, real = [], figures.speed_up_by_rates
 
-    def watched(d, i, p, q):
-        asked.append((d, i, np.shape(p), np.shape(q)))
-        return real(d, i, p, q)
+    def watched(d, i, alpha, beta):
+        asked.append((d, i, np.shape(alpha), np.shape(beta)))
+        return real(d, i, alpha, beta)
 
     monkeypatch.setattr(plots, "speed_up_by_rates", watched)
     first, *_ = drawn(plots.plot_where, data)
@@ -244,6 +262,9 @@ def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):
     here = steps[0] / steps[2], steps[1] / steps[2]
     fractions = [here, (1 / 8, 1 / 4), (1 / 32, 1 / 8), here]
     assert [x[:2] for x in asked] == [pytest.approx(x) for x in fractions]
-    assert asked[0][2:] == ((len(plots.RATES), 1), (len(plots.RATES),))  # p up, q to the right
+    assert asked[0][2:] == (
+        (len(plots.RATES), 1),
+        (len(plots.RATES),),
+    )  # alpha up, beta to the right
     points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in first.lines]
-    assert points == [(q, p) for p, q in data.rates.values()]
+    assert points == [(beta, alpha) for alpha, beta in data.rates.values()]
