@@ -32,7 +32,7 @@ bench() { # NAME MINUTES ARGUMENTS...
 # the fixed step and the bits first: they are what no CPU could show
 part tests 6 "$python" -m pytest -q \
     tests/test_captured.py tests/test_faststep.py tests/test_lossless.py tests/test_model.py
-bench long 12 --max-new-tokens 1024
+bench long 12 --max-new-tokens 1024 --temperature 0
 bench tiny 8 --tune --peers --figures results/figures-gpu
 bench smollm2 6 --model smollm2 --quick --tune --peers
 if [[ $# -gt 0 ]]; then

@@ -20,7 +20,7 @@ TOLD = [
     ROOT / "lecture/exercises/README.md",
     ROOT / "results/README.md",
 ]
-MOST_LINES, FIRST_SCREEN, MOST_WORDS, WIDEST = 250, 25, 30, 100
+MOST_LINES, FIRST_SCREEN, MOST_WORDS, WIDEST = 249, 25, 30, 100
 COLUMNS = {  # the results table's, and the bench's names for them
     "tokens/s": "tokens_per_second",
     "over greedy": "speedup_vs_greedy",
@@ -154,7 +154,8 @@ def test_predictions_are_as_near_as_it_says():
     (tiny,) = (found for key, found in kept.items() if key.startswith("tiny, float32, plain"))
     ran = [r for kind in tiny.values() if isinstance(kind, dict) for r in kind.get("ran", ())]
     far = [abs(r["predicted"] / r["measured"] - 1) for r in ran]
-    told = re.search(r"(\d+) predictions kept in `results/ladders.json` are within (\d+) %", TEXT)
+    kept_in = r"(\d+) predictions kept in `results/ladders.json` are within (\d+) %"
+    told = re.search(kept_in, " ".join(TEXT.split()))
     assert told and len(far) == int(told[1]) and 100 * max(far) <= int(told[2])
 
 
