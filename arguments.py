@@ -23,7 +23,7 @@ class LevelStats:
     calls: int = 0  # steps of this level: drafts for the first, verifications for the others
     proposed: int = 0  # tokens it handed to the level above; last level: tokens it generated
     accepted: int = 0  # how many of those the level above kept and wrote; last level: all
-    positions: int = 0  # positions that passed through its segment, the prompt's included
+    positions: int = 0  # that passed through its segment, or would have: a look-up has no layers
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Event:
     base: int  # position of the first draft, counted from the prompt's first token
     drafts: list[int]  # what the level below had appended; none for level 0
     kept: int  # how many of them the level accepts
-    text: list[int]  # the tokens from base on, after the step: the drafts kept, and the level's own
+    text: list[int]  # from base on, after the step: kept drafts, the level's own, up to the end
     positions: list[int]  # that have passed through each segment so far, the prompt's included
     seconds: float  # since the generation began
 

@@ -43,7 +43,7 @@ def generate(
     is below this (at temperature 0: those of temperature 1). None given: never.
     temperature: 0 takes the likeliest token. Above, each level samples from its top_k likeliest
     (0: all), of these from the fewest that hold top_p of the probability. seed makes it repeatable.
-    stop: token ids; the text ends after the first of them, or when the model's context is full.
+    stop: token ids; the text ends after the first new one, or when the model's context is full.
     watch: called with an Event after every step, but for look-ups. fast: a step to use (faststep).
     Raises ValueError, before any work, for arguments out of range.
     """
@@ -62,7 +62,7 @@ def generate(
 class Ladder:
     """The state of one generation, and the recursion that advances it.
 
-    tokens[:length] is the sequence so far: settled text, then drafts deeper levels have not seen.
+    tokens[:length] is the text so far: what the last level wrote, then drafts it has not judged.
     """
 
     def __init__(self, model: Llama, asked: Arguments, cache, end: int, step, watch=None):
@@ -73,27 +73,27 @@ class Ladder:
         self.top = len(asked.exits)  # the last level: the whole model
         self.stats = [LevelStats(depth) for depth in self.depths]
         self.length = len(asked.prompt)
-        self.end = end  # no text beyond it; a stop token, once settled, lowers it
+        self.end = end  # no text beyond it; a stop token that the last level writes lowers it
         device = model.embed.weight.device
-        room = up_to_chunk(end + model.pad)  # for a bonus past the end, or a pass's padding
+        room = up_to_chunk(end + model.pad)  # for a token past the end, or a pass's padding
         self.tokens = torch.zeros(room, dtype=torch.long, device=device)
         self.tokens[: self.length] = torch.as_tensor(asked.prompt)
         self.text = list(asked.prompt)  # the same on the host, as far as it has been read there
-        # laws[k]: for each draft that level k is to judge, the law (V,) of the level below: what
-        # that keeps, corrects or adds is a sample of its own
+        # laws[k]: from each step of the level below, the laws (n, V) of the n drafts it appended:
+        # whether it kept a draft or wrote its own, each is a sample of its row
         self.laws: list[list[Tensor]] = [[] for _ in self.depths]
         self.rng = torch.Generator(device)
         self.rng.manual_seed(self.rng.seed() if asked.seed is None else asked.seed)
         self.began = self.prefilled = time.perf_counter()
 
     def propose(self, k: int, want: int) -> None:
-        """Append at least `want` tokens that level k accepts; fewer at the end, or in doubt."""
+        """Append `want` tokens or more that level k accepts; fewer at the end, in doubt, copied."""
         if self.depths[k] == 0:
             return self.copy(want)
         goal, sure = self.length + want, 1.0  # sure: level k's probability of what it appended
         while self.length < min(goal, self.end) and sure >= self.thresholds[k]:
             base = self.length  # level k has yet to run position base - 1
-            if k > 0 and self.cache.lengths[k] > 0:  # first comes the prompt, alike for all ladders
+            if k > 0 and self.cache.lengths[k] > 0:  # but first the last one reads the prompt
                 window = self.asked.windows[k - 1]
                 self.propose(k - 1, min(window, goal - base))  # the level below drafts
             logits = self.run(k, base)
@@ -116,7 +116,7 @@ class Ladder:
         if self.asked.temperature == 0:
             return verify_greedy(drafts, logits)
         p = self.asked.law(logits)  # (n+1, V)
-        q = torch.cat([p[:0], *self.laws[k]])  # (n, V)
+        q = torch.cat([p[:0], *self.laws[k]])  # (n, V), of no rows if n = 0
         self.laws[k].clear()
         if k < self.top:
             self.laws[k + 1].append(p)
@@ -125,7 +125,7 @@ class Ladder:
     def settle(self, k: int, base: int, own: Tensor, kept: Tensor) -> None:
         """Keep the accepted drafts and level k's own token behind them; roll back the rest."""
         n, drafts = 0, []  # a drafting level judges nothing: the host need not wait for it
-        if k > 0 or self.top == 0:  # the one host read of a verification
+        if k > 0 or self.top == 0:  # the one host read of a verification without thresholds
             read = torch.cat([kept, own, self.tokens[base : self.length]])
             n, token, *drafts = read.tolist()
             self.text[base:] = [*drafts[:n], token]
@@ -135,9 +135,9 @@ class Ladder:
         self.tokens[base + n : base + n + 1] = own
         self.length = min(base + n + 1, self.end)
         del self.text[self.length :]
-        if k < self.top and self.laws[k + 1]:
+        if k < self.top and self.asked.temperature > 0:
             self.laws[k + 1][-1] = self.laws[k + 1][-1][: self.length - base]
-        self.cache.rollback(min(base + n, self.length))  # level k has not run its own token
+        self.cache.rollback(min(base + n, self.length))  # level k has yet to run its own token
         self.report(k, base, drafts, n)
 
     def report(self, k: int, base: int, drafts: list[int], kept: int) -> None:
@@ -175,7 +175,7 @@ def step(model: Llama, cache: KVCache, depths, tokens, length: int, k: int, rows
             h = cache.run(model, tokens[cache.at], start, depth)  # (N, D)
             states.append(h[: stop - first])
         cache.lengths[j] = length
-    tail = torch.cat(states)[-rows:]  # (rows, D), padded as positions are
+    tail = torch.cat(states)[-rows:]  # (rows, D); padded below, as positions are
     return model.logits(F.pad(tail, (0, 0, 0, -rows % cache.pad)), depths[k])[:rows]
 
 
@@ -215,6 +215,6 @@ def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
-    """A token (1,) in proportion to weights (V,), with no host read: the first clock to ring."""
+    """A token (1,) in proportion to weights (V,), with no host read: a race of clocks so fast."""
     clocks = torch.empty_like(weights).exponential_(generator=rng)
     return (weights / clocks).argmax(dim=0, keepdim=True)

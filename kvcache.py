@@ -13,11 +13,11 @@ lies beyond a segment's length is stale, masked, and overwritten when its positi
 
 A position attends over the keys up to the next multiple of CHUNK, those ahead of it masked. So how
 many keys it is compared with depends on the position alone, not on its company in a pass, nor on
-how long the text may get: one condition for the same bits whatever the ladder. A pass that crosses
-such a multiple falls into parts there, for attention only.
+how long the text may get: one thing needed for the same bits whatever the ladder. A pass that
+crosses such a multiple falls into parts there, for attention only.
 
 Bytes, for T positions (rounded up to CHUNK), s bytes a number, G key/value heads of size E, width
-D, L layers (the blocks of heads included) and K exits above depth 0:
+D, L layers and blocks of heads, and K exits above depth 0 that any ladder has had:
 
     s * T * (2 * L * G * E  +  K * D)
 
@@ -54,7 +54,7 @@ class KVCache:
         self.keys = weight.new_zeros(layers, batch, c.n_kv_heads, room, c.head_dim)
         self.values = torch.zeros_like(self.keys)
         self.layers = list(zip(self.keys, self.values))
-        self.views: dict[int, list[tuple[Tensor, Tensor]]] = {}  # the layers' first `end` keys
+        self.views: dict[int, list[tuple[Tensor, Tensor]]] = {}  # end: the layers' keys before it
         self.hidden: dict[int, Tensor] = {}
         self.lengths: list[int] = []
         self.columns = torch.arange(room, device=weight.device)
@@ -66,23 +66,23 @@ class KVCache:
             yield first, min(first + LONGEST, length)
 
     def place(self, first: int, stop: int) -> None:
-        """Begin a pass over positions first .. stop-1, and padding behind them."""
+        """Begin a pass over positions first .. stop-1, and padding behind them in the last part."""
         last = stop + -(stop - first) % self.pad
         cuts = [first, *range(up_to_chunk(first + 1), stop, CHUNK), last]
         parts = [(b - a, up_to_chunk(a + 1)) for a, b in pairwise(cuts)]
         self.begin(self.columns[first:last], parts)
 
     def begin(self, at: Tensor, parts: list[tuple[int, int]]) -> None:
-        """Begin a pass over positions `at` (N,), in parts: n of them attend over keys 0 .. end-1.
+        """Begin a pass over positions `at` (N,), in parts (n, end): n that see keys 0 .. end-1.
 
         Works out once what every layer of the pass needs: each part's size and a mask (rows, end),
-        0 where a row may look and -inf elsewhere. Query heads that share a key head are its rows,
-        position by position.
+        0 where a row may look and -inf elsewhere. The rows are the query heads that share a key
+        head, position by position.
         """
         self.at, self.sizes, self.parts = at, [n for n, _ in parts], []
-        for part, (_, end) in zip(at.split(self.sizes), parts):
-            rows = part.repeat_interleave(self.group)  # (n * H/G,)
-            rows = F.pad(rows, (0, -len(rows) % ROWS))
+        for positions, (_, end) in zip(at.split(self.sizes), parts):
+            rows = positions.repeat_interleave(self.group)  # (n * H/G,)
+            rows = F.pad(rows, (0, -len(rows) % ROWS))  # what is padded sees key 0: no NaN
             ahead = self.columns[:end] > rows[:, None]
             mask = torch.zeros_like(ahead, dtype=self.keys.dtype).masked_fill_(ahead, -torch.inf)
             if end not in self.views:
@@ -100,7 +100,7 @@ class KVCache:
         return [(*seen[layer], mask) for seen, mask in self.parts]
 
     def run(self, model: Llama, ids: Tensor, start: int, depth: int) -> Tensor:
-        """Take the pass through layers start..depth-1; the states (N, D) for the head at `depth`.
+        """Take one sequence's pass through layers start..depth-1; states (N, D) for `depth`'s head.
 
         It begins with the tokens ids (N,) at layer 0, elsewhere with the hidden states left there.
         """
