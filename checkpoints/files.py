@@ -1,24 +1,30 @@
-"""Files that appear whole or not at all, and the setting of a run in words. Knows no format."""
+"""Files that appear whole or not at all, JSON, refusals, and the setting of a run in words."""
 
+import json
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
-def write_whole(path: Path, fill: Callable[[Path], object] | None) -> None:
-    """Let `fill` write the file under another name, then put it in place. None: remove the file."""
+def write_whole(path: Path, fill: str | Callable[[Path], object] | None) -> None:
+    """Write a text, or what `fill` does, under another name, then put it in place. None: remove."""
     if fill is None:
         return path.unlink(missing_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        fill(draft)
+        if isinstance(fill, str):
+            draft.write_text(fill, "utf-8")
+        else:
+            fill(draft)
         os.replace(draft, path)
     except OSError as error:
         if error.errno is None:
@@ -36,11 +42,34 @@ def must_be_writable(path: Path) -> None:
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         draft.touch()
         draft.unlink()
+        if path.is_dir():
+            raise ValueError("it is a folder")
     except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
+        why = getattr(error, "strerror", error)
         raise ValueError(f"cannot write to {str(path)!r}: {why}") from None
-    if path.is_dir():
-        raise ValueError(f"cannot write to {str(path)!r}: it is a folder")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, empty if there is no such file."""
+    try:
+        content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is not a JSON object")
+    return content
+
+
+def need(values: dict, key: str) -> Any:
+    if values.get(key) is None:
+        raise ValueError(f"{key} is missing")
+    return values[key]
+
+
+def only(what: str, got: object, *supported: object) -> None:
+    """ValueError if a file asks for anything else."""
+    if got not in supported:
+        raise ValueError(f"{what} {got!r} is not supported, only {', '.join(map(repr, supported))}")
 
 
 def describe(model: str, device: torch.device | str, dtype: torch.dtype) -> dict:
@@ -50,23 +79,18 @@ def describe(model: str, device: torch.device | str, dtype: torch.dtype) -> dict
         hardware = torch.cuda.get_device_name(device)
     else:
         cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        hardware = f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+        name = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+        hardware = f"{name[1] if name else platform.machine()}, {os.cpu_count()} cores"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    if torch.version.cuda:
-        versions["cuda"] = torch.version.cuda
-    versions.update({package: metadata.version(package) for package in ("numpy", "tiktoken")})
+    versions |= {"cuda": torch.version.cuda} if torch.version.cuda else {}
+    versions |= {package: metadata.version(package) for package in ("numpy", "tiktoken")}
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
     return {
-        "device": hardware,
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "model": model,
-        "versions": versions,
+        "device": hardware, "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."), "model": model, "versions": versions,
         "command": shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-    }
+    }  # fmt: skip
 
 
 def in_words(header: dict) -> str:

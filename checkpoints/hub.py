@@ -1,35 +1,22 @@
-"""Checkpoints by name from the Hugging Face Hub: json, safetensors, tokenizer.model and jinja files
-only.
-"""
+"""Checkpoints from the Hugging Face Hub: of each the files that hold data, none that could run."""
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
-
-FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]  # nothing that could run
+from huggingface_hub import errors, snapshot_download
 
 
 def fetch(name: str) -> Path:
-    """The folder of owner/name, fetched, or as the cache has it. ValueError, saying what to do, if
-    it cannot be had.
-    """
+    """The folder of owner/name, fetched, or as the cache has it. ValueError says what to do."""
+    data = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns="*/*"))
-    except GatedRepoError:
-        todo = (
-            f"is gated: ask for access at https://huggingface.co/{name}, then run `hf auth login`"
-        )
-    except RepositoryNotFoundError:
+        return Path(snapshot_download(name, allow_patterns=data, ignore_patterns="*/*"))
+    except errors.GatedRepoError:
+        todo = f"is gated: ask for access at https://huggingface.co/{name}, then `hf auth login`"
+    except errors.RepositoryNotFoundError:
         todo = "is no folder here and no model on the Hub: check the name, or run `hf auth login`"
-    except HFValidationError:
+    except errors.HFValidationError:
         todo = "is no folder here, nor a name the Hub could have: owner/name"
-    except LocalEntryNotFoundError:
+    except errors.LocalEntryNotFoundError:
         todo = "is no folder here and not in the Hub's cache: go online, without HF_HUB_OFFLINE"
     except Exception as error:  # whatever else a network does
         reason = " ".join(str(error).split())

@@ -10,81 +10,69 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Callable
 from datetime import datetime
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
+from jinja2 import TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 STEPS = 20_000  # rounds of loops and calls of macros
 SECONDS = 5.0
-LENGTH = 4_000_000  # characters printed, or in one value
+LENGTH = 40_000_000  # characters in all that it makes or prints
 
 
 class Template:
     """where: the file the source is from, for errors. names: bos_token and the like."""
 
     def __init__(self, source: str, where: str, names: dict[str, str]):
-        self.source, self.where, self.names = source, where, names
+        self.where, self.names = where, names
         self._mark = secrets.token_hex(12)  # no turn can hold what it cannot know
         self._sandbox = _Sandbox()
         try:
-            self._program = self._sandbox.from_string(source)
+            # what an assistant says may be marked for training: here it is a block like any other
+            source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
+            source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source)
             tree = self._sandbox.parse(source)
-        except (jinja2.TemplateError, RecursionError, AttributeError, TypeError) as error:
+            self._program = self._sandbox.from_string(source)
+        except (TemplateError, RecursionError, AttributeError, TypeError) as error:
             raise ValueError(f"{where}: the chat template is not valid Jinja: {error}") from error
         constants = [n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)]
         written = [n.data for n in tree.find_all(nodes.TemplateData)]
         self.literals = "\0".join(written + constants)  # what it can write by itself
 
     def cut(self, turns: list[str]) -> list[str]:
-        """The conversation in pieces: the template's own text and the turns' by turns, its own at
-        both ends, so that piece 2k + 1 is what turn k reads like there.
+        """The template's own text and the turns' by turns, its own at both ends.
 
         A mark in place of every turn shows where the template's own text ends; then one turn after
         the other is shown as it is, to see what the template makes of it (most trim it, some cut a
         train of thought). Raises ValueError if the template fails, or drops or repeats a turn.
         """
         marks = [f"{self._mark}{k:06}" for k in range(len(turns))]
-        own = self._between(marks, marks)
-        pieces = [own[0]]
-        for k, turn in enumerate(turns):
-            others = marks[:k] + marks[k + 1 :]
-            seen = self._between([*marks[:k], turn, *marks[k + 1 :]], others)[k]
-            before, after = own[k], own[k + 1]
-            fits = len(seen) >= len(before) + len(after)
-            if fits and seen.startswith(before) and seen.endswith(after):
-                turn = seen[len(before) : len(seen) - len(after)]
+        own = self._between(marks)
+        pieces = own[:1]
+        for k, (turn, before, after) in enumerate(zip(turns, own, own[1:])):
+            seen = self._between([*marks[:k], turn, *marks[k + 1 :]])[k]
+            end = len(seen) - len(after)
+            if seen.startswith(before) and seen.endswith(after) and end >= len(before):
+                turn = seen[len(before) : end]
             pieces += [turn, after]
         return pieces
 
-    def _between(self, turns: list[str], marks: list[str]) -> list[str]:
-        text, pieces = self._render(turns), []
-        for mark in marks:
-            piece, found, text = text.partition(mark)
-            if not found or mark in text:
-                raise ValueError(f"{self.where}: the chat template drops, moves or repeats a turn")
-            pieces.append(piece)
-        return [*pieces, text]
-
-    def _render(self, turns: list[str]) -> str:
+    def _between(self, turns: list[str]) -> list[str]:
+        """What the template makes of the turns, cut at the marks among them."""
         roles = ("user", "assistant")
         messages = [{"role": roles[k % 2], "content": turn} for k, turn in enumerate(turns)]
+        given = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
         self._sandbox.begin()
         try:
-            return self._program.render(
-                messages=messages,
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self.names,
-            )
+            text = self._program.render(given, **self.names)
         except (Exception, MemoryError) as error:  # whatever a program from a file can do
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{self.where}: the chat template refuses: {reason}") from error
+        mark = self._mark + r"\d{6}"
+        if re.findall(mark, text) != [turn for turn in turns if re.fullmatch(mark, turn)]:
+            raise ValueError(f"{self.where}: the chat template drops, moves or repeats a turn")
+        return re.split(mark, text)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -93,17 +81,18 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["*", "**", "+", "%"])
 
     def __init__(self):
-        loops = "jinja2.ext.loopcontrols"
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loops])
-        self.filters["tojson"] = _to_json
+        loops = ["jinja2.ext.loopcontrols"]  # break and continue
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=loops)
+        # as transformers has it: jinja2's own escapes what HTML would read
+        self.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        self.filters = {name: self._modest(name, work) for name, work in self.filters.items()}
         self.globals["raise_exception"] = _refuse
         self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         del self.globals["lipsum"]  # fills pages by itself
-        self.filters = {name: _modest(name, work) for name, work in self.filters.items()}
         self.begin()
 
     def begin(self) -> None:
-        self.steps, self.printed, self.deadline = 0, 0, time.monotonic() + SECONDS
+        self.steps, self.made, self.deadline = 0, 0, time.monotonic() + SECONDS
 
     def _parse(self, *source):
         return _Counted().visit(super()._parse(*source))
@@ -114,34 +103,37 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             _refuse("it loops too long")
         return True
 
-    def bounded(self, value):
-        if isinstance(value, (str, list, tuple)) and len(value) > LENGTH:
-            _refuse("it makes too long a text")
-        return value
-
-    def shown(self, value):
-        self.printed += len(self.bounded(value)) if isinstance(value, str) else 1
-        if self.printed > LENGTH:
+    def count(self, value):
+        self.made += len(value) if isinstance(value, (str, list, tuple)) else 1
+        if self.made > LENGTH:
             _refuse("it makes too long a text")
         return value
 
     def call(self, context, work, /, *arguments, **options):
-        _check_numbers(arguments, options)
-        if getattr(work, "__name__", "") in ("format", "format_map"):  # the sandbox wraps them
-            text = getattr(getattr(work, "__wrapped__", work), "__self__", "")
-            _check_format(text, ())
-        return super().call(context, work, *arguments, **options)
+        method = getattr(work, "__wrapped__", work)  # the sandbox wraps these two
+        formats = getattr(method, "__name__", "") in ("format", "format_map")
+        _check(arguments, options, form=method.__self__ if formats else "")
+        return self.count(super().call(context, work, *arguments, **options))
 
     def call_binop(self, context, operator, left, right):
         if operator == "%":
-            _check_format(left, right)
+            _check(right, form=left)
         if operator == "**" and not (abs(left) < 1e6 and abs(right) < 100):
             _refuse("a power is too large")
-        if operator == "*":
-            for text, times in ((left, right), (right, left)):
-                if isinstance(text, (str, list, tuple)) and len(text) * times > LENGTH:
-                    _refuse("it makes too long a text")
-        return self.bounded(super().call_binop(context, operator, left, right))
+        sizes = [len(value) if hasattr(value, "__len__") else value for value in (left, right)]
+        if operator == "*" and sizes[0] * sizes[1] > LENGTH:
+            _refuse("it makes too long a text")
+        return self.count(super().call_binop(context, operator, left, right))
+
+    def _modest(self, name, work):
+        """The filter `work`, refused numbers that ask for pages of blanks."""
+
+        @functools.wraps(work)  # keeps what jinja2 has noted on it
+        def checked(*arguments, **options):
+            _check(arguments[1:], options, form=arguments[0] if name == "format" else "")
+            return self.count(work(*arguments, **options))
+
+        return checked
 
 
 class _Counted(NodeTransformer):
@@ -157,13 +149,11 @@ class _Counted(NodeTransformer):
     visit_For = visit_Macro = visit_CallBlock = _looped
 
     def visit_Concat(self, node):
-        return _call("bounded", self.generic_visit(node))
+        return _call("count", self.generic_visit(node))
 
     def visit_Output(self, node):
         self.generic_visit(node)
-        node.nodes = [
-            n if isinstance(n, nodes.TemplateData) else _call("shown", n) for n in node.nodes
-        ]
+        node.nodes = [_call("count", part) for part in node.nodes]
         return node
 
 
@@ -171,50 +161,16 @@ def _call(method: str, *arguments: nodes.Expr) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(method), list(arguments), [], None, None)
 
 
-class _Generation(Extension):
-    """{% generation %} marks what an assistant says, for training: here its body alone."""
-
-    tags = {"generation"}
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _modest(name: str, work: Callable) -> Callable:
-    """The filter `work`, refused numbers that ask for pages of blanks."""
-
-    @functools.wraps(work)  # keeps what jinja2 has noted on it
-    def checked(*arguments, **options):
-        _check_numbers(arguments[1:], options)
-        _check_format(arguments[0] if name == "format" else "", ())
-        return work(*arguments, **options)
-
-    return checked
-
-
-def _check_numbers(*values) -> None:
+def _check(*values, form="") -> None:
+    """Refuse large numbers, the widths that stand in a format among them."""
+    if isinstance(form, str) and re.search(r"\d{7}", form):
+        _refuse("a number is too large")
     for value in values:
         if isinstance(value, int) and value > LENGTH:
             _refuse("a number is too large")
         if isinstance(value, (tuple, list, dict)):
-            _check_numbers(*(value.values() if isinstance(value, dict) else value))
-
-
-def _check_format(text, values) -> None:
-    """Widths stand in a format as numbers, or * asks for one of the values."""
-    if isinstance(text, str) and re.search(r"\d{7}", text):
-        _refuse("a number is too large")
-    if isinstance(text, str) and "*" in text:
-        _check_numbers(values)
+            _check(*(value.values() if isinstance(value, dict) else value))
 
 
 def _refuse(message: str):
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """As transformers has it: jinja2's own escapes what HTML would read."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    raise TemplateError(message)

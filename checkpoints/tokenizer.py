@@ -1,5 +1,4 @@
-"""Text to token ids and back, as a checkpoint's files say: what begins a text, frames a turn, ends
-an answer.
+"""Text to token ids and back, as a checkpoint's files say.
 
 Two libraries do the work behind one face. `Library` is Hugging Face's tokenizers, which defines
 tokenizer.json and reads all of it. `Tiktoken` is byte-level BPE in the library of that name, the
@@ -8,52 +7,59 @@ faster of the two. `vocabulary` chooses.
 
 import re
 import secrets
-from typing import Any
+from collections.abc import Collection, Iterable
+from functools import partial
+from itertools import groupby
 
 import tiktoken
 import tokenizers
 
 from checkpoints.template import Template
 
-# GPT-2's spelling of bytes as visible characters: printable Latin-1 as it is, others from U+0100 up
-_PRINTABLE = {*range(33, 127), *range(161, 173), *range(174, 256)}
-BYTES = {chr(b): b for b in _PRINTABLE}
-BYTES |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PRINTABLE)}
+# GPT-2's spelling of bytes as characters: the visible of Latin-1 as they are, others from U+0100 up
+_HIDDEN = [b for b in range(256) if b == ord(" ") or not chr(b).isprintable()]
+BYTES = {chr(256 + _HIDDEN.index(b) if b in _HIDDEN else b): b for b in range(256)}
+_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 class Tokenizer:
     """special: the ids of the tokens that no text can spell. stop: the ids that end an answer.
 
     n_vocab: one more than the largest id. template: None if a conversation is told as plain text.
-    settings: what tokenizer_config.json says (or would, for a GGUF file). Made by `load`.
+    settings: what tokenizer_config.json says (or would, for a GGUF file); names: its bos_token and
+    the like, without their flags. Made by `load`.
     """
 
     def __init__(
-        self,
-        engine: "Library | Tiktoken",
-        settings: dict,
-        stop: tuple[int, ...] = (),
-        where: str = "",
-    ):
-        self.engine, self.settings, self.stop, self.n_vocab = engine, settings, stop, engine.n_vocab
-        tokens = {key: spelled(token) for key, token in settings.items() if key.endswith("_token")}
-        names = {key: token for key, token in tokens.items() if token}
+        self, engine: "Library | Tiktoken", settings: dict,
+        stop: Iterable[int] = (), where: str = "",
+    ):  # fmt: skip
+        self.engine, self.settings, self.n_vocab = engine, settings, engine.n_vocab
+        said = {key: t.get("content") if isinstance(t, dict) else t for key, t in settings.items()}
+        texts = {key: t for key, t in said.items() if isinstance(t, str) and t}
+        self.names = {key: t for key, t in texts.items() if key.endswith("_token")}
+        bos, eos = (engine.id_of(self.names.get(key, "")) for key in ("bos_token", "eos_token"))
+        added = [bos] if bos is not None and settings.get("add_bos_token") else []
+        self.bos = engine.opening or added
+        self.stop = tuple(dict.fromkeys(stop)) or (() if eos is None else (eos,))
         source = settings.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = {t["name"]: t["template"] for t in source}.get("default")
-        self.template = Template(source, where, names) if source else None
-        # what a template writes itself is as good as special: <｜User｜> of DeepSeek is not marked
-        self.special = engine.reserve(self.template.literals if self.template else "")
+        self.template = Template(source, where, self.names) if source else None
+        # what a template writes itself is as good as special, if it is more than a word or blanks:
+        # <｜User｜> of DeepSeek is not marked
+        written = self.template.literals if self.template else ""
+        self.special = {
+            token: id
+            for token, (id, special) in engine.added.items()
+            if special or token in written and not token.strip().isalnum() and not token.isspace()
+        }
+        engine.reserve(self.special)
         longest_first = sorted(self.special, key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        first = engine.id_of(names.get("bos_token", ""))
-        added = [first] if settings.get("add_bos_token") and first is not None else []
-        self.bos = engine.opening() or added
+        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, BOS first if the files ask for it. Special tokens are never read out
-        of it.
-        """
+        """Token ids of a text, BOS first if the files ask for it. It can spell no special token."""
         return [*self.bos, *self.engine.ids([text])]
 
     def decode(self, ids: list[int]) -> str:
@@ -65,48 +71,41 @@ class Tokenizer:
         return self.engine.spell(id)
 
     def chat(self, turns: list[str]) -> list[int]:
-        """Token ids of a conversation (user, assistant, user, ...), ready for the assistant's
-        answer.
+        """Token ids of a conversation (user, assistant, user, ...), ready for the next answer.
 
         As the checkpoint's chat template has it; without one, BOS and the turns, a newline between
         them. Special tokens are read only in what the template writes, so that no turn can forge an
         end of turn. Raises ValueError if the last turn is not the user's, or the template refuses.
         """
         if len(turns) % 2 == 0:
-            raise ValueError(
-                f"a conversation must end with the user's turn, got {len(turns)} turns"
-            )
+            raise ValueError(f"a conversation ends with the user's turn, got {len(turns)} turns")
         if self.template is None:
             return self.encode("\n".join(turns))
         parts: list[str | int] = []
-        for k, piece in enumerate(self.template.cut([*map(whole, turns)])):
-            at = 0
-            for match in self._special.finditer(piece) if k % 2 == 0 else ():
-                parts += [piece[at : match.start()], self.special[match.group()]]
-                at = match.end()
-            parts.append(piece[at:])
+        for k, piece in enumerate(self.template.cut(turns)):
+            if k % 2 == 0:  # the template's own
+                parts += [self.special.get(part, part) for part in self._special.split(piece)]
+            else:
+                parts.append(piece)
         return self.engine.ids(parts)
 
     @property
     def prompt(self) -> str:
         """How `chat` tells a conversation, in words."""
-        return (
-            "chat template of the model"
-            if self.template
-            else "plain text" + " with BOS" * bool(self.bos)
-        )
+        plain = "plain text with BOS" if self.bos else "plain text"
+        return "chat template of the model" if self.template else plain
 
 
 class Library:
-    """A tokenizer.json, by tokenizers. Raises ValueError if it is damaged, or the library refuses
-    it.
+    """A tokenizer.json, by tokenizers. Raises ValueError if it is damaged or refused.
 
-    extra: tokens that only tokenizer_config.json lists, by id. What must not be read out of a text
-    is made special, and special tokens are off; where one is meant, a name that no text can hold
-    stands for it, with the same flags, so that the library cuts and strips around it as it would.
+    listed: tokens by id, as tokenizer.json and tokenizer_config.json add them; some are only in the
+    second. What must not be read out of a text is made special, and special tokens are off; where
+    one is meant, a name that no text can hold stands for it, with the same flags, so that the
+    library cuts and strips around it as it would.
     """
 
-    def __init__(self, content: str, extra: dict[int, dict] | None = None):
+    def __init__(self, content: str, listed: dict[int, dict] | None = None):
         self.content = content
         try:
             self._engine = tokenizers.Tokenizer.from_str(content)
@@ -115,63 +114,52 @@ class Library:
         self._engine.no_truncation()
         self._engine.no_padding()
         self._engine.encode_special_tokens = True
+        self.id_of = self._engine.token_to_id
         held = self._engine.get_added_tokens_decoder()
-        for id, flags in sorted((extra or {}).items()):
+        for id, flags in sorted((listed or {}).items()):
             token = tokenizers.AddedToken(**{k: v for k, v in flags.items() if k in _FLAGS})
-            if id not in held and self._engine.token_to_id(token.content) in (id, None):
+            if id not in held and self.id_of(token.content) in (id, None):
                 self._engine.add_tokens([token])
-            if self._engine.token_to_id(token.content) != id:
-                raise ValueError(f"tokenizer_config.json: {token.content!r} cannot have id {id}")
+            if self.id_of(token.content) != id:
+                raise ValueError(f"the tokenizer's {token.content!r} cannot have id {id}")
         self.n_vocab = max(self._engine.get_vocab().values(), default=-1) + 1
-        self._added = set(self._engine.get_added_tokens_decoder())
+        framed = self._engine.encode("a")  # with what the file's post-processor puts before a text
+        self.opening = framed.ids[: [*framed.special_tokens_mask, 0].index(0)]
+        held = self._engine.get_added_tokens_decoder()
+        self.added = {token.content: (id, token.special) for id, token in held.items()}
         self._bytes = "ByteLevel" in str(self._engine.decoder)
-        self._unknown = self._engine.token_to_id(
-            getattr(self._engine.model, "unk_token", None) or ""
-        )
-        self._names: dict[int, str] = {}  # by the id of a reserved token
-        self._meant: dict[int, int] = {}  # the id a name has in the library: that of its token
+        self._unknown = self.id_of(getattr(self._engine.model, "unk_token", None) or "")
 
-    def reserve(self, written: str) -> dict[str, int]:
-        added = self._engine.get_added_tokens_decoder()
-        chosen = {id: t for id, t in added.items() if t.special or marks(t.content, written)}
-        for token in chosen.values():
+    def reserve(self, special: dict[str, int]) -> None:
+        held, tokens = self._engine.get_added_tokens_decoder(), []
+        self._names = {id: secrets.token_hex(12) for id in special.values()}
+        for id, name in self._names.items():
+            token = held[id]
             token.special = True
-        self._engine.add_special_tokens(list(chosen.values()))
-        for id, token in chosen.items():
-            self._names[id] = secrets.token_hex(12)
             flags = {flag: getattr(token, flag) for flag in ("lstrip", "rstrip", "normalized")}
-            name = tokenizers.AddedToken(self._names[id], single_word=False, special=False, **flags)
-            self._engine.add_tokens([name])
-            self._meant[self._engine.token_to_id(self._names[id]) or 0] = id
-        return {token.content: id for id, token in chosen.items()}
-
-    def opening(self) -> list[int]:
-        """What the file's post-processor puts before a text."""
-        framed = self._engine.encode("a")
-        return framed.ids[: [*framed.special_tokens_mask, 0].index(0)]
-
-    def id_of(self, token: str) -> int | None:
-        return self._engine.token_to_id(token)
+            tokens += [token, tokenizers.AddedToken(name, **flags)]
+        self._engine.add_tokens(tokens)
+        self._meant = {self.id_of(name): id for id, name in self._names.items()}
 
     def ids(self, parts: list[str | int]) -> list[int]:
-        text = "".join(self._names[p] if isinstance(p, int) else whole(p) for p in parts)
+        text = "".join(self._names[p] if isinstance(p, int) else p for p in parts)
+        # no encoding of bytes can hold half a surrogate pair
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self._engine.encode(text, add_special_tokens=False).ids
         for id in ids:
             if id in self._names and id != self._unknown:
-                raise ValueError(
-                    f"the text spells {self._engine.id_to_token(id)!r} as an ordinary word would be"
-                )
+                token = self._engine.id_to_token(id)
+                raise ValueError(f"the text spells {token!r} as an ordinary word would be")
         return [self._meant.get(id, id) for id in ids]
 
     def decode(self, ids: list[int]) -> str:
-        return self._engine.decode(
-            [i for i in ids if 0 <= i < self.n_vocab], skip_special_tokens=False
-        )
+        known = [id for id in ids if 0 <= id < self.n_vocab]
+        return self._engine.decode(known, skip_special_tokens=False)
 
     def spell(self, id: int) -> bytes:
-        token = self._engine.id_to_token(id) if 0 <= id < self.n_vocab else None
-        if token is None or id in self._added:
-            return (token or "").encode()
+        token = (self._engine.id_to_token(id) if 0 <= id < self.n_vocab else None) or ""
+        if token in self.added:
+            return token.encode()
         if self._bytes and set(token) <= BYTES.keys():
             return bytes(BYTES[c] for c in token)
         byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
@@ -179,43 +167,26 @@ class Library:
 
 
 class Tiktoken:
-    """Byte-level BPE, by tiktoken. named: the tokens that merges do not make, and their ids.
-
-    Of these the text may spell those in `plain`.
-    """
+    """Byte-level BPE, by tiktoken. named: tokens no merges make; plain: those texts may spell."""
 
     def __init__(
-        self,
-        encoding: tiktoken.Encoding,
-        named: dict[str, int],
-        plain: frozenset[str] = frozenset(),
+        self, encoding: tiktoken.Encoding, named: dict[str, int], plain: Collection[str] = ()
     ):
-        self.encoding, self.named, self.plain = encoding, named, plain
-        self.n_vocab = encoding.n_vocab
+        self.encoding, self.named, self.plain = encoding, named, set(plain)
+        self.n_vocab, self.id_of = encoding.n_vocab, named.get
+        self.added = {token: (id, token not in self.plain) for token, id in named.items()}
+        self.opening: list[int] = []
 
-    def reserve(self, written: str) -> dict[str, int]:
-        self.plain = frozenset(token for token in self.plain if not marks(token, written))
-        return {token: id for token, id in self.named.items() if token not in self.plain}
-
-    def opening(self) -> list[int]:
-        return []
-
-    def id_of(self, token: str) -> int | None:
-        return self.named.get(token)
+    def reserve(self, special: dict[str, int]) -> None:
+        self.plain -= special.keys()
 
     def ids(self, parts: list[str | int]) -> list[int]:
-        ids: list[int] = []
-        text = ""
-        for part in (*parts, -1):
-            if isinstance(part, str):
-                text += part
-            else:
-                ids += [
-                    *self.encoding.encode(text, allowed_special=self.plain, disallowed_special=()),
-                    part,
-                ]
-                text = ""
-        return ids[:-1]
+        ids: list = []
+        read = partial(self.encoding.encode, allowed_special=self.plain, disallowed_special=())
+        for kind, run in groupby(parts, type):
+            stretch: list = list(run)
+            ids += read("".join(stretch)) if kind is str else stretch
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         return b"".join(map(self.spell, ids)).decode("utf-8", "replace")
@@ -225,22 +196,3 @@ class Tiktoken:
             return self.encoding.decode_single_token_bytes(id)
         except (KeyError, OverflowError):
             return b""
-
-
-_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-
-
-def spelled(token: Any) -> str:
-    """A token as tokenizer_config.json names it, plainly or with its flags; empty if none."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else ""
-
-
-def marks(token: str, written: str) -> bool:
-    """Whether a template that writes this text writes the token, as more than a word or blanks."""
-    return token in written and not token.isspace() and not token.strip().isalnum()
-
-
-def whole(text: str) -> str:
-    """The text without half surrogate pairs, which no encoding of bytes can hold."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

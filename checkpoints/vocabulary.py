@@ -1,5 +1,4 @@
-"""Vocabularies: from a Hugging Face folder, a GGUF file's metadata or a text corpus to a
-`Tokenizer`, and to JSON.
+"""Vocabularies: of a Hugging Face folder, of a GGUF file or learned; to a `Tokenizer`, and to JSON.
 
 tokenizers takes any of them. tiktoken has one number for a token's id and its merge priority, and
 merges any two pieces whose union is a token, where the others merge listed pairs in listed order.
@@ -7,10 +6,9 @@ Both give the same ids on every text if the list is in id order and its merges m
 the token's own bytes: where pieces of a text meet whose union is a token, they are then the listed
 pair, since what stands around them has not changed what became of them. `_fast` checks both.
 
-A byte the vocabulary lacks gets an id past it, since tiktoken needs all 256. SmolLM2 lacks 21: 0x04
-06 13 14 16 1D C0 C1 F1 F2 F5-FF, so only six control characters and far planes of Unicode meet
-them. The model has neither embedding nor logit for such an id: it is never emitted and must not be
-fed.
+A byte the vocabulary lacks gets an id past it, since tiktoken needs all 256. SmolLM2 lacks 21, met
+by only six control characters and far planes of Unicode. The model has neither embedding nor logit
+for such an id: it is never emitted and must not be fed.
 
 Sources: docs/gguf.md of ggml-org/ggml, the pre-tokenizers and the sentencepiece merges of
 ggml-org/llama.cpp, the tokenizer of meta-llama/llama-models.
@@ -18,13 +16,15 @@ ggml-org/llama.cpp, the tokenizer of meta-llama/llama-models.
 
 import base64
 import json
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
 import tokenizers
 
-from checkpoints.tokenizer import BYTES, Library, Tiktoken, Tokenizer, spelled
+from checkpoints.files import only, read_json
+from checkpoints.tokenizer import BYTES, Library, Tiktoken, Tokenizer
 
 END = "<|endoftext|>"  # what a learned vocabulary has between documents
 _CHARS = {b: c for c, b in BYTES.items()}
@@ -39,196 +39,157 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPLITS = {"smollm": SMOLLM, "gpt-2": GPT2}
-SPLITS |= dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), LLAMA3)
-NORMAL, UNKNOWN, CONTROL, USER, BYTE = 1, 2, 3, 4, 6  # GGUF's token types
+SPLITS |= dict.fromkeys(["llama-bpe", "llama3", "llama-v3"], LLAMA3)
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # GGUF's token types
 
 
 def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None:
     """The tokenizer of a Hugging Face folder, None if it has none. config: its config.json.
 
     Its answers end at the eos_token_id of config.json and of generation_config.json; if neither has
-    one, at tokenizer_config.json's eos_token. Raises ValueError if a file is damaged or
-    contradicts.
+    one, at tokenizer_config.json's eos_token. ValueError if a file is damaged or contradicts.
     """
-    settings: dict = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        settings |= read_json(folder / name) if (folder / name).is_file() else {}
-    where = folder / "tokenizer_config.json"
+    settings = read_json(folder / "special_tokens_map.json")
+    settings |= read_json(folder / "tokenizer_config.json")
+    where = folder / "tokenizer_config.json"  # of the template, which may refuse later
     if (folder / "chat_template.jinja").is_file():
         where = folder / "chat_template.jinja"
         settings["chat_template"] = where.read_text("utf-8")
     # tokenizer.json first: it states the split and the special tokens, as the other does not
+    engine: Library | Tiktoken
     if (folder / "tokenizer.json").is_file():
-        content = read_json(folder / "tokenizer.json")
-        _check_json(content)
-        engine: Library | Tiktoken | None = None
-        if settings.get("engine") == "tiktoken":  # `save` wrote it
-            engine = _from_byte_level(content, vocab_size)
-        extra = {int(id): flags for id, flags in settings.get("added_tokens_decoder", {}).items()}
-        engine = engine or Library((folder / "tokenizer.json").read_text("utf-8"), extra)
-        for token in content.get("added_tokens") or ():
-            if engine.id_of(token["content"]) != token["id"]:
-                raise ValueError(
-                    f"tokenizer.json: {token['content']!r} cannot have id {token['id']}"
-                )
+        file = folder / "tokenizer.json"
+        engine = _from_json(read_json(file), file.read_text("utf-8"), settings, vocab_size)
     elif (folder / "tokenizer.model").is_file():
         engine = _from_model((folder / "tokenizer.model").read_bytes(), vocab_size)
         settings = {"bos_token": "<|begin_of_text|>", "add_bos_token": True} | settings
     else:
         return None
-    stop = _ends(config, "config.json")
-    if (folder / "generation_config.json").is_file():
-        stop |= _ends(read_json(folder / "generation_config.json"), "generation_config.json")
-    last = engine.id_of(spelled(settings.get("eos_token")))
-    if not stop and last is not None:
-        stop = {last: None}
-    return Tokenizer(engine, settings, tuple(stop), str(where))
+    stop, generation = [], read_json(folder / "generation_config.json")
+    for name, said in (("config.json", config), ("generation_config.json", generation)):
+        ends = said.get("eos_token_id")
+        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+        if not all(isinstance(id, int) and id >= 0 for id in ends):
+            raise ValueError(f"{name}: eos_token_id must be a token id or several, got {ends}")
+        stop += ends
+    return Tokenizer(engine, settings, stop, str(where))
 
 
 def from_gguf(meta: dict, vocab_size: int, where: str = "") -> Tokenizer | None:
-    """The tokenizer in a GGUF file's metadata, None if there is none. Raises ValueError if
-    unsupported.
-    """
-    own = {key.removeprefix("tokenizer.ggml."): value for key, value in meta.items()}
+    """The tokenizer in a GGUF file's metadata, None if it has none. ValueError if unsupported."""
     if "tokenizer.ggml.model" not in meta:
         return None
-    kind, pre = own["model"], own.get("pre", "")
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported, only 'gpt2' and 'llama'")
-    if kind == "gpt2" and pre not in SPLITS:
-        raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported, only {', '.join(SPLITS)}")
-    lists = ["tokens", "token_type", "merges" if kind == "gpt2" else "scores"]
-    for key in lists:
+    own = {key.removeprefix("tokenizer.").removeprefix("ggml."): meta[key] for key in meta}
+    kind = own["model"]
+    only("tokenizer.ggml.model", kind, "gpt2", "llama")
+    if kind == "gpt2":
+        only("tokenizer.ggml.pre", own.get("pre"), *SPLITS)
+        own = {"add_bos_token": SPLITS[own["pre"]] == LLAMA3} | own
+    else:
+        own = {"add_bos_token": True, "bos_token_id": 1, "eos_token_id": 2} | own
+    for key in ("tokens", "token_type", "merges" if kind == "gpt2" else "scores"):
         if not isinstance(own.get(key), list):
             raise ValueError(f"tokenizer.ggml.{key} is missing, or no list")
-        if key != "merges" and len(own[key]) != len(own["tokens"]):
-            raise ValueError(
-                f"tokenizer.ggml.{key} has {len(own[key])} entries, tokens {len(own['tokens'])}"
-            )
-    tokens = own["tokens"]
-    vocab = {token: id for id, token in enumerate(tokens)}
+        count, tokens = len(own[key]), own["tokens"]
+        if key != "merges" and count != len(tokens):
+            raise ValueError(f"tokenizer.ggml.{key} has {count} entries, tokens {len(tokens)}")
+    types, vocab = own["token_type"], {token: id for id, token in enumerate(tokens)}
     if len(vocab) < len(tokens):
         raise ValueError("tokenizer.ggml.tokens holds a token twice")
+    normal = {token: id for token, id in vocab.items() if types[id] == NORMAL}
+    named = {token: id for token, id in vocab.items() if types[id] not in (NORMAL, BYTE)}
+    plain = {token for token, id in named.items() if types[id] == USER}
+    engine: Library | Tiktoken | None = None
     if kind == "gpt2":
-        engine = _byte_level_gguf(own, vocab, vocab_size)
+        split, merges = SPLITS[own["pre"]], [tuple(merge.split(" ")) for merge in own["merges"]]
+        for pair in merges:
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= normal.keys():
+                what = f"tokenizer.ggml.merges has {' '.join(pair)!r}"
+                raise ValueError(f"{what}, of tokens that are not there")
+        engine = _fast(normal, merges, named, split, vocab_size, split == LLAMA3, plain)
+        if engine is None:
+            slow = _byte_level(vocab, merges, split, split == LLAMA3)
     else:
-        engine = Library(_sentencepiece(own, vocab))
-    settings = {"add_bos_token": own.get("add_bos_token", kind == "llama" or SPLITS[pre] == LLAMA3)}
-    for name, key in (
-        ("bos_token", "bos_token_id"),
-        ("eos_token", "eos_token_id"),
-        ("unk_token", "unknown_token_id"),
-    ):
-        id = own.get(key, {"bos_token": 1, "eos_token": 2}.get(name) if kind == "llama" else None)
+        slow = _sentencepiece(own, vocab, normal)
+    engine = engine or Library(_content(slow, named, plain))
+    settings = {key: own.get(key) for key in ("add_bos_token", "chat_template")}
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown")):
+        id = own.get(f"{key}_token_id")
         if id is not None and 0 <= id < len(tokens):
-            settings[name] = tokens[id]
-    if "tokenizer.chat_template" in meta:
-        settings["chat_template"] = meta["tokenizer.chat_template"]
-    stop = {
-        own[key]: None for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in own
-    }
-    return Tokenizer(engine, settings, tuple(stop), where)
+            settings[f"{name}_token"] = tokens[id]
+    ends = [f"{key}_token_id" for key in ("eos", "eot", "eom")]
+    return Tokenizer(engine, settings, [own[key] for key in ends if key in own], where)
 
 
 def learn(texts: list[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE (arXiv 1508.07909) of at most vocab_size tokens, the last of them END."""
-    engine = tokenizers.Tokenizer(tokenizers.models.BPE())
-    pre = tokenizers.pre_tokenizers
-    split = pre.Split(tokenizers.Regex(SMOLLM), behavior="isolated")
-    engine.pre_tokenizer = pre.Sequence(
-        [split, pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    engine = _byte_level({}, [], SMOLLM, True)
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=pre.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size - 1, initial_alphabet=list(BYTES), show_progress=False
     )
     engine.train_from_iterator(texts, trainer)
-    model = json.loads(engine.to_str())["model"]
-    vocab, merges, named = model["vocab"], model["merges"], {END: len(model["vocab"])}
-    fast = _fast(vocab, merges, named, SMOLLM, len(vocab) + 1, True)
-    content = _byte_level(vocab, merges, named, frozenset(), SMOLLM, True)
-    return Tokenizer(fast or Library(content), {"eos_token": END}, (named[END],))
+    engine.add_special_tokens([END])
+    text, settings = engine.to_str(), {"eos_token": END, "engine": "tiktoken"}
+    made = _from_json(json.loads(text), text, settings, engine.get_vocab_size())
+    return Tokenizer(made, settings)
 
 
 def to_files(tokenizer: Tokenizer, vocab_size: int) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json, for the same ids here and in transformers."""
-    engine, settings = tokenizer.engine, dict(tokenizer.settings)
     # without this line transformers would rebuild a Llama-2 tokenizer around the vocabulary
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings = tokenizer.settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    engine = tokenizer.engine
     if isinstance(engine, Library):
         content = engine.content
     else:
-        ranks = {
-            token: i for token, i in engine.encoding._mergeable_ranks.items() if i < vocab_size
-        }
-        vocab = {_written(token): i for token, i in ranks.items()}
-        made = (_pieces(token, ranks) for token in sorted(ranks, key=ranks.__getitem__))
-        merges = [[_written(piece) for piece in pair] for pair in made if len(pair) == 2]
-        content = _byte_level(
-            vocab, merges, engine.named, engine.plain, engine.encoding._pat_str, True
-        )
+        held = sorted(engine.encoding._mergeable_ranks.items(), key=lambda item: item[1])
+        ranks = {token: id for token, id in held if id < vocab_size}
+        written = {token: "".join(_CHARS[b] for b in token) for token in ranks}
+        vocab = {written[token]: id for token, id in ranks.items()} | engine.named
+        made = [_pieces(token, ranks) for token in ranks]
+        merges = [(written[pair[0]], written[pair[1]]) for pair in made if len(pair) == 2]
+        slow = _byte_level(vocab, merges, engine.encoding._pat_str, True)
+        content = _content(slow, engine.named, engine.plain)
         settings["engine"] = "tiktoken"
-    if tokenizer.bos and not engine.opening():  # transformers has it from here alone
-        content = json.dumps(
-            json.loads(content) | {"post_processor": _opened(settings, tokenizer.bos)}
+    if tokenizer.bos and not engine.opening:  # transformers has it from here alone
+        bos = tokenizer.names["bos_token"]
+        framed = tokenizers.Tokenizer.from_str(content)
+        framed.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", "$B:1"], special_tokens=[(bos, *tokenizer.bos)]
         )
+        content = framed.to_str()
     return {"tokenizer.json": content, "tokenizer_config.json": json.dumps(settings, indent=1)}
 
 
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return content
-
-
-def _ends(config: dict, name: str) -> dict[int, None]:
-    """The eos_token_id of a configuration, one or several, in the order it names them."""
-    ids = config.get("eos_token_id")
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    if not all(isinstance(id, int) and id >= 0 for id in ids):
-        raise ValueError(f"{name}: eos_token_id must be a token id or a list of them, got {ids}")
-    return dict.fromkeys(ids)
-
-
-# ---- byte-level BPE ------------------------------------------------------------------------------
-
-
-def _byte_level_gguf(own: dict, vocab: dict[str, int], vocab_size: int) -> Library | Tiktoken:
-    types = own["token_type"]
-    named = {token: id for token, id in vocab.items() if types[id] != NORMAL}
-    plain = frozenset(token for token, id in named.items() if types[id] == USER)
-    ordinary = {token: id for token, id in vocab.items() if types[id] == NORMAL}
-    merges = [merge.split(" ") for merge in own["merges"]]
-    for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= ordinary.keys():
-            raise ValueError(
-                f"tokenizer.ggml.merges has {' '.join(merge)!r}, of tokens that are not there"
-            )
-    split = SPLITS[own["pre"]]
-    whole_pieces = split == LLAMA3
-    fast = _fast(ordinary, merges, named, split, vocab_size, whole_pieces, plain)
-    return fast or Library(_byte_level(ordinary, merges, named, plain, split, whole_pieces))
-
-
-def _from_byte_level(content: dict, vocab_size: int) -> Tiktoken | None:
-    """What `to_files` wrote of a `Tiktoken`."""
-    model, added = content["model"], content["added_tokens"]
+def _from_json(content: dict, text: str, settings: dict, vocab_size: int) -> Library | Tiktoken:
+    """Checked is what the library would take without a word, or refuse in words of its own."""
+    model, added = content.get("model"), content.get("added_tokens") or ()
+    if not isinstance(model, dict):
+        raise ValueError("tokenizer.json has no model")
+    only("tokenizer.json: model", model.get("type", "BPE"), "BPE")
+    if not isinstance(model.get("vocab"), dict):
+        raise ValueError("tokenizer.json: the model has no vocab")
     named = {token["content"]: token["id"] for token in added}
-    plain = frozenset(token["content"] for token in added if not token["special"])
-    vocab = {token: id for token, id in model["vocab"].items() if token not in named}
-    split = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-    return _fast(vocab, model["merges"], named, split, vocab_size, True, plain)
+    ids = model["vocab"] | named
+    if len(set(ids.values())) < len(ids):
+        raise ValueError("tokenizer.json: two tokens share an id")
+    fast = None
+    if settings.get("engine") == "tiktoken":  # it is of `_byte_level`, as `to_files` writes it
+        merges, whole = model["merges"], model["ignore_merges"]
+        split = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        plain = {token["content"] for token in added if not token["special"]}
+        vocab = {token: id for token, id in ids.items() if token not in named}
+        fast = _fast(vocab, merges, named, split, vocab_size, whole, plain)
+    listed = {token["id"]: token for token in added}
+    listed |= {int(id): token for id, token in settings.get("added_tokens_decoder", {}).items()}
+    return fast or Library(text, listed)
 
 
 def _fast(
     vocab: dict[str, int], merges: list, named: dict[str, int], split: str, vocab_size: int,
-    ignore_merges: bool, plain: frozenset[str] = frozenset(),
+    ignore_merges: bool, plain: Collection[str] = (),
 ) -> Tiktoken | None:  # fmt: skip
-    """The byte-level BPE with these tokens (in GPT-2's spelling) and merges; None if tiktoken would
-    differ.
+    """The byte-level BPE of these tokens (in GPT-2's spelling); None if tiktoken would differ.
 
     ignore_merges: a piece that is a token is taken whole even if no merges lead to it.
     """
@@ -238,52 +199,37 @@ def _fast(
     ranks = {bytes(map(BYTES.__getitem__, token)): id for token, id in vocab.items()}
     model = tokenizers.models.BPE(vocab, list(map(tuple, merges)))
     for token, (spelling, id) in zip(ranks, vocab.items()):
-        made = model.tokenize(spelling)
-        if len(made) == 1 and made[0].id == id:
-            continue
-        if not ignore_merges or len(_pieces(token, ranks)) <= 2:
-            return None
+        if [made.id for made in model.tokenize(spelling)] != [id]:
+            if not ignore_merges or len(_pieces(token, ranks)) <= 2:
+                return None
     return _tiktoken(ranks, named, plain, split, vocab_size)
 
 
-def _tiktoken(
-    ranks: dict[bytes, int], named: dict, plain: frozenset, split: str, vocab_size: int
-) -> Tiktoken:
-    ids = [*ranks.values(), *named.values()]
-    if len(set(ids)) < len(ids):
-        raise ValueError("two tokens of the tokenizer share an id")
+def _tiktoken(ranks: dict, named: dict, plain: Collection, split: str, vocab_size: int) -> Tiktoken:
+    past = max([vocab_size - 1, *ranks.values(), *named.values()]) + 1
     missing = [bytes([b]) for b in range(256) if bytes([b]) not in ranks]
-    past = max([vocab_size - 1, *ids]) + 1
     ranks = ranks | {byte: past + i for i, byte in enumerate(missing)}
-    encoding = tiktoken.Encoding(
-        "checkpoint", pat_str=split, mergeable_ranks=ranks, special_tokens=named
-    )
+    encoding = tiktoken.Encoding("bpe", pat_str=split, mergeable_ranks=ranks, special_tokens=named)
     return Tiktoken(encoding, named, plain)
 
 
 def _from_model(data: bytes, vocab_size: int) -> Tiktoken:
-    """Llama 3's tokenizer.model, a base64 token and its rank a line; the special tokens follow,
-    named as since 3.1.
-    """
+    """Llama 3's tokenizer.model, a base64 token and its rank a line, and what 3.1 adds to it."""
     try:
         lines = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise ValueError("ranks must count up from 0")
     except ValueError as error:
-        raise ValueError(
-            "tokenizer.model is not Llama 3's; for a sentencepiece one give tokenizer.json"
-        ) from error
+        what = "tokenizer.model is not Llama 3's; for a sentencepiece one give tokenizer.json"
+        raise ValueError(what) from error
     names = """
         begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1
-        finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id
-        python_tag image
+        finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image
     """.split()
-    names += [f"reserved_special_token_{i}" for i in range(2, 258 - len(names))]  # 256 in all
+    names += [f"reserved_special_token_{i}" for i in range(2, 246)]  # 256 in all
     named = {f"<|{name}|>": len(ranks) + i for i, name in enumerate(names)}
-    return _tiktoken(ranks, named, frozenset(), LLAMA3, vocab_size)
-
-
-def _written(token: bytes) -> str:
-    return "".join(_CHARS[b] for b in token)
+    return _tiktoken(ranks, named, (), LLAMA3, vocab_size)
 
 
 def _pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -298,94 +244,42 @@ def _pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
         pieces[at : at + 2] = [pieces[at] + pieces[at + 1]]
 
 
-# ---- the content of a tokenizer.json -------------------------------------------------------------
+def _byte_level(vocab: dict, merges: list, split: str, whole: bool) -> tokenizers.Tokenizer:
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=whole))
+    pre = tokenizers.pre_tokenizers
+    to_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(split), "isolated"), to_bytes])
+    engine.decoder = tokenizers.decoders.ByteLevel()
+    return engine
 
 
-def _byte_level(vocab, merges, named, plain, split: str, ignore_merges: bool) -> str:
-    split_step = {
-        "type": "Split",
-        "pattern": {"Regex": split},
-        "behavior": "Isolated",
-        "invert": False,
-    }
-    bytes_step = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": False,
-    }
-    pre = {"type": "Sequence", "pretokenizers": [split_step, bytes_step]}
-    model = {"ignore_merges": ignore_merges, "vocab": vocab | named, "merges": merges}
-    return _bpe(model, named, plain, pre_tokenizer=pre, decoder=bytes_step)
-
-
-def _sentencepiece(own: dict, vocab: dict[str, int]) -> str:
+def _sentencepiece(own: dict, vocab: dict, normal: dict[str, int]) -> tokenizers.Tokenizer:
     """sentencepiece's BPE joins the neighbours whose union scores best, however they came about.
 
     As a list: for each token all pairs that make it, best score first. Each stretch of text between
     special tokens begins with a blank, as llama.cpp has it and most files of Llama 2 do.
     """
     types, scores = own["token_type"], own["scores"]
-    normal = {token: id for token, id in vocab.items() if types[id] == NORMAL}
-    merges = []
-    for token, id in normal.items():
-        for at in range(1, len(token)):
-            left, right = token[:at], token[at:]
-            if left in normal and right in normal:
-                merges.append((-scores[id], normal[left], normal[right], [left, right]))
-    merges.sort(key=lambda merge: merge[:3])
-    unknown = next((token for token, id in vocab.items() if types[id] == UNKNOWN), None)
-    named = {token: id for token, id in vocab.items() if types[id] in (UNKNOWN, CONTROL, USER)}
-    plain = frozenset(token for token, id in named.items() if types[id] == USER)
-    blank = own.get("add_space_prefix", True)
-    model = {
-        "unk_token": unknown, "fuse_unk": True, "byte_fallback": BYTE in types,
-        "vocab": vocab, "merges": [pair for *_, pair in merges],
-    }  # fmt: skip
-    to_bars = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    to_blanks = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    before = [{"type": "Prepend", "prepend": "▁"}] * blank + [to_bars]
-    after = [to_blanks, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    after += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * blank
-    return _bpe(
-        model, named, plain,
-        normalizer={"type": "Sequence", "normalizers": before},
-        decoder={"type": "Sequence", "decoders": after},
+    merges = sorted(
+        (-scores[id], normal[token[:at]], normal[token[at:]], token[:at], token[at:])
+        for token, id in normal.items()
+        for at in range(1, len(token))
+        if token[:at] in normal and token[at:] in normal
+    )
+    model = tokenizers.models.BPE(
+        vocab, [merge[3:] for merge in merges], fuse_unk=True, byte_fallback=BYTE in types,
+        unk_token=next((token for token, id in vocab.items() if types[id] == UNKNOWN), None),
     )  # fmt: skip
+    engine, blank = tokenizers.Tokenizer(model), bool(own.get("add_space_prefix", True))
+    n, d = tokenizers.normalizers, tokenizers.decoders
+    engine.normalizer = n.Sequence([n.Prepend("▁")] * blank + [n.Replace(" ", "▁")])
+    after = [d.Replace("▁", " "), d.ByteFallback(), d.Fuse()]
+    engine.decoder = d.Sequence(after + [d.Strip(" ", 1, 0)] * blank)
+    return engine
 
 
-def _bpe(model: dict, named: dict[str, int], plain: frozenset[str], **steps) -> str:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    by_id = sorted(named.items(), key=lambda item: item[1])
-    added = [{"id": id, "content": t, "special": t not in plain, **flags} for t, id in by_id]
-    content: dict = {
-        "version": "1.0",
-        "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": None,
-    }
-    content |= {"post_processor": None, "decoder": None, **steps, "model": {"type": "BPE", **model}}
-    return json.dumps(content, indent=1)
-
-
-def _opened(settings: dict, ids: list[int]) -> dict:
-    bos = spelled(settings.get("bos_token"))
-    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
-    token = {bos: {"id": bos, "ids": ids, "tokens": [bos]}}
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": token}
-
-
-def _check_json(content: dict) -> None:
-    """What the library would take without a word, or refuse in words of its own."""
-    model = content.get("model")
-    if not isinstance(model, dict):
-        raise ValueError("tokenizer.json has no model")
-    if model.get("type", "BPE") != "BPE":
-        raise ValueError(f"tokenizer.json: model {model['type']!r} is not supported, only 'BPE'")
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict):
-        raise ValueError("tokenizer.json: the model has no vocab")
-    ids = vocab | {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
-    if len(set(ids.values())) < len(ids):
-        raise ValueError("tokenizer.json: two tokens share an id")
+def _content(engine: tokenizers.Tokenizer, named: dict[str, int], plain: Collection[str]) -> str:
+    """The tokenizer.json of an engine to which these tokens are added."""
+    added = [tokenizers.AddedToken(t, special=t not in plain, normalized=False) for t in named]
+    engine.add_tokens(added)
+    return engine.to_str()

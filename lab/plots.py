@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import rcsetup
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from checkpoints.files import in_words, write_whole
 from faststep import WIDTH
@@ -104,8 +105,7 @@ def plot_agreement(figure: Figure, data: Data) -> str:
         axes.axvline(exit, color="0.5", linestyle=":", zorder=0)
     marks = [(e, 100 * share[e - 1]) for share in data.agreement for e in data.trained]
     if marks:
-        style: dict[str, Any] = dict(color=COLOURS[4], markersize=10, label="trained exits")
-        axes.plot(*zip(*marks), "D", **style)
+        axes.plot(*zip(*marks), "D", color=COLOURS[4], markersize=10, label="trained exits")
     axes.set(xlabel="exit after layer", ylabel="same token as the full model (%)", ylim=(0, 102))
     seen = " and ".join(f"exit {exit} on {data.agreement[1][exit - 1]:.0%}" for exit in exits)
     axes.set_title(f"On greedy answers the full model agrees with {seen}")
@@ -128,7 +128,7 @@ def plot_acceptance(figure: Figure, data: Data) -> str:
             share = [100 * (value or 0.0) for value in kept]
             axes.plot(range(1, len(kept) + 1), share, style, label=label)
     axes.set(xlabel="position in the draft", ylabel="kept (%)", ylim=(0, 102))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     of = [kept for (name, _), kept in firsts.items() if name == "hispec"]
     axes.set_title("HiSpec keeps the first token of " + " and of ".join(f"{v:.0%}" for v in of)
                    + " of its exits' drafts")  # fmt: skip

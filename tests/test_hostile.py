@@ -8,7 +8,7 @@ from conftest import random_model
 from test_tokenizer import byte_level
 from texts import SPLITS, byte_bpe
 
-from checkpoints import load, save
+from checkpoints import load, save, vocabulary
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -99,3 +99,13 @@ def test_a_template_trims_and_cuts_as_it_will():
         template="{% for m in messages %}{{ '<e>' + m.content.split('#')[-1]|trim }}{% endfor %}<e>",
     )
     assert ours.chat([" a ", "x#\tb ", "<e>"]) == [256, *b"a", 256, *b"b", 256, *b"<e>", 256]
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_template_that_refuses_names_its_file(tmp_path, file):
+    byte_bpe(SPLITS["gpt2"], SPECIAL).save(str(tmp_path / "tokenizer.json"))
+    refusing = "{{ raise_exception('no') }}"
+    text = refusing if file.endswith(".jinja") else json.dumps({"chat_template": refusing})
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}: the chat template refuses: no"):
+        vocabulary.from_folder(tmp_path, {}, 400).chat(["hi"])
