@@ -1,5 +1,6 @@
 """GGUF files: the weights of the same model's folder, Llama 3's rope_freqs, refusals by name."""
 
+import json
 import struct
 from functools import partial
 
@@ -326,3 +327,26 @@ def test_gguf_cut_anywhere_is_refused(tmp_path):
     path.write_bytes(b"nothing of the kind" * 9)
     with pytest.raises(ValueError, match="truncated or corrupt GGUF"):
         load(path)
+
+
+def test_gguf_numbers_that_would_hang_or_crash_are_refused(tmp_path):
+    """Of layers, of the alignment, and of arrays in arrays."""
+    model = random_model(4)
+    for keys in ([("llama.block_count", 2**32 - 1)], [("general.alignment", 0)]):
+        file = write_gguf(tmp_path / "model.gguf", model, keys=keys)
+        with pytest.raises(ValueError) as error:
+            load(file)
+        assert "\n" not in str(error.value) and str(file) in str(error.value)
+    nested = b"".join(struct.pack("<IQ", 9, 1) for _ in range(50_000))
+    key = struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9) + nested
+    file.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + key)
+    with pytest.raises(ValueError, match="truncated or corrupt GGUF"):
+        load(file)
+
+
+def test_a_huge_number_of_layers_in_a_config_is_refused(tmp_path):
+    save(random_model(4), None, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ValueError, match="layers.5.*is missing"):
+        load(tmp_path)

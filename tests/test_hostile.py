@@ -56,6 +56,8 @@ TEMPLATES = {
     "refuses: it makes too long a text": "{% set ns = namespace(s='aa') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "refuses: it makes too long a text ": "{{ 'a' * 10 ** 10 }}",
     "refuses: it makes too long a text  ": LOOPS.replace("BODY", "{{ 'a' * 10000 }}"),
+    "refuses: it makes too long a text   ": LOOPS.replace("BODY", "a" * 10_000),
+    "refuses: it makes too long a text    ": "{% for i in range(9999) %}{{ 'a' * -9999 }}{{ 'a' * 9999 }}{% endfor %}",
     "refuses: a number is too large": "{{ 'a'.center(10 ** 10) }}",
     "refuses: a number is too large ": "{{ 'a' | center(10 ** 10) }}",
     "refuses: a number is too large  ": "{{ 'a' | indent(width=10 ** 10, first=true) }}",
