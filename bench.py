@@ -121,7 +121,7 @@ def main() -> None:
     print_samples(requests[:1] if args.quick else requests, tokenizer)
     if args.json:
         text = json.dumps({**header, "limit": limit, "methods": results}, indent=1) + "\n"
-        write_whole(args.json, lambda to: to.write_text(text, "utf-8"))
+        write_whole(args.json, text)
     if args.figures:
         data = gathered.gather(model, requests, results, chosen, *limits, make_decoder, fast)
         plots.save(args.figures, data, header)

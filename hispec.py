@@ -87,13 +87,13 @@ class Ladder:
         self.began = self.prefilled = time.perf_counter()
 
     def propose(self, k: int, want: int) -> None:
-        """Append `want` tokens or more that level k accepts; fewer at the end, in doubt, copied."""
+        """Append at least `want` tokens that level k accepts; fewer at the end or in doubt."""
         if self.depths[k] == 0:
             return self.copy(want)
         goal, sure = self.length + want, 1.0  # sure: level k's probability of what it appended
         while self.length < min(goal, self.end) and sure >= self.thresholds[k]:
             base = self.length  # level k has yet to run position base - 1
-            if k > 0 and self.cache.lengths[k] > 0:  # but first the last one reads the prompt
+            if k > 0 and self.cache.lengths[k] > 0:  # the last level first reads the prompt
                 window = self.asked.windows[k - 1]
                 self.propose(k - 1, min(window, goal - base))  # the level below drafts
             logits = self.run(k, base)
@@ -153,7 +153,7 @@ class Ladder:
             self.watch(Event(k, base, drafts, kept, text, positions, now))
 
     def copy(self, want: int) -> None:
-        """Depth 0 drafts: append up to `want` tokens that followed the text's end before."""
+        """Depth 0 drafts: append up to `want` tokens, or none, that followed such an end before."""
         drafts = look_up(self.text, min(want, self.end - self.length))
         new = torch.tensor(drafts, dtype=torch.long, device=self.tokens.device)
         self.tokens[self.length : self.length + len(drafts)] = new
@@ -215,6 +215,6 @@ def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
-    """A token (1,) in proportion to weights (V,), with no host read: a race of clocks so fast."""
+    """A token (1,) in proportion to weights (V,), with no host read."""
     clocks = torch.empty_like(weights).exponential_(generator=rng)
-    return (weights / clocks).argmax(dim=0, keepdim=True)
+    return (weights / clocks).argmax(dim=0, keepdim=True)  # sped up so, the first clock to ring

@@ -34,7 +34,7 @@ from torch import Tensor
 from model import Llama
 
 CHUNK = 64  # positions: more would read more masked keys, fewer would cut more passes
-LONGEST = 512  # positions in a pass, which bounds its activations and masks
+WIDEST = 512  # positions in a pass, which bounds its activations and masks
 ROWS = 4  # attention takes its rows in fours: on a CPU fewer would get other bits
 
 
@@ -62,8 +62,8 @@ class KVCache:
 
     def passes(self, segment: int, length: int) -> Iterator[tuple[int, int]]:
         """The positions < length that a segment has not processed, as passes first .. stop-1."""
-        for first in range(self.lengths[segment], length, LONGEST):
-            yield first, min(first + LONGEST, length)
+        for first in range(self.lengths[segment], length, WIDEST):
+            yield first, min(first + WIDEST, length)
 
     def place(self, first: int, stop: int) -> None:
         """Begin a pass over positions first .. stop-1, and padding behind them in the last part."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-LONGEST = 4  # tokens of the text's end that are looked for at most
+SUFFIX = 4  # tokens of the text's end that are looked for at most
 
 
 def look_up(text: Sequence[int], want: int) -> list[int]:
@@ -14,10 +14,10 @@ def look_up(text: Sequence[int], want: int) -> list[int]:
     most, at = 0, 0
     for i in range(len(text) - 1, 0, -1):  # text[:i] ends as text does, in so many tokens:
         shared = 0
-        while shared < min(LONGEST, i) and text[i - 1 - shared] == text[-1 - shared]:
+        while shared < min(SUFFIX, i) and text[i - 1 - shared] == text[-1 - shared]:
             shared += 1
         if shared > most:
             most, at = shared, i
-        if most == LONGEST:
+        if most == SUFFIX:
             break
     return [text[at + j % (len(text) - at)] for j in range(want)] if most else []

@@ -86,7 +86,7 @@ def write_agreement(
         *(f"{i},{a},{b}" for i, a, b in zip(layers, on_text, on_greedy)),
     ]
     table = "\n".join(lines) + "\n"
-    write_whole(folder / "agreement.csv", lambda to: to.write_text(table, "utf-8"))
+    write_whole(folder / "agreement.csv", table)
     figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(layers, on_text, label="held-out text")

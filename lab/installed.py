@@ -4,7 +4,6 @@ Some 7,000 files, 140 million characters. Nothing is imported, no link is follow
 are held out is decided here too, so that no copy of one is ever trained on.
 """
 
-import functools
 import hashlib
 import json
 import re
@@ -92,7 +91,7 @@ def installed_tokens(
         text, held = encode_split(tokenizer, documents)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in to_files(tokenizer, tokenizer.n_vocab).items():
-            write_whole(folder / name, functools.partial(_write, content))
+            write_whole(folder / name, content)
         tensors = {"text": text, "held": held}
         write_whole(file, lambda to: save_file(tensors, to, metadata={"kind": kind}))
     if world > 1:
@@ -105,10 +104,6 @@ def installed_tokens(
     tokenizer = tokenizer or from_folder(folder, {}, args.vocab)
     assert tokenizer is not None  # written above
     return tokenizer, text, held
-
-
-def _write(content: str, to: Path) -> None:
-    to.write_text(content, "utf-8")
 
 
 def digest(name: str) -> int:

@@ -291,4 +291,4 @@ def _read() -> dict[str, dict]:
 def _write(header: dict, entry: dict) -> None:
     found = _read() | {_key(header): entry}
     LADDERS.parent.mkdir(exist_ok=True)
-    write_whole(LADDERS, lambda to: to.write_text(json.dumps(found, indent=1) + "\n", "utf-8"))
+    write_whole(LADDERS, json.dumps(found, indent=1) + "\n")

@@ -187,4 +187,4 @@ def write(path: Path, trace: dict) -> None:
     # no text can end the script it stands in
     data = json.dumps(trace, separators=(",", ":")).replace("<", "\\u003c")
     page = template().replace(PLACEHOLDER, data)
-    write_whole(path, lambda to: to.write_text(page, "utf-8"))
+    write_whole(path, page)

@@ -16,7 +16,7 @@ import kvcache
 from arguments import checked
 from faststep import FixedStep
 from hispec import Ladder, generate
-from kvcache import CHUNK, LONGEST, KVCache
+from kvcache import CHUNK, WIDEST, KVCache
 from model import Config, ExitHead, Llama
 
 
@@ -193,11 +193,11 @@ def test_nothing_is_allocated_in_proportion_to_the_context():
 
 
 def test_a_pass_holds_a_bounded_number_of_positions():
-    cache = KVCache(random_model(max_seq_len=4 * LONGEST), (2,), 4 * LONGEST)
+    cache = KVCache(random_model(max_seq_len=4 * WIDEST), (2,), 4 * WIDEST)
     cache.lengths = [CHUNK - 3, 0]
     assert list(cache.passes(0, CHUNK + 5)) == [(CHUNK - 3, CHUNK + 5)]
     assert list(cache.passes(0, CHUNK - 3)) == []
-    assert list(cache.passes(1, LONGEST + 1)) == [(0, LONGEST), (LONGEST, LONGEST + 1)]
+    assert list(cache.passes(1, WIDEST + 1)) == [(0, WIDEST), (WIDEST, WIDEST + 1)]
 
 
 @pytest.mark.parametrize("pad", [1, 4])

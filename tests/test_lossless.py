@@ -196,8 +196,11 @@ def test_float32_is_lossless_too():
             assert generate(model, [1, 2, 3], 50, exits=exits, windows=windows).tokens == plain
 
 
-def test_prompts_longer_than_a_chunk(monkeypatch):
+@pytest.mark.parametrize("widest", [512, 24])
+def test_prompts_longer_than_a_chunk(monkeypatch, widest):
+    """And than a pass may be wide, windows too."""
     monkeypatch.setattr(kvcache, "CHUNK", 16)
+    monkeypatch.setattr(kvcache, "WIDEST", widest)
     model = random_model(max_seq_len=100)
     prompt = torch.randint(11, (40,)).tolist()
     check_lossless(
