@@ -25,6 +25,8 @@ from torch import Tensor
 
 from operators import ROWS, Linear, RMSNorm, attend_in_blocks
 
+Rope = tuple[Tensor, ...]  # cos and sin of the positions of a pass, each (N, 1, E)
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -182,15 +184,15 @@ class Llama(nn.Module):
         """The exits whose heads own a block, and so keys and values."""
         return tuple(int(exit) for exit, head in self.exit_heads.items() if head.block is not None)
 
-    def _rope(self, h: Tensor, cache: Cache | None) -> Tensor:
-        """cos and sin (2, N, 1, E) for the positions of h (B, N, D), in float32 in any dtype."""
+    def _rope(self, h: Tensor, cache: Cache | None) -> Rope:
+        """cos and sin (N, 1, E) for the positions of h (B, N, D), in float32 in any dtype."""
         if self._rope_table is None or self._rope_table.device != h.device:
             with torch.inference_mode(False):  # training may use what decoding has built
                 self._rope_table = rope_table(self.config).to(h.device)
         if cache is None:
-            return self._rope_table[:, : h.shape[1]]
+            return self._rope_table[:, : h.shape[1]].unbind()
         at = cache.at.clamp(max=self.config.max_seq_len - 1)  # padding may lie past the context
-        return self._rope_table.index_select(1, at)
+        return self._rope_table.index_select(1, at).unbind()
 
 
 class Layer(nn.Module):
@@ -203,12 +205,12 @@ class Layer(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, h: Tensor, rope: Tensor, slot: int, cache: Cache | None = None) -> Tensor:
+    def forward(self, h: Tensor, rope: Rope, slot: int, cache: Cache | None = None) -> Tensor:
         q, k, v = self.before(h, rope)
         return self.after(h, self.attn(q, k, v, slot, cache))
 
     # what is alike in all layers stands apart from the cache, so that it can be compiled once
-    def before(self, h: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def before(self, h: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         return self.attn.project(self.attn_norm(h), rope)
 
     def after(self, h: Tensor, y: Tensor) -> Tensor:
@@ -231,7 +233,7 @@ class Attention(nn.Module):
         self.out = Linear(self.heads * self.head_dim, config.dim)
         self.out.ends_branch = True  # type: ignore[assignment]
 
-    def project(self, x: Tensor, rope: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, N, H, E), keys and values (B, G, N, E) of x (B, N, D)."""
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
@@ -251,9 +253,9 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             y = y.transpose(1, 2)
         else:
-            seen = cache.write(slot, k, v)
-            parts = zip(q.split(cache.sizes, 1), seen)
-            y = torch.cat([self._attend(part, *see) for part, see in parts], 1)
+            parts = zip(q.split(cache.sizes, 1), cache.write(slot, k, v))
+            seen = [self._attend(part, *see) for part, see in parts]
+            y = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
         return y.reshape(B, N, -1)  # from (B, N, H, E)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -369,7 +371,7 @@ def rope_table(config: Config) -> Tensor:
     return table.unsqueeze(2)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[i], x[i + E/2]) of x (B, N, heads, E) by its position's angle."""
     cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)

@@ -158,7 +158,8 @@ def test_gathered_rows_follow_the_weights():
 def test_rotary_angles_stay_float32_in_bfloat16():
     model = random_model(max_seq_len=4096).bfloat16()
     x = torch.randn(1, 1, 1, 4, dtype=torch.float64)
-    far = rotate(x, model._rope(torch.zeros(1, 4096, 16), None)[:, -1:])
+    cos, sin = model._rope(torch.zeros(1, 4096, 16), None)
+    far = rotate(x, (cos[-1:], sin[-1:]))
     angle = torch.tensor([4095.0, 4095.0 / 100], dtype=torch.float64)  # theta 10,000, head size 4
     c, s = angle.cos(), angle.sin()
     exact = torch.cat([x[..., :2] * c - x[..., 2:] * s, x[..., 2:] * c + x[..., :2] * s], -1)
