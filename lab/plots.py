@@ -200,14 +200,13 @@ def plot_sampling(figure: Figure, data: Data) -> str:
 
 def plot_one_shape(figure: Figure, data: Data) -> str:
     axes = figure.subplots()
-    labels = "a pass as wide as its positions", f"a pass {WIDTH} wide, padded"
+    labels = "ordinary products", "as passes run here"
     for far, label, style in zip(data.moved.values(), labels, ("o-", "s-")):
         axes.plot(range(1, WIDTH + 1), far, style, label=label)
     axes.set(xlabel="positions in the pass", ylabel="largest change of a logit")
-    plain, fixed = map(max, data.moved.values())
+    plain, ours = map(max, data.moved.values())
     axes.set_title(
-        f"Company in a pass moves logits by up to {plain:.2g}, in a pass of one shape by "
-        f"{fixed:.2g}"
+        f"Company in a pass moves logits by up to {plain:.2g}, as passes run here by {ours:.2g}"
     )
     axes.legend()
     return (
