@@ -254,8 +254,8 @@ class Attention(nn.Module):
             y = y.transpose(1, 2)
         else:
             parts = zip(q.split(cache.sizes, 1), cache.write(slot, k, v))
-            seen = [self._attend(part, *see) for part, see in parts]
-            y = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
+            each = [self._attend(part, *seen) for part, seen in parts]
+            y = torch.cat(each, 1) if len(each) > 1 else each[0]  # one part, as most: no copy
         return y.reshape(B, N, -1)  # from (B, N, H, E)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

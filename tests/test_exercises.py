@@ -55,3 +55,14 @@ def test_every_stub_runs():
     done = run("-c", script)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2 * len(NUMBERS)
+
+
+@pytest.mark.parametrize("number", ["05", "06", "07"])
+def test_the_speed_ups_told_are_those_printed(number):
+    row = re.search(rf"^\| \[{number}_.*$", (EXERCISES / "README.md").read_text("utf-8"), re.M)
+    assert row
+    told = re.findall(r"[\d.]+x", row[0])
+    (stub,) = EXERCISES.glob(f"{number}_*.py")
+    printed = [run(str(stub)), run(str(EXERCISES / "common.py"), number.lstrip("0"))]
+    shown = " ".join(done.stdout for done in printed)
+    assert len(told) >= 2 and [speed for speed in told if f" {speed}" not in shown] == []
