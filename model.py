@@ -374,4 +374,5 @@ def rope_table(config: Config) -> Tensor:
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[i], x[i + E/2]) of x (B, N, heads, E) by its position's angle."""
     cos, sin = rope
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin).to(x.dtype)
+    y = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return y if y.dtype == x.dtype else y.to(x.dtype)

@@ -31,11 +31,14 @@ class Linear(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs, bias=False)
+        self.turned: Tensor | None = None  # a small weight's transpose, as it lies in memory
         self.packed: list[Tensor] = []  # in oneDNN's own layout, for `block` inputs each
         self.block = -(-inputs // -(-inputs // LONGEST))  # equal parts of at most LONGEST
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
+        if self.turned is not None and torch.is_inference_mode_enabled():
+            return x @ self.turned  # as F.linear, which turns the weight at each call
         if not self.packed:
             return F.linear(x, self.weight)
         if len(self.packed) == 1:
@@ -58,7 +61,8 @@ class Linear(nn.Linear):
             return True
         if weight.dtype == torch.float32 and weight.numel() < SMALL:
             if len(weight) >= NARROW and not keep:
-                self.weight.data = weight.t().contiguous().t()
+                self.turned = weight.t().contiguous()
+                self.weight.data = self.turned.t()
             return False
         if not can_pack(weight.dtype):
             return weight.dtype != torch.float32
@@ -77,11 +81,11 @@ class Linear(nn.Linear):
         if "weight" not in self._parameters:
             self.weight = nn.Parameter(self.dense(), requires_grad=False)
         self.weight.data = self.weight.data.contiguous()
-        self.packed = []
+        self.turned, self.packed = None, []
 
     def __getstate__(self) -> dict:
         """What a copy is made of: the plain weight, since oneDNN's own layout cannot be copied."""
-        state = {**self.__dict__, "packed": []}
+        state = {**self.__dict__, "turned": None, "packed": []}
         if self.packed and "weight" not in self._parameters:
             weight = nn.Parameter(self.dense(), requires_grad=False)
             state["_parameters"] = {**self._parameters, "weight": weight}
@@ -142,7 +146,8 @@ class RMSNorm(nn.RMSNorm):
             return super().forward(x)
         weight, least = self.packed  # both in float32 at least
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=least.dtype)
-        return (x * weight / torch.hypot(size, least)).to(x.dtype)
+        y = x * weight / torch.hypot(size, least)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     def pack(self) -> None:
         if self.weight.device.type != "cpu":
