@@ -252,10 +252,11 @@ class Attention(nn.Module):
             q = q.transpose(1, 2)  # (B, H, N, E)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             y = y.transpose(1, 2)
+        elif len(cache.sizes) == 1:  # most passes are of one part
+            y = self._attend(q, *cache.write(slot, k, v)[0])
         else:
             parts = zip(q.split(cache.sizes, 1), cache.write(slot, k, v))
-            each = [self._attend(part, *seen) for part, seen in parts]
-            y = torch.cat(each, 1) if len(each) > 1 else each[0]  # one part, as most: no copy
+            y = torch.cat([self._attend(part, *seen) for part, seen in parts], 1)
         return y.reshape(B, N, -1)  # from (B, N, H, E)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

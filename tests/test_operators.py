@@ -68,6 +68,26 @@ def test_training_and_moving_undo_it(undo):
     assert model.head.weight is model.embed.weight  # still tied
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4, 9])
+def test_a_small_weight_is_turned_for_inference_only(rows):
+    """The same bits with gradients and without, and a gradient still reaches the weight."""
+    layer, x = Linear(64, 32).eval(), torch.randn(2, rows, 64)
+    layer.pack()
+    layer.weight.data += 1  # a change of the weight in place is one of its transpose
+    outside = layer(x)
+    with torch.inference_mode():
+        inside = layer(x)
+        copied = copy.deepcopy(layer)(x)
+        moved = copy.deepcopy(layer).float()(x)
+    assert layer.turned is not None and torch.equal(layer.turned, layer.weight.T)
+    assert torch.equal(inside, outside) and torch.equal(copied, outside)
+    torch.testing.assert_close(moved, outside)
+    outside.sum().backward()
+    assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0
+    layer.train()
+    assert layer.turned is None and layer.weight.is_contiguous()
+
+
 def test_without_onednn_it_is_the_plain_product(monkeypatch):
     monkeypatch.setattr(operators, "can_pack", lambda dtype: False)
     for dtype, alike in ((torch.float32, False), (torch.bfloat16, True)):
