@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 import hispec
+from arguments import checked
 from faststep import WIDTH, FixedStep
-from hispec import generate, step
+from hispec import Generation, generate, probability, step
 from kvcache import KVCache, up_to_chunk
 from lookup import look_up
 from model import Llama, RMSNorm
@@ -28,7 +29,7 @@ from operators import Linear
 
 # positions in a timed pass, up to more than any ladder takes; others in between
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 20)
-CONTEXT = 128  # positions before a timed pass
+CONTEXT = 256  # positions before a timed pass: a prompt and half an answer
 ROOM = CONTEXT + WIDTH  # what a step must have room for, to be timed
 
 Rungs = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]  # exits, windows, thresholds
@@ -46,22 +47,41 @@ class Costs:
 
     trunk: ByDepth  # of the layers down to each depth, 0 included
     head: ByDepth  # of what comes after an exit: its block, its norm, its output matrix
-    loop: float  # of a step, outside the model
+    doubt: float  # of a step's probability, which a threshold needs
+    loop: dict[int, float]  # of a step that ends at each depth, beyond its pass
 
 
 @torch.inference_mode()
-def measure_costs(
-    model: Llama, exits: tuple[int, ...], decode: Callable, fast: FixedStep | None
-) -> Costs:
-    """What a ladder of these exits is charged. decode: greedily; fast: if not by the plain step."""
-    L, depths = model.config.n_layers, (*exits, model.config.n_layers)
+def measure_costs(model: Llama, exits: tuple[int, ...], fast: FixedStep | None) -> Costs:
+    """What a ladder of these exits is charged for its passes. fast: if not by the plain step."""
+    L, device = model.config.n_layers, model.embed.weight.device
     context = min(CONTEXT, model.config.max_seq_len - WIDTHS[-1])
     timed_passes = partial(fixed_passes, fast) if fast else plain_passes
-    trunk, head = timed_passes(model, depths, context)
-    modelled = 24 * (trunk[L][1] + head[L][1])
-    # whatever else the machine does can only add
-    took = min(decode([0], 24).seconds for _ in range(8))
-    return Costs(trunk, head, max(0.0, (took - modelled) / 24))
+    trunk, head = timed_passes(model, (*exits, L), context)
+    law = checked(model.config, [0], 1, (), (), (), 0.0, 0, 1.0, None, ()).law
+    token = torch.zeros(1, dtype=torch.long, device=device)
+    row = model.embed.weight.new_zeros(1, model.config.vocab_size)
+    doubt = timed(lambda: probability(token, law(row)), device)
+    return Costs(trunk, head, doubt, dict.fromkeys(head, 0.0))
+
+
+def with_loop(
+    costs: Costs, traces: list["Trace"], alone: dict[Rungs, list[Generation]], n_layers: int
+) -> Costs:
+    """The same with what a step costs beyond its pass, by depth, from runs of single exits.
+
+    alone: {ladder: a generation for each trace}, greedy first. What they took longer than their
+    passes is the host's work; also, a pass is timed over and over and finds its layers in the
+    processor's caches, where in a generation the full model's have been since.
+    """
+    for ladder, made in alone.items():
+        took = sum(g.seconds - g.prefill_seconds for g in made)
+        passes = sum(replay(t, ladder, costs, n_layers) for t in traces)
+        steps = sum(g.levels[0].calls for g in made) - (len(made) if not ladder[0] else 0)
+        depth = (*ladder[0], n_layers)[0]
+        beyond = max(0.0, took - passes) / max(1, steps)
+        costs = replace(costs, loop=costs.loop | {depth: beyond})
+    return costs
 
 
 def plain_passes(model: Llama, depths: tuple[int, ...], context: int) -> tuple[ByDepth, ByDepth]:
@@ -169,7 +189,8 @@ def replay(trace: Trace, ladder: Rungs, costs: Costs, n_layers: int) -> float:
                 width = len(text) - seen[j] - 1
                 seconds += costs.trunk[depths[j]][width] - costs.trunk[above][width]
                 seen[j], above = len(text) - 1, depths[j]
-            seconds += costs.head[depth][len(text) - base + 1] + costs.loop
+            seconds += costs.head[depth][len(text) - base + 1] + costs.loop[depth]
+            seconds += costs.doubt * (thresholds[k] > 0)
             kept = base
             while kept < min(len(text), end - 1) and text[kept] == choices[kept]:
                 kept += 1

@@ -24,9 +24,17 @@ from faststep import WIDTH, FixedStep
 from hispec import Ladder, step
 from kvcache import KVCache, up_to_chunk
 from lab.agreement import measure
-from lab.costs import CONTEXT, Costs, Rungs, Trace, measure_costs, replay, timed_steps, trace
+from lab.costs import CONTEXT, Costs, Rungs, Trace, replay, timed_steps, trace
 from lab.prompts import Request
-from lab.tune import DEPTHS, GREEDY, THRESHOLDS, WINDOWS, default_exits, run
+from lab.tune import (
+    DEPTHS,
+    GREEDY,
+    THRESHOLDS,
+    WINDOWS,
+    costs_of_ladders,
+    default_exits,
+    run,
+)
 from model import Llama
 
 N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
@@ -99,9 +107,9 @@ def gather(
     depths = sorted({*ladder[0], *default_exits(model), *paper_exits(n), *half})
     ours = {e for exits, _, _ in methods.values() for e in exits if e > 0}
     read, decode = tuple(sorted({*depths, *ours})), make_decoder()
-    costs = measure_costs(model, read, decode, fast)
     bar = tqdm(requests, "recording what each exit predicts", leave=False)
     traces = [trace(model, r.prompt, max_new_tokens, stop, read, decode) for r in bar]
+    costs = costs_of_ladders(model, read, traces, max_new_tokens, stop, make_decoder, fast)
     recorded = Recorded(n, costs, traces)
 
     firsts = {r.category: i for i, r in reversed(list(enumerate(requests)))}
@@ -291,7 +299,7 @@ def rates(traces: list, exits: tuple[int, ...], n_layers: int) -> tuple[float, f
 
 def step_seconds(costs: Costs, depth: int) -> float:
     """A step of the level at this depth over one position, its head and the loop included."""
-    return costs.trunk[depth][1] + costs.head[depth][1] + costs.loop
+    return costs.trunk[depth][1] + costs.head[depth][1] + costs.loop[depth]
 
 
 def speed_up_by_rates(

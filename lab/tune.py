@@ -4,7 +4,7 @@ Running every ladder would take hours. So each ladder's speed is predicted from 
 only the most promising are run, and what lies next to the fastest of them:
 
     seconds  =  prefill  +  sum over steps of  ( sum over its segments of segment_seconds[width]
-                                                 +  head_seconds[width]  +  loop_seconds )
+                                                 +  head_seconds[width]  +  loop_seconds[depth] )
 
 Which steps a ladder takes is found by replaying the recursion on what every exit predicts along the
 model's own greedy text, and how sure it is. That is exact as long as all drafts are right; where
@@ -29,7 +29,18 @@ from arguments import checked_ladder
 from checkpoints.files import write_whole
 from faststep import FixedStep
 from hispec import Generation
-from lab.costs import WIDTHS, Rungs, best_threads, measure_costs, replay, seconds_of_few, trace
+from lab.costs import (
+    WIDTHS,
+    Costs,
+    Rungs,
+    Trace,
+    best_threads,
+    measure_costs,
+    replay,
+    seconds_of_few,
+    trace,
+    with_loop,
+)
 from model import Llama
 from operators import can_pack
 
@@ -72,8 +83,8 @@ def tune(
     if not model.exit_heads:
         exits = tuple(sorted({*exits, *(d for d in DEPTHS if d <= model.config.n_layers // 2)}))
     decode = make_decoder()
-    costs = measure_costs(model, exits, decode, fast)
     traces = [trace(model, prompt, max_new_tokens, stop, exits, decode) for prompt in prompts]
+    costs = costs_of_ladders(model, exits, traces, max_new_tokens, stop, make_decoder, fast)
 
     def predicted(ladder: Rungs) -> float:
         return sum(t.prefill + replay(t, ladder, costs, model.config.n_layers) for t in traces)
@@ -91,6 +102,18 @@ def tune(
         ]
         best[name] = max(ran, key=lambda r: r["measured"]) | {"ran": ran}
     return best
+
+
+def costs_of_ladders(
+    model: Llama, exits: tuple[int, ...], traces: list[Trace], max_new_tokens: int, stop,
+    make_decoder: Callable, fast: FixedStep | None,
+) -> Costs:  # fmt: skip
+    """What passes cost, and from a few runs of each exit alone what a step costs beyond them."""
+    few = traces[:3]
+    ladders = [GREEDY, *(((exit,), (4,), (0.0,)) for exit in exits)]
+    decoders = {ladder: make_decoder(*ladder) for ladder in ladders}
+    alone = run(decoders, [t.prompt for t in few], max_new_tokens, stop)
+    return with_loop(measure_costs(model, exits, fast), few, alone, model.config.n_layers)
 
 
 def promising(name: str, exits: tuple[int, ...], predicted: Callable) -> list[Rungs]:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import random_model
 
-import bench
 from faststep import FixedStep
 from hispec import Generation, generate
 from lab.costs import (
@@ -20,6 +19,7 @@ from lab.costs import (
     replay,
     timed,
     trace,
+    with_loop,
 )
 
 EVERY_WIDTH = range(WIDTHS[-1] + 1)
@@ -28,6 +28,7 @@ ONE_A_PASS = Costs(
     {e: [0.0 for _ in EVERY_WIDTH] for e in range(9)},
     {e: [1.0 for _ in EVERY_WIDTH] for e in range(1, 9)},
     0.0,
+    dict.fromkeys(range(9), 0.0),
 )
 
 
@@ -59,13 +60,17 @@ def test_a_replay_takes_the_steps_that_a_generation_takes():
 def test_a_replay_charges_each_segment_the_difference_of_its_depths():
     """All drafts right, two a step: level 0 runs layers 0..2, the full model 3..7, a head each."""
     trunk = {e: [e**2 * w for w in EVERY_WIDTH] for e in (0, 2, 7)}
-    costs = Costs(trunk, {2: [0.5 for _ in EVERY_WIDTH], 7: [3.0 for _ in EVERY_WIDTH]}, 0.25)
+    head = {2: [0.5 for _ in EVERY_WIDTH], 7: [3.0 for _ in EVERY_WIDTH]}
+    costs = Costs(trunk, head, 100.0, {2: 0.25, 7: 1.25})
     text = Trace([1], 0.0, {2: [5] * 6, 7: [5] * 6}, {2: [1.0] * 6, 7: [1.0] * 6})
     # the second round begins with the full model's own token, which level 0 has not run
     drafts, checks = 4, 2
     # six positions in all: the prompt's own token, two drafts and a bonus, then two drafts
     layers = 4 * 6 + (49 - 4) * 6
-    assert replay(text, ((2,), (2,), (0.0,)), costs, 7) == layers + drafts * 0.75 + checks * 3.25
+    assert replay(text, ((2,), (2,), (0.0,)), costs, 7) == layers + drafts * 0.75 + checks * 4.25
+    # a threshold asks each of the drafting level's steps how sure it is
+    doubting = replay(text, ((2,), (2,), (0.5,)), costs, 7)
+    assert doubting == layers + drafts * 100.75 + checks * 4.25
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -73,8 +78,9 @@ def test_costs_are_measured_by_width_or_by_the_pass_if_it_is_fixed(monkeypatch, 
     monkeypatch.setattr("lab.costs.timed", lambda call, device: 1.0)
     model = random_model()
     fast = FixedStep(model, 64) if fixed else None
-    costs = measure_costs(model, (1, 3), bench.decoder(model, fast), fast)
-    assert costs.trunk.keys() == {0, 1, 3, 5} and costs.head.keys() == {1, 3, 5} and costs.loop >= 0
+    costs = measure_costs(model, (1, 3), fast)
+    assert costs.trunk.keys() == {0, 1, 3, 5} and costs.head.keys() == {1, 3, 5}
+    assert costs.doubt == 1.0 and costs.loop == {1: 0.0, 3: 0.0, 5: 0.0}
     assert set(costs.trunk[0]) == {0}
     for row in costs.trunk[5], *costs.head.values():
         assert len(row) == len(EVERY_WIDTH) and row[0] == 0
@@ -87,11 +93,36 @@ def test_costs_between_the_timed_widths_are_interpolated(monkeypatch):
     model = random_model()
     run = lambda h, first, last, cache=None: h  # noqa: E731
     monkeypatch.setattr(model, "run", run)
-    monkeypatch.setattr(
-        "lab.costs.timed", lambda call, device: float(call().shape[1]) if call().ndim == 3 else 1.0
-    )
-    costs = measure_costs(model, (1, 3), lambda prompt, n: Generation([3] * n, [], 1.0), None)
+    width = lambda call, device: float(getattr(call(), "shape", (0, 1))[1])  # noqa: E731
+    monkeypatch.setattr("lab.costs.timed", width)
+    costs = measure_costs(model, (1, 3), None)
     assert costs.trunk[3] == pytest.approx([float(w) for w in EVERY_WIDTH])
+
+
+def test_what_a_step_costs_beyond_its_pass_is_what_runs_of_one_exit_took_longer():
+    """Greedy's nine steps a text take 1.5 each beyond a head of 1, an exit's 0.25."""
+    model = random_model(3)
+    traces = [
+        trace(model, prompt, 10, (), (1, 3), partial(generate, model)) for prompt in ([1], [2, 5])
+    ]
+    alone = {}
+    for ladder, beyond in [
+        (((), (), ()), 1.5),
+        (((1,), (4,), (0.0,)), 0.25),
+        (((3,), (4,), (0.0,)), 0.25),
+    ]:
+        alone[ladder] = []
+        for text in traces:
+            out = generate(model, text.prompt, 10, exits=ladder[0], windows=ladder[1])
+            drafts = out.levels[0].calls if ladder[0] else 0
+            checks = out.levels[-1].calls - 1  # the first reads the prompt
+            out.prefill_seconds = 7.0
+            out.seconds = 7.0 + drafts * (1 + beyond) + checks * 2.5
+            alone[ladder].append(out)
+    costs = with_loop(ONE_A_PASS, traces, alone, model.config.n_layers)
+    found = {depth: costs.loop[depth] for depth in (1, 3, 5)}
+    assert found == pytest.approx({1: 0.25, 3: 0.25, 5: 1.5}, abs=0.1)
+    assert costs.loop[2] == 0  # was not run
 
 
 @pytest.mark.parametrize(

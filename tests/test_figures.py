@@ -267,7 +267,9 @@ def test_pairs_of_exits_are_predicted_with_their_best_windows(few_windows, monke
 
 def test_a_step_takes_its_layers_its_head_and_the_loop():
     widths = np.arange(WIDTHS[-1] + 1)
-    costs = Costs({e: list(e * (2.0 + widths)) for e in (0, 2, 8)}, {8: list(10 * widths)}, 0.5)
+    costs = Costs(
+        {e: list(e * (2.0 + widths)) for e in (0, 2, 8)}, {8: list(10 * widths)}, 0.0, {8: 0.5}
+    )
     assert figures.step_seconds(costs, 8) == 8 * 3 + 10 + 0.5
 
 
@@ -310,7 +312,9 @@ def test_the_formula_is_what_the_recursion_takes_when_width_is_free(alpha, beta)
     text = Trace([], 0.0, choices, {e: [1.0] * n for e in choices})
     widths = range(WIDTHS[-1] + 1)
     free = {e: [0.0 for _ in widths] for e in choices}
-    costs = Costs({e: [e / 32 for _ in widths] for e in (0, *choices)}, free, 0.0)
+    costs = Costs(
+        {e: [e / 32 for _ in widths] for e in (0, *choices)}, free, 0.0, dict.fromkeys(free, 0.0)
+    )
 
     def best(exits, windows):
         return max(n / replay(text, (exits, w, (0.0,) * len(exits)), costs, 32) for w in windows)

@@ -258,7 +258,7 @@ def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):
 
     monkeypatch.setattr(plots, "speed_up_by_rates", watched)
     first, *_ = drawn(plots.plot_where, data)
-    steps = [data.costs.trunk[e][1] + data.costs.head[e][1] + data.costs.loop for e in (2, 4, 9)]
+    steps = [data.costs.trunk[e][1] + data.costs.head[e][1] + data.costs.loop[e] for e in (2, 4, 9)]
     here = steps[0] / steps[2], steps[1] / steps[2]
     fractions = [here, (1 / 8, 1 / 4), (1 / 32, 1 / 8), here]
     assert [x[:2] for x in asked] == [pytest.approx(x) for x in fractions]

@@ -9,7 +9,7 @@ from conftest import random_model
 
 import bench
 from faststep import FixedStep
-from hispec import Generation
+from hispec import Generation, LevelStats
 from lab import tune
 
 HEADER = {
@@ -34,7 +34,7 @@ def test_tuning_adds_up_over_the_prompts(monkeypatch, costs, best):
     def clocked(exits=(), windows=(), thresholds=()):
         def decode(prompt, n, *, stop=()):
             seconds = costs.get(windows[0], (9, 9))[prompt[0]] if exits == (1,) else 10
-            return Generation([3] * 4, [], seconds)
+            return Generation([3] * 4, [LevelStats(5, calls=4)], seconds)
 
         return decode
 
@@ -52,7 +52,8 @@ def test_tuning_climbs_to_the_fastest_windows_from_wherever_it_begins(monkeypatc
         seconds = 20.0 + sum(
             abs(tune.WINDOWS.index(w) - tune.WINDOWS.index(fastest)) for w in windows
         )
-        return lambda prompt, n, *, stop=(): Generation([3] * 4, [], seconds if windows else 40.0)
+        made = Generation([3] * 4, [LevelStats(5, calls=4)], seconds if windows else 40.0)
+        return lambda prompt, n, *, stop=(): made
 
     monkeypatch.setattr(tune, "RUN", 1)
     for name, best in tune.tune(random_model(), [[0]], 4, (), clocked, None).items():
