@@ -36,7 +36,8 @@ def by_layers(costs: Costs) -> Costs:
     """A pass costs its layers, each a millisecond, at any width; heads and loop are free."""
     widths = len(next(iter(costs.head.values())))
     trunk = {e: [0.0, *[1e-3 * e] * (widths - 1)] for e in costs.trunk}
-    return Costs(trunk, {e: [0.0] * widths for e in costs.head}, 0.0)
+    free = {e: [0.0] * widths for e in costs.head}
+    return Costs(trunk, free, 0.0, dict.fromkeys(free, 0.0))
 
 
 def main() -> None:

@@ -77,8 +77,11 @@ def recorded() -> dict:
     found = json.loads((HERE / "recorded.json").read_text("utf-8"))
     for trace in found["traces"]:
         trace["by_depth"] = {int(depth): x for depth, x in trace["by_depth"].items()}
-    parts = [{int(e): row for e, row in found["costs"][p].items()} for p in ("trunk", "head")]
-    return found | {"costs": Costs(*parts, found["costs"]["loop"])}
+    costs = found["costs"]
+    trunk, head, loop = (
+        {int(depth): x for depth, x in costs[part].items()} for part in ("trunk", "head", "loop")
+    )
+    return found | {"costs": Costs(trunk, head, costs["doubt"], loop)}
 
 
 def as_trace(one: dict, sure=lambda best, second, entropy: best) -> Trace:

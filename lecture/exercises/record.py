@@ -12,14 +12,18 @@ from functools import partial
 import torch
 from common import HERE, ROOT, tiny
 
+from bench import decoder
 from checkpoints.files import describe
-from hispec import generate
-from lab.costs import measure_costs, trace
+from lab.costs import Trace, trace
 from lab.prompts import default_prompts, read_prompts
+from lab.tune import costs_of_ladders
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12)
 PROMPTS, TOKENS = 6, 48
-REPEATS = 6  # of which the fastest counts: other work of the machine can only add
+
+
+def rounded(seconds: list[float]) -> list[float]:
+    return [round(x, 7) for x in seconds]
 
 
 @torch.inference_mode()
@@ -31,15 +35,8 @@ def doubts(model, ids: torch.Tensor, first: int, depth: int) -> tuple[list[float
     return [[round(x, 4) for x in values.tolist()] for values in (second, entropy)]
 
 
-def fewest(repeats: list[dict[int, list[float]]]) -> dict[int, list[float]]:
-    """Seconds by depth and width, each the smallest of the repeats."""
-    return {e: [round(min(s), 7) for s in zip(*(r[e] for r in repeats))] for e in repeats[0]}
-
-
-def record(model, tokenizer, prompt: list[int]) -> dict:
-    decode = partial(generate, model)
-    known = trace(model, prompt, TOKENS, tokenizer.stop, DEPTHS, decode)
-    text = known.choices[model.config.n_layers]
+def record(model, known: Trace) -> dict:
+    text, prompt = known.choices[model.config.n_layers], known.prompt
     ids = torch.tensor([prompt + text[:-1]])
     by_depth = {}
     for depth in (*DEPTHS, model.config.n_layers):
@@ -59,18 +56,22 @@ def main() -> None:
     questions = read_prompts(default_prompts(tokenizer))
     firsts = {question["category"]: question for question in reversed(questions)}
     prompts = [tokenizer.chat(q["turns"][:1]) for q in list(firsts.values())[::-1][:PROMPTS]]
-    costs = [measure_costs(model, DEPTHS, partial(generate, model), None) for _ in range(REPEATS)]
+    limits, decode = (TOKENS, tokenizer.stop), decoder(model, None)
+    traces = [trace(model, prompt, *limits, DEPTHS, decode) for prompt in prompts]
+    make_decoder = partial(decoder, model, None)
+    costs = costs_of_ladders(model, DEPTHS, traces, *limits, make_decoder, None)
     about = describe("tiny", model.embed.weight.device, model.embed.weight.dtype)
     about |= {"threads": 1, "command": f"python {(HERE / 'record.py').relative_to(ROOT)}"}
     found = {
         "setting": about,
         "n_layers": model.config.n_layers,
         "costs": {
-            "trunk": fewest([c.trunk for c in costs]),
-            "head": fewest([c.head for c in costs]),
-            "loop": round(min(c.loop for c in costs), 7),
+            "trunk": {e: rounded(row) for e, row in costs.trunk.items()},
+            "head": {e: rounded(row) for e, row in costs.head.items()},
+            "doubt": round(costs.doubt, 7),
+            "loop": {e: round(seconds, 7) for e, seconds in costs.loop.items()},
         },
-        "traces": [record(model, tokenizer, prompt) for prompt in prompts],
+        "traces": [record(model, known) for known in traces],
     }
     (HERE / "recorded.json").write_text(json.dumps(found, separators=(",", ":")) + "\n", "utf-8")
 
