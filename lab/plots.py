@@ -135,8 +135,8 @@ def plot_acceptance(figure: Figure, data: Data) -> str:
     if firsts:
         axes.legend()
     return (
-        "Counted: of the drafts with so many tokens, the share whose token there was kept by the "
-        "level above. A token behind a rejected one is not."
+        "Counted on every third prompt: of the drafts with so many tokens, the share whose token "
+        "there was kept by the level above. A token behind a rejected one is not."
     )
 
 
