@@ -40,7 +40,7 @@ PROGRAMS = {
     "show.picture": ["-m", "show.picture"],
     "train_exits.py": ["train_exits.py"],
 }
-OTHERS = {"--no-deps", "--nproc_per_node"}  # of pip and torchrun
+OTHERS = {"--no-deps", "--nproc_per_node", "--strip-components"}  # of pip, torchrun and tar
 
 
 def section(title: str) -> str:
