@@ -163,6 +163,18 @@ def test_predictions_are_as_near_as_it_says():
     assert sum(100 * x <= int(told[4]) for x in far) == int(told[3])
 
 
+def test_the_worked_row_is_the_figures():
+    """Rates, costs and both speed-ups of section 7, which only where-it-pays holds together."""
+    drawn = (ROOT / "results/figures/where-it-pays.svg").read_text("utf-8")
+    story = " ".join(TEXT.split())
+    costs = re.search(r">this run: (d = [\d.]+, i = [\d.]+)<", drawn)
+    title = r">At (alpha = [\d.]+, beta = [\d.]+) the formula gives ([\d.]+x), measured ([\d.]+x)<"
+    rates = re.search(title, drawn)
+    assert costs and rates
+    assert f"From the figure: {costs[1]}, {rates[1]}." in story
+    assert f"formula gives {rates[2]}; {rates[3]} was measured" in story
+
+
 @pytest.mark.parametrize("file", TOLD, ids=lambda file: str(file.relative_to(ROOT)))
 def test_links_and_files_exist(file):
     text = file.read_text("utf-8")
