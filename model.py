@@ -376,4 +376,4 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     """Turn each pair (x[i], x[i + E/2]) of x (B, N, heads, E) by its position's angle."""
     cos, sin = rope
     y = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # an idle `to` costs a call

@@ -147,7 +147,7 @@ class RMSNorm(nn.RMSNorm):
         weight, least = self.packed  # both in float32 at least
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=least.dtype)
         y = x * weight / torch.hypot(size, least)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # an idle `to` costs a call
 
     def pack(self) -> None:
         if self.weight.device.type != "cpu":

@@ -163,6 +163,17 @@ def test_predictions_are_as_near_as_it_says():
     assert sum(100 * x <= int(told[4]) for x in far) == int(told[3])
 
 
+def test_the_shares_near_by_were_measured():
+    """How often exits are right, and how much greedy text loops, here and on held-out files."""
+    told = " ".join(section("Results").split("## The paper's")[0].split())
+    tiny, held = measured("results/cpu-tiny.json"), measured("results/cpu-tiny-held-out.json")
+    agree = tiny["hispec"]["agreement"]
+    assert f"Exit 8 is right {100 * agree['8-32']:.0f} times in 100" in told
+    assert f"Exit 2 is right {100 * agree['2-32']:.0f} times in 100" in told
+    assert f"loops ({100 * tiny['greedy']['looping']:.0f} % of greedy's tokens)" in told
+    assert f"there {100 * held['greedy']['looping']:.0f} % of greedy's tokens loop" in told
+
+
 def test_the_worked_row_is_the_figures():
     """Rates, costs and both speed-ups of section 7, which only where-it-pays holds together."""
     drawn = (ROOT / "results/figures/where-it-pays.svg").read_text("utf-8")
