@@ -10,7 +10,7 @@ so.
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, combinations_with_replacement, product
 from math import ceil
 from operator import eq
@@ -24,7 +24,7 @@ from faststep import WIDTH, FixedStep
 from hispec import Ladder, step
 from kvcache import KVCache, up_to_chunk
 from lab.agreement import measure
-from lab.costs import CONTEXT, Costs, Rungs, Trace, replay, timed_steps, trace
+from lab.costs import CONTEXT, WIDTHS, Costs, Rungs, Trace, replay, timed_steps, trace
 from lab.prompts import Request
 from lab.tune import (
     DEPTHS,
@@ -65,6 +65,8 @@ class Data:
     wall: dict[str, list[float]]
     # by category: alpha, draft and intermediate agree; beta, intermediate and full do
     rates: dict[str, tuple[float, float]]
+    # HiSpec's speed-up with its best windows, by how much is charged: the formula's, then replayed
+    charged: dict[str, float]
     # (3, V) distributions of one token: the draft exit's, the full model's, what HiSpec sampled
     law: np.ndarray
     moved: dict[str, list[float]]  # by step: how far the widths 1..WIDTH of a pass move logits
@@ -123,6 +125,7 @@ def gather(
         c: [t for t, r in zip(traces, requests) if c in ("all", r.category)]
         for c in ("all", *firsts)
     }
+    by_category = {category: rates(some, ladder[0], n) for category, some in of.items()}
     return Data(
         n_layers=n,
         ladder=ladder,
@@ -136,7 +139,8 @@ def gather(
         ),
         pairs=best_pairs(depths, recorded),
         compared=compared(tuned, faster, results, recorded, few),
-        rates={category: rates(some, ladder[0], n) for category, some in of.items()},
+        rates=by_category,
+        charged=charged(recorded, ladder[0], by_category["all"]),
         law=law(model, requests, ladder),
         moved=moved(
             model, [token for i in few for token in requests[i].prompt + requests[i].greedy], fast
@@ -186,6 +190,31 @@ def compared(
     guess = recorded.predicted([*methods], range(len(recorded.traces)), "methods")
     points["all prompts"] = [(guess[x], methods[x]) for x in methods]
     return {kind: some for kind, some in points.items() if some}
+
+
+def charged(
+    recorded: Recorded, exits: tuple[int, ...], rates: tuple[float, float]
+) -> dict[str, float]:
+    """Data.charged, without thresholds: what the formula leaves out is charged bit by bit."""
+    n, costs = recorded.n_layers, recorded.costs
+    d, i = (step_seconds(costs, exit) / step_seconds(costs, n) for exit in exits)
+    flat = replace(
+        costs,
+        trunk={depth: [0.0, *[s[1]] * WIDTHS[-1]] for depth, s in costs.trunk.items()},
+        head={depth: [0.0, *[s[1]] * WIDTHS[-1]] for depth, s in costs.head.items()},
+    )
+    unread = [replace(t, prefill=0.0) for t in recorded.traces]
+    ladders: list[Rungs] = [
+        (exits, windows, (0.0, 0.0)) for windows in combinations_with_replacement(WINDOWS, 2)
+    ]
+    found = {"formula": float(speed_up_by_rates(d, i, *rates)[1])}
+    for what, some in {
+        "texts": Recorded(n, flat, unread),
+        "widths": Recorded(n, costs, unread),
+        "prompt": recorded,
+    }.items():
+        found[what] = max(some.predicted(ladders, range(len(unread)), what).values())
+    return found
 
 
 def as_ladder(r: dict) -> Rungs:

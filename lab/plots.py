@@ -71,7 +71,7 @@ def plot_pass(figure: Figure, data: Data) -> str:
 
 
 def plot_wall(figure: Figure, data: Data) -> str:
-    axes, (exits, windows, _) = figure.subplots(), data.ladder
+    axes, (exits, windows, doubts) = figure.subplots(), data.ladder
     names, bottoms = list(data.wall), np.zeros(len(data.wall))
     most = max(map(sum, data.wall.values()))
     roles = zip(("drafting", "intermediate", "full", "loop"), zip(*data.wall.values(), strict=True))
@@ -91,8 +91,8 @@ def plot_wall(figure: Figure, data: Data) -> str:
     axes.legend()
     return (
         f"Measured on one prompt of each category ({FEW} at most), the faster of two turns. "
-        f"HiSpec: exits {exits[0]} and {exits[1]}, windows {windows[0]} and {windows[1]}. Alone a "
-        "shallow exit leaves the full model much to verify, and a deep one drafts dearly."
+        f"HiSpec: exits {exits[0]} and {exits[1]}, windows {windows[0]} and {windows[1]}, "
+        f"thresholds {doubts[0]:g} and {doubts[1]:g}; an exit alone has none."
     )
 
 
@@ -155,7 +155,10 @@ def plot_reuse(figure: Figure, data: Data) -> str:
         axes.annotate(f"{bottom:.0f}", (x, bottom / 2), **inside)
         axes.annotate(f"{alone:.0f}", (x, alone), (0, 6), textcoords="offset points", ha="center")
         totals[r["name"]] = bottom, alone
-    names = ["\n".join([r["name"], ", ".join(map(str, r["exits"]))]) for r in ours]
+    names = [
+        f"{r['name']}\n{', '.join(map(str, r['exits']))}\n{r['tokens_per_target_pass']:.1f}"
+        for r in ours
+    ]
     axes.set_xticks(range(len(ours)), names)
     axes.set(ylabel="layers run for each new token")
     axes.margins(y=0.12)
@@ -168,7 +171,7 @@ def plot_reuse(figure: Figure, data: Data) -> str:
         "Counted: passes of a position through a layer, kept or rejected, after the prompt, over "
         "the tokens written. "
         "Stacked by segment, the draft's below and the full model's on top. Black: if each level "
-        "began at layer 0."
+        "began at layer 0. Under the names: exits, and tokens for each full pass."
     )
 
 
@@ -346,18 +349,17 @@ def plot_where(figure: Figure, data: Data) -> str:
     figure.colorbar(filled, ax=row, label="HiSpec's speed-up over greedy", ticks=LEVELS)
     alpha, beta = data.rates["all"]
     measured = next(r for r in data.results if r["name"] == "hispec")["speedup_vs_greedy"]
-    formula = float(speed_up_by_rates(d, i, alpha, beta)[1])
+    less = data.charged
     figure.suptitle(
-        f"At alpha = {alpha:.2f}, beta = {beta:.2f} the formula gives {formula:.2f}x, "
+        f"At alpha = {alpha:.2f}, beta = {beta:.2f} the formula gives {less['formula']:.2f}x, "
         f"measured {measured:.2f}x"
     )
     return (
-        "By formula: windows tuned, no thresholds, tokens independent, no prompt, a wide step as "
-        "dear as a narrow one. "
-        "d, i: cost of a step of either exit, head included, over the full model's. White line: as "
-        "fast as greedy. "
-        "Hatched: the best single layer is faster. Star: all prompts of this run; dots: its "
-        "categories."
+        "By formula, windows tuned. d, i: cost of a step of either exit, head included, over the "
+        "full model's. White line: as fast as greedy. Hatched: the best single layer is faster. "
+        "Star: all prompts of this run; dots: its categories. What the formula leaves out, by "
+        f"replay, windows tuned: along the recorded texts {less['texts']:.2f}x, with what wide "
+        f"passes cost {less['widths']:.2f}x, with the prompt {less['prompt']:.2f}x."
     )
 
 

@@ -53,6 +53,7 @@ def small_run(n_layers: int = 9, exits=(2, 4), thresholds=(0.0, 0.0)):
             windows=w,
             thresholds=t,
             speedup_vs_greedy=speeds[name],
+            tokens_per_target_pass=1 + m,
             by_category=by,
         )
         result["positions"] = positions
@@ -260,6 +261,7 @@ def test_pairs_of_exits_are_predicted_with_their_best_windows(few_windows, monke
         windows = [(1,), (3,)] if len(exits) == 1 else [(1, 1), (1, 3), (3, 3)]
         best = max(seconds((), ()) / seconds(exits, w) for w in windows)
         assert data.pairs[exits] == pytest.approx(best)
+    assert data.charged["prompt"] == pytest.approx(data.pairs[2, 4])
     predicted = data.compared["all prompts"]
     assert [measured for _, measured in predicted] == [1.5, 1.75]
     assert predicted[1][0] == pytest.approx(seconds((), ()) / seconds((2, 4), (2, 4)))
@@ -324,6 +326,35 @@ def test_the_formula_is_what_the_recursion_takes_when_width_is_free(alpha, beta)
     assert max(best(*one) for one in alone) == pytest.approx(float(single), rel=0.03)
     both = [(a, b) for a in range(1, 5) for b in range(a, 12)]
     assert best((2, 8), both) == pytest.approx(float(hispec), rel=0.03)
+
+
+def test_what_the_formula_leaves_out_is_charged_bit_by_bit(monkeypatch):
+    """Free of prompts and widths the texts alone; each further charge against replays of its own."""
+    monkeypatch.setattr(figures, "WINDOWS", (1, 2, 4, 8))
+    rng, n, made = Random(2), 4000, []
+    for alpha, beta in ((0.9, 0.95), (0.5, 0.85)):  # easy text and hard text
+        middle = [int(rng.random() >= beta) for _ in range(n)]
+        choices = {2: [m if rng.random() < alpha else 2 for m in middle], 8: middle, 32: [0] * n}
+        made.append(Trace([], 100.0, choices, {e: [1.0] * n for e in choices}))
+    trunk = {e: [e / 32 * (1 + w / 10) for w in range(WIDTHS[-1] + 1)] for e in (0, 2, 8, 32)}
+    none = {e: [0.0] * (WIDTHS[-1] + 1) for e in (2, 8, 32)}
+    costs = Costs(trunk, none, 0.0, dict.fromkeys(none, 0.0))
+    recorded, rates = figures.Recorded(32, costs, made), figures.rates(made, (2, 8), 32)
+    found = figures.charged(recorded, (2, 8), rates)
+    assert list(found) == ["formula", "texts", "widths", "prompt"]
+    assert found["formula"] == figures.speed_up_by_rates(2 / 32, 8 / 32, *rates)[1]
+
+    def best(costs, prefill):
+        windows = [(a, b) for a in (1, 2, 4, 8) for b in (1, 2, 4, 8) if a <= b]
+        ladders = [((), (), ()), *(((2, 8), w, (0.0, 0.0)) for w in windows)]
+        greedy, *took = (sum(prefill + replay(t, x, costs, 32) for t in made) for x in ladders)
+        return greedy / min(took)
+
+    flat = {e: [0.0, *[seconds[1]] * WIDTHS[-1]] for e, seconds in trunk.items()}
+    assert found["texts"] == pytest.approx(best(Costs(flat, none, 0.0, costs.loop), 0.0))
+    assert found["widths"] == pytest.approx(best(costs, 0.0))
+    assert found["prompt"] == pytest.approx(best(costs, 100.0))
+    assert found["texts"] > found["widths"] > found["prompt"]
 
 
 def test_the_formula_at_its_ends():

@@ -160,6 +160,8 @@ def test_layers_are_counted_with_and_without_what_levels_share(data):
         axes.get_title()
         == "HiSpec runs 13 layers a token; if its levels shared nothing, it would be 21"
     )
+    names = [tick.get_text() for tick in axes.get_xticklabels()]
+    assert names == ["greedy\n\n1.0", "single-layer\n4\n2.0", "hispec\n2, 4\n3.0"]
 
 
 def test_agreement_is_drawn_at_its_layer(data):
@@ -260,7 +262,7 @@ def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):
     first, *_ = drawn(plots.plot_where, data)
     steps = [data.costs.trunk[e][1] + data.costs.head[e][1] + data.costs.loop[e] for e in (2, 4, 9)]
     here = steps[0] / steps[2], steps[1] / steps[2]
-    fractions = [here, (1 / 8, 1 / 4), (1 / 32, 1 / 8), here]
+    fractions = [here, (1 / 8, 1 / 4), (1 / 32, 1 / 8)]
     assert [x[:2] for x in asked] == [pytest.approx(x) for x in fractions]
     assert asked[0][2:] == (
         (len(plots.RATES), 1),
@@ -268,3 +270,8 @@ def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):
     )  # alpha up, beta to the right
     points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in first.lines]
     assert points == [(beta, alpha) for alpha, beta in data.rates.values()]
+    charged = {"formula": 2.5, "texts": 2.25, "widths": 2.125, "prompt": 1.875}
+    figure = Figure()
+    below = plots.plot_where(figure, dataclasses.replace(data, charged=charged))
+    assert "the formula gives 2.50x, measured 1.75x" in figure.get_suptitle()
+    assert "texts 2.25x, with what wide passes cost 2.12x, with the prompt 1.88x" in below
