@@ -31,6 +31,7 @@ from lab.tune import (
     GREEDY,
     THRESHOLDS,
     WINDOWS,
+    can_matter,
     costs_of_ladders,
     default_exits,
     run,
@@ -155,7 +156,8 @@ def grid(ladder: Rungs, recorded: Recorded, few: list[int]) -> list[Rungs]:
     adaptive = ladder
     if not any(ladder[2]):  # not tuned, or without success: what the replay finds best
         doubts = [t for t in product(THRESHOLDS, repeat=2) if any(t)]
-        fields: list[Rungs] = [(ladder[0], w, t) for w in windows for t in doubts]
+        both = [(w, t) for w, t in product(windows, doubts) if can_matter(w, t)]
+        fields: list[Rungs] = [(ladder[0], w, t) for w, t in both]
         seen = recorded.predicted(fields, few, "thresholds")
         adaptive = max(seen, key=seen.__getitem__)
     return [*((ladder[0], w, (0.0, 0.0)) for w in windows), adaptive]

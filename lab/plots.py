@@ -86,7 +86,8 @@ def plot_wall(figure: Figure, data: Data) -> str:
         )
     axes.set(ylabel="milliseconds a token", ylim=(0, 1.1 * most))
     axes.set_title(
-        f"A token takes {bottoms[1:-1].min():.1f} ms with one exit, {bottoms[-1]:.1f} ms with both"
+        f"A token takes {bottoms[1:-1].min():.1f} ms with one untuned exit, "
+        f"{bottoms[-1]:.1f} ms with both"
     )
     axes.legend()
     return (

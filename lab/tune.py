@@ -128,12 +128,17 @@ def promising(name: str, exits: tuple[int, ...], predicted: Callable) -> list[Ru
     # a look-up is never in doubt
     doubts = [(0.0,)] * looks_up + [THRESHOLDS] * min(2, levels - looks_up)
     thresholds = [(*t, *never[len(t) :]) for t in product(*doubts)]
-    ladders = [(e, w, t) for e in fewest for w in windows for t in thresholds]
+    ladders = [(e, w, t) for e in fewest for w in windows for t in thresholds if can_matter(w, t)]
     for ladder in tqdm(ladders, f"predicting {name} with thresholds", leave=False):
         seconds[ladder] = predicted(ladder)
     ranked = sorted(seconds, key=seconds.__getitem__)
     plain = [ladder for ladder in ranked if ladder[2] == never]
     return list(dict.fromkeys([*ranked[: RUN - 2], *plain[:2], *ranked]))[:RUN]
+
+
+def can_matter(windows: tuple[int, ...], thresholds: tuple[float, ...]) -> bool:
+    """Whether each threshold above 0 can: a level asked for one token stops there anyway."""
+    return all(window > 1 or threshold == 0 for window, threshold in zip(windows, thresholds))
 
 
 def climb(chosen: list[Rungs], make_decoder, prompts, max_new_tokens: int, stop) -> dict:
@@ -156,7 +161,8 @@ def neighbours(ladder: Rungs) -> list[Rungs]:
     for k, i in product(range(len(windows)), (-1, 1)):
         at = WINDOWS.index(windows[k]) + i
         if 0 <= at < len(WINDOWS):
-            near.append((exits, (*windows[:k], WINDOWS[at], *windows[k + 1 :]), thresholds))
+            stops = thresholds if at else (*thresholds[:k], 0.0, *thresholds[k + 1 :])
+            near.append((exits, (*windows[:k], WINDOWS[at], *windows[k + 1 :]), stops))
     return [n for n in near if list(n[1]) == sorted(n[1])]
 
 

@@ -182,7 +182,7 @@ function write(shown, settled, written) {  // the text, and in it how far greedy
     if (said.startsWith("·")) make($("text"), "wbr");  // a line can break at a space, but not at the dot shown for it
     return make($("text"), tag, className, said.replaceAll("↵", "↵\n"));
   };
-  const place = () => { if (alone.same_text && now) make($("text"), "b", "", `◂ ${alone.name}`); };
+  const place = () => { if (alone.same_text && now) make($("text"), "b", "", `◂ ${alone.name} is here`); };
   add("span", "prompt", trace.prompt);
   let standing = 0;
   for (const { piece, level, state } of shown) {

@@ -168,7 +168,7 @@ def expected(trace: dict, n: int) -> dict:
         ),
         steps=[[str(i + 2), str(event["level"] + 2)] for i, event in enumerate(trace["events"][:n])],
         lead=True if n else None, tip=True, wide=390,
-        past=[written, n, 0], race=[said, said], greedy="◂ greedy" if n else None,
+        past=[written, n, 0], race=[said, said], greedy="◂ greedy is here" if n else None,
         bars=[
             [f"{held} −{less}" if less else f"{held}", f"{round(100 * held / everything, 4):g}%", not less]
             for held, less in list(zip(cache, fell))[1:]

@@ -121,7 +121,7 @@ def test_the_wall_stacks_milliseconds_of_a_token(data):
         assert [bar.get_height() for bar in bars] == [parts[k] for parts in wall.values()]
         assert [bar.get_y() for bar in bars] == [sum(parts[:k]) for parts in wall.values()]
     assert [c.get_label() for c in axes.containers] == ["drafting", "intermediate", "full", "loop"]
-    assert axes.get_title() == "A token takes 7.5 ms with one exit, 6.2 ms with both"
+    assert axes.get_title() == "A token takes 7.5 ms with one untuned exit, 6.2 ms with both"
 
 
 def test_acceptance_is_drawn_by_position(data):

@@ -156,6 +156,9 @@ def test_the_first_screens_speed_ups_were_measured():
         what, *cells = row.values()
         assert told in what
         assert ("loses" in what) == (method["speedup_vs_greedy"] < 1)
+        for times in re.findall(r"right (\d+) times in 100", what):
+            right = [v for k, v in method["agreement"].items() if k.endswith("-30")]
+            assert {f"{100 * v:.0f}" for v in right} == {times}
         for cell, key in zip(cells, ("speedup_vs_greedy", "speedup_vs_single_layer"), strict=True):
             greedy, sampled = re.findall(r"([\d.]+)x", cell)
             assert printed(greedy, method[key]), (what, key)
@@ -213,7 +216,7 @@ def test_what_is_counted_in_words():
     assert (len(cells), len(exercises), min(minutes), max(minutes)) == (10, 8, 5, 40)
     assert "of ten cells and eight [exercises]" in WORDS and "five to forty minutes each" in WORDS
     assert "agree from four positions on" in WORDS and operators.ROWS == kvcache.ROWS == 4
-    assert f"the next multiple of {kvcache.CHUNK}" in WORDS
+    assert f"the next multiple of {kvcache.CHUNK}," in WORDS
     assert "one width, sixteen ([faststep.py]" in WORDS and faststep.WIDTH == 16
     assert "the six most promising" in WORDS and tune.RUN == 6
 
@@ -263,7 +266,7 @@ def test_the_worked_row_is_the_figures():
     title = r">At (alpha = [\d.]+, beta = [\d.]+) the formula gives ([\d.]+x), measured ([\d.]+x)<"
     rates = re.search(title, drawn)
     assert costs and rates
-    assert f"From the figure: {costs[1]}, {rates[1]}." in WORDS
+    assert f"In the figure: {costs[1]}, {rates[1]}." in WORDS
     assert f"formula gives {rates[2]}; {rates[3]} was measured" in WORDS
     less = (
         r"along the recorded texts ([\d.]+x), with what wide passes cost ([\d.]+x), with the prompt"

@@ -9,7 +9,7 @@ from conftest import random_model
 
 import bench
 from faststep import FixedStep
-from hispec import Generation, LevelStats
+from hispec import Generation, LevelStats, generate
 from lab import tune
 
 HEADER = {
@@ -59,6 +59,25 @@ def test_tuning_climbs_to_the_fastest_windows_from_wherever_it_begins(monkeypatc
     for name, best in tune.tune(random_model(), [[0]], 4, (), clocked, None).items():
         assert best["windows"] == (fastest,) * tune.KINDS[name][0]
         assert best["measured"] == 2
+
+
+def test_no_threshold_is_tried_where_one_token_is_asked_for(monkeypatch):
+    """There it cannot change a step, and costs a read each."""
+    asked = []
+    tune.promising("hispec", (2, 4), lambda ladder: asked.append(ladder) or len(asked))
+    both = {(w > 1, t > 0) for _, windows, doubts in asked for w, t in zip(windows, doubts)}
+    assert both == {(True, True), (True, False), (False, False)}
+    near = tune.neighbours(((2, 8), (2, 4), (0.7, 0.1)))
+    assert {n[1]: n[2] for n in near} == {
+        (1, 4): (0.0, 0.1), (3, 4): (0.7, 0.1), (2, 3): (0.7, 0.1), (2, 6): (0.7, 0.1)
+    }  # fmt: skip
+    model = random_model()
+    for windows, doubts in (((1, 4), (0.9, 0.0)), ((1, 1), (0.5, 0.9))):
+        with_them, without = (
+            generate(model, [1, 2], 20, exits=(1, 2), windows=windows, thresholds=t)
+            for t in (doubts, ())
+        )
+        assert with_them.tokens == without.tokens and with_them.levels == without.levels
 
 
 @pytest.mark.parametrize("fixed", [False, True])
