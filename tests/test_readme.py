@@ -209,6 +209,17 @@ def test_held_out_files_and_the_weights_before_were_measured():
     assert {"10", "57.8"} <= set(read) and round(57.8 / 10) == 6  # a sixth
 
 
+def test_the_time_after_the_prompt_was_measured():
+    text = " ".join((ROOT / "results/README.md").read_text("utf-8").split())
+    hispec, greedy, single = (measured(TINY)[m] for m in ("hispec", "greedy", "single-layer"))
+    prompt, after = hispec["prefill_seconds"], hispec["decode_seconds"]
+    said = f"takes {1e3 * prompt:.0f} of HiSpec's {1e3 * (prompt + after):.0f} milliseconds a text"
+    assert said in text
+    faster = [x["decode_seconds"] / after for x in (greedy, single)]
+    said = "{:.2f} times as fast as greedy's, and {:.2f} times as fast as the single layer's"
+    assert said.format(*faster) in text
+
+
 def test_what_is_counted_in_words():
     cells = json.loads((ROOT / "lecture/hispec.ipynb").read_text("utf-8"))["cells"]
     exercises = rows((ROOT / "lecture/exercises/README.md").read_text("utf-8"))
