@@ -6,12 +6,13 @@ Each prompt is decoded once to warm up and to record the greedy text; then the m
 it, twice, and every speed-up is the median over those repeats of a ratio within one repeat. Times
 are wall-clock seconds of whole generations, prompt included. Then they take turns on every second
 prompt of a category, sampling: there every method writes another text of the same distribution,
-which tests prove and no comparison of texts could. Last and untimed, the parts of a generation are
-looked at, what was kept of the drafts is counted, and the levels' predictions on the greedy text
-are compared.
+which tests prove and no comparison of texts could. Last, outside the speeds, the parts of a
+generation are timed, what was kept of the drafts is counted, and the levels' predictions on the
+greedy text are compared.
 
 Exits and windows are those that --tune last found for the model, device, dtype and step
-(results/ladders.json); where it has not been run, the paper's. On a CPU, so are the number of
+(results/ladders.json); where it has not been run, the model's own exits, or the paper's, and the
+paper's windows. On a CPU, so are the number of
 threads and, unless --dtype says it, the faster of float32 and bfloat16; where they are not known
 yet, they are found first.
 """
@@ -358,10 +359,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="draw from the fewest tokens that hold so much")
     add("--top-k", type=int, default=0, help="draw from so many tokens (default 0: from all)")
     add("--seed", type=int, default=0, help="of the sampled part")
-    add("--quick", action="store_true", help="one prompt a category, 24 tokens each")
+    add(
+        "--quick",
+        action="store_true",
+        help="one prompt a category, and 24 tokens unless N is given",
+    )
     find = "first find the fastest exits, windows and threads, and keep them"
     add("--tune", action="store_true", help=find)
-    peers = "also measure transformers' decoding of the same weights"
+    peers = "also measure transformers' decoding of the same weights, without our exit heads"
     add("--peers", action="store_true", help=peers)
     add("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
     draw = "also draw twelve figures into DIR, as PNG and SVG"

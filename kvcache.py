@@ -21,7 +21,7 @@ D, L layers and blocks of heads, and K exits above depth 0 that any ladder has h
 
     s * T * (2 * L * G * E  +  K * D)
 
-The file knows nothing of tokens, drafts or levels: that is hispec.py.
+The file knows nothing of drafts, acceptance or sampling: that is hispec.py.
 """
 
 from collections.abc import Iterator

@@ -33,8 +33,8 @@ class RopeScaling:
     """Llama-3.1's stretch of slow rotary frequencies to longer contexts (arXiv 2407.21783, 3.2)."""
 
     factor: float  # how much longer than the original context
-    low_freq_factor: float  # wavelengths above original / low are divided by factor
-    high_freq_factor: float  # wavelengths below original / high stay; between: a blend
+    low_freq_factor: float  # frequencies of wavelengths above original / low are divided by factor
+    high_freq_factor: float  # those of wavelengths below original / high stay; between: a blend
     original_max_seq_len: int  # context length before the stretch, in tokens
 
 
@@ -122,7 +122,11 @@ class Llama(nn.Module):
             nn.init.normal_(module.weight, std=std)
 
     def pack(self) -> "Llama":
-        """Lay the weights out for inference on a CPU (operators.py). train() and to() undo it."""
+        """Lay the weights out for inference on a CPU (operators.py).
+
+        train(), to() and load_state_dict() undo it.
+        """
+        self.eval()
         for m in self.modules():
             if isinstance(m, RMSNorm):
                 m.pack()
@@ -137,6 +141,10 @@ class Llama(nn.Module):
     def train(self, mode: bool = True) -> "Llama":
         self.pad = 1 if mode else self.pad
         return super().train(mode)
+
+    def load_state_dict(self, *args, **kwargs):
+        self._apply(lambda t: t)  # other numbers are coming: what was made of the old ones goes
+        return super().load_state_dict(*args, **kwargs)
 
     def _apply(self, fn, recurse=True):
         self.pad = 1

@@ -58,7 +58,7 @@ class Linear(nn.Linear):
             return True
         weight = self.weight.detach()
         if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
-            return True
+            return weight.device.type != "cpu" or weight.dtype != torch.float64
         if weight.dtype == torch.float32 and weight.numel() < SMALL:
             if len(weight) >= NARROW and not keep:
                 self.turned = weight.t().contiguous()

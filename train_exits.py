@@ -12,16 +12,17 @@ which is cheap while the deep layers know little, and matrices are trained with 
 Python's own standard library, or that and all packages installed beside it; its vocabulary is
 learned, and whole files are held out to measure on.
 2 distils the full model into ExitHeads: one light block, a norm, the output rows of the tokens M
-uses most. The trunk never changes, so it reads each row once; after that only the heads are
-computed.
+uses most. The trunk never changes, so while there is room for what it makes of a row, it reads it
+once; after that only the heads are computed.
 3 trains the trunk as 1 does, but the last layer learns the original's distribution and the exits
 the last layer's, the first with full weight too.
 
 --self-distill trains 2 and 3 on M's own writing, which is what decoding will meet: a chat model is
 shown the mark that begins a user's turn and writes the question too (Magpie, arXiv 2406.08464).
 torchrun --nproc_per_node=N shares each step among N processes. DIR gets model/ (for
-checkpoints.load), training.safetensors (for --resume), with --self-distill samples.safetensors, and
-at the end agreement.csv and agreement.png: how often each exit picks the full model's token.
+checkpoints.load), training.safetensors (for --resume), samples.safetensors with --self-distill,
+corpus/ with installed packages, and at the end agreement.csv and agreement.png: how often each exit
+picks the full model's token.
 
 The file knows nothing of drafting or verifying: it makes exits agree, hispec.py turns agreement
 into speed.
@@ -53,6 +54,7 @@ from lab.corpus import (
     WHOLE,
     batch,
     encode_split,
+    equal_parts,
     held_rows,
     own_samples,
     read_corpus,
@@ -131,8 +133,8 @@ def loop(args, run: Run, losses, pieces, held: Tensor, rank: int, world: int) ->
     exits, first, began, saved_at = run.model.exits, run.step, time.time(), time.time()
     layout = "{percentage:3.0f} % |{bar:20}| {elapsed} < {remaining}{postfix}"
     bar = tqdm(total=1.0, disable=rank > 0, bar_format=layout)
-    bar.n = bar.initial = run.progress(world)
-    while (done := run.progress(world)) < 1:
+    done = bar.n = bar.initial = run.progress(world)
+    while done < 1:
         total: Any = 0
         step_pieces = pieces(run.step, done)
         for i, piece in enumerate(step_pieces):
@@ -145,13 +147,14 @@ def loop(args, run: Run, losses, pieces, held: Tensor, rank: int, world: int) ->
             dist.all_reduce(total)
         loss, *agreement = (total / world).tolist()
         run.update(loss, rate=args.lr * min(1.0, (run.step + 1) / WARM_UP, (1 - done) / DECAY))
+        done = run.progress(world)
 
         speed = args.batch * (run.step - first) / (time.time() - began)
         shown = " ".join(f"{exit}: {a:.0%}" for exit, a in zip(exits, agreement))
         said = f"step {run.step}, loss {loss:.3f}, agreement {shown}, {speed:,.0f} tokens/s"
         bar.set_postfix_str(said, False)
-        bar.update(max(0.0, run.progress() - bar.n))
-        if rank == 0 and (time.time() - saved_at > SAVE_EVERY or run.progress() >= 1):
+        bar.update(max(0.0, done - bar.n))
+        if rank == 0 and (time.time() - saved_at > SAVE_EVERY or done >= 1):
             run.save()
             loss, agreement = measure(run.work, held_rows(held, 2 * args.context), depths=exits)
             shown = " ".join(f"{exit}: {agreement[exit - 1]:.1%}" for exit in exits)
@@ -183,10 +186,8 @@ class LayerSkip:
             exit: EXIT_WEIGHT if i or args.model else DRAFT_WEIGHT for i, exit in enumerate(exits)
         }
         share = 1.0 if args.model else MAX_SHARE * min(1.0, 2 * done)
-        return [
-            (piece, skipped, weights, share)
-            for piece in rows.chunk(-(-local * context // args.micro))
-        ]
+        parts = rows.chunk(equal_parts(local, args.micro // context))
+        return [(piece, skipped, weights, share) for piece in parts]
 
 
 class LayerSkipLosses(nn.Module):
@@ -275,7 +276,7 @@ class FrozenTrunk:
         states, choices = zip(
             *(self.read(shuffled(i, len(self.rows), self.args.seed)) for i in drawn)
         )
-        n = -(-local * length // self.args.micro)
+        n = equal_parts(local, self.args.micro // length)
         pairs = zip(torch.stack(states).chunk(n), torch.stack(choices).chunk(n), strict=True)
         return [(s.to(self.args.device), c.to(self.args.device)) for s, c in pairs]
 
@@ -344,7 +345,7 @@ def prepare(args, rank: int, world: int) -> tuple[Llama, Tokenizer | None, Tenso
     """The model, marked what to train; its tokenizer; tokens (T,) to train on and held out."""
     documents: dict[str, str] = {}
     installed = args.corpus == INSTALLED and not args.self_distill
-    if not installed and not (args.model and args.self_distill):
+    if not installed and not args.self_distill:
         documents = read_corpus(args.corpus)
     model: Llama | None = None
     tokenizer: Any = None

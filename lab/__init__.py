@@ -1,1 +1,1 @@
-"""What measures, chooses and draws: used by bench.py and train_exits.py, and knows neither."""
+"""What measures, chooses and draws: used by bench.py, train_exits.py and show/, knows none."""

@@ -95,6 +95,11 @@ def batch(text: Tensor, step: int, rows: int, context: int, seed: int) -> Tensor
     return torch.stack(out).long()
 
 
+def equal_parts(rows: int, most: int) -> int:
+    """The fewest parts of equally many rows, at most `most` each, so that each row counts alike."""
+    return next(n for n in range(1, rows + 1) if rows % n == 0 and rows // n <= max(1, most))
+
+
 def held_rows(text: Tensor, context: int, n: int = 16) -> Tensor:
     """n rows (n, context+1), evenly spread over the text."""
     starts = torch.linspace(0, len(text) - context - 1, n).long().tolist()

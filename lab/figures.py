@@ -4,7 +4,7 @@
 
 Nothing is shown that was not measured in the same run, on the same machine, or predicted from what
 was: ladders too many to run are replayed on measured costs and recorded texts, and the figure says
-so.
+so. Two panels show the formula at other costs than this machine's.
 """
 
 import statistics
@@ -41,7 +41,7 @@ from model import Llama
 N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
 FEW = 6  # prompts they are run on, each of another category
 SHORT, LONG = 4, 16  # windows of a single layer beside HiSpec
-LONGEST = (12, 24)  # windows that the formula is tuned over: N_d and N_i, or a single layer's
+LONGEST = (12, 24)  # the longest windows the formula tries: N_d and N_i; together, a single layer's
 OPENING, SAMPLES = 16, 1000  # tokens that are sampled after, and how often
 
 
@@ -197,7 +197,7 @@ def compared(
 def charged(
     recorded: Recorded, exits: tuple[int, ...], rates: tuple[float, float]
 ) -> dict[str, float]:
-    """Data.charged, without thresholds: what the formula leaves out is charged bit by bit."""
+    """Data.charged, without thresholds: what the formula leaves out is charged part by part."""
     n, costs = recorded.n_layers, recorded.costs
     d, i = (step_seconds(costs, exit) / step_seconds(costs, n) for exit in exits)
     flat = replace(
@@ -367,6 +367,3 @@ def speed_up_by_rates(
             tokens = sum(end * (1 - beta ** (m + 1)) / (1 - beta) for m, end in enumerate(ends, N))
             hispec = np.maximum(hispec, tokens / (sum(reached[:N]) * (n * d + i) + full))
     return single, hispec
-
-
-# ---- drawing ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 #
 #     lab/gpu.sh [MODEL]        MODEL: a third model, a folder or owner/name
 #
-# Tests; 100 thousand tokens in bfloat16, greedy against speculation; tiny, smollm2 and MODEL, tuned
+# Tests; 43 thousand tokens a method in bfloat16, greedy and speculation; tiny, smollm2 and MODEL, tuned
 # and beside transformers; the figures. What is found is left in results/gpu-*.json and
 # results/figures-gpu, what is printed in results/gpu-*.txt. A part that fails or takes too long does
 # not stop the others: the last line names it, and the exit status is 1.

@@ -25,7 +25,7 @@ def arguments(argv: list[str] | None, description: str | None) -> argparse.Names
     add("--minutes", type=float, help="a budget: the schedule fits itself to it, so reruns differ")
     add("--batch", type=int, default=8192, help="tokens a step, all processes together")
     add("--micro", type=int, default=2048, help="tokens a pass; gradients add up to a batch")
-    long = f"tokens a row; every sixth step has rows {LONG} times as long"
+    long = f"tokens a row; every sixth step has rows {LONG} times as long, recipe 2 all 4 times"
     add("--context", type=int, default=128, help=long)
     rates = "default 3e-3, 2e-3 for heads, 3e-4 for a given trunk"
     add("--lr", type=float, help=f"peak learning rate ({rates})")
@@ -38,7 +38,9 @@ def arguments(argv: list[str] | None, description: str | None) -> argparse.Names
     for name, default in dict(layers=32, dim=128, heads=2, kv_heads=1, ffn=384, vocab=2048).items():
         shape.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
     heads = p.add_argument_group("the heads made by recipe 2")
-    heads.add_argument("--width", type=int, help="of the SwiGLU (default: M's), 0 for no block")
+    heads.add_argument(
+        "--width", type=int, help="of the SwiGLU (default: M's hidden size), 0 for no block"
+    )
     heads.add_argument("--draft-vocab", type=int, default=8192, help="tokens an exit may draft")
     args = p.parse_args(argv)
     if args.steps is None and args.minutes is None:

@@ -4,15 +4,17 @@ Running every ladder would take hours. So each ladder's speed is predicted from 
 only the most promising are run, and what lies next to the fastest of them:
 
     seconds  =  prefill  +  sum over steps of  ( sum over its segments of segment_seconds[width]
-                                                 +  head_seconds[width]  +  loop_seconds[depth] )
+                                                 +  head_seconds[width]  +  loop_seconds[depth]
+                                                 +  doubt_seconds if it has a threshold )
 
 Which steps a ladder takes is found by replaying the recursion on what every exit predicts along the
 model's own greedy text, and how sure it is. That is exact as long as all drafts are right; where
 the text goes astray it takes the levels to agree as often as on the right path. The width of a
 segment's pass is the number of positions it has not seen.
 
-All kinds of ladder, one draft exit, HiSpec's two and those beyond the paper, are searched in the
-same way and equally hard, so that none wins by being the better tuned. The choice is kept in
+One draft exit, HiSpec's two, and the look-ups beyond the paper are searched in the same way and
+equally hard, so that none wins by being the better tuned; ladders of three exits over fewer windows
+and thresholds. The choice is kept in
 results/ladders.json.
 """
 
@@ -128,7 +130,13 @@ def promising(name: str, exits: tuple[int, ...], predicted: Callable) -> list[Ru
     # a look-up is never in doubt
     doubts = [(0.0,)] * looks_up + [THRESHOLDS] * min(2, levels - looks_up)
     thresholds = [(*t, *never[len(t) :]) for t in product(*doubts)]
-    ladders = [(e, w, t) for e in fewest for w in windows for t in thresholds if can_matter(w, t)]
+    ladders = [
+        (e, w, t)
+        for e in fewest
+        for w in windows
+        for t in thresholds
+        if any(t) and can_matter(w, t)
+    ]
     for ladder in tqdm(ladders, f"predicting {name} with thresholds", leave=False):
         seconds[ladder] = predicted(ladder)
     ranked = sorted(seconds, key=seconds.__getitem__)
@@ -137,7 +145,10 @@ def promising(name: str, exits: tuple[int, ...], predicted: Callable) -> list[Ru
 
 
 def can_matter(windows: tuple[int, ...], thresholds: tuple[float, ...]) -> bool:
-    """Whether each threshold above 0 can: a level asked for one token stops there anyway."""
+    """Whether no threshold is in vain. A level that is asked for one token stops there anyway.
+
+    windows: none smaller than the one below it.
+    """
     return all(window > 1 or threshold == 0 for window, threshold in zip(windows, thresholds))
 
 
@@ -155,7 +166,7 @@ def climb(chosen: list[Rungs], make_decoder, prompts, max_new_tokens: int, stop)
 
 
 def neighbours(ladder: Rungs) -> list[Rungs]:
-    """The same ladder with one of its windows a step longer or shorter."""
+    """The same ladder with one of its windows a step longer or shorter; at 1, with no threshold."""
     exits, windows, thresholds = ladder
     near = []
     for k, i in product(range(len(windows)), (-1, 1)):
@@ -243,7 +254,7 @@ def kept_ladder(header: dict, model: Llama) -> tuple[dict, str] | None:
                 best = max(found, key=lambda ladder: ladder["measured"])
             ladder = {part: best[part] for part in ("exits", "windows", "thresholds")}
             checked_ladder(model.config.n_layers, *ladder.values())
-        except (KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue  # `saved_ladders` says what is wrong with it
         where = "this machine" if key == own else key.split(" step, ")[-1]
         return ladder, f"kept by tuning, {best['measured']:.2f}x greedy on {where}"

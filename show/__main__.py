@@ -3,15 +3,19 @@
 Each token has the colour of the level that wrote it: a draft that every deeper level accepted, the
 correction or bonus of a level in between, the full model's own. Drafts that fell are struck
 through, in red, where they stood, with the level that rejected them behind. The text appears as the
-full model settles it; --pause waits for Enter before each of its verifications. Without a terminal,
-or with NO_COLOR set, the plain text is printed. --html also writes a web page that plays it back.
+full model settles it; --pause waits for Enter before it shows what was settled, and the speeds are
+without these waits. Without a terminal, or with NO_COLOR set, the plain text is printed. --html
+also writes a web page that plays it back.
 
-The ladder is the fastest that `python bench.py --tune` kept for the model, or two of its exits.
+The ladder is HiSpec's that `python bench.py --tune` kept for the model, or the fastest of any kind
+where that loses; where none was kept, two of the model's exits.
 """
 
 import argparse
 import os
 import sys
+import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +24,7 @@ import torch
 from arguments import Event, checked
 from checkpoints import load
 from checkpoints.files import describe, must_be_writable
+from checkpoints.tokenizer import Tokenizer
 from hispec import generate
 from lab.commands import Parser, check_exits, command
 from lab.report import ladder_text
@@ -33,17 +38,7 @@ FIRST = 16  # tokens by which the full model's speed without a ladder is measure
 
 def main() -> None:
     args = parse_arguments()
-    model, tokenizer = load(args.model)
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer, and the prompt is text")
-    if args.exits is not None:
-        check_exits(args.exits, 0, model.config.n_layers)  # again, now that the depth is known
-    weight = model.embed.weight
-    header = {"step": "plain", **describe(args.model, weight.device, weight.dtype)}
-    if not weight.is_cuda:
-        dtype = kept_dtype(header, lambda: load(args.model)[0])
-        header["dtype"] = str(dtype).removeprefix("torch.")
-        model = model if dtype == weight.dtype else model.to(dtype).pack()
+    model, tokenizer, header = loaded(args)
     ladder, why = choose(args.exits, args.windows, model, header)
     if args.chat == "never":
         tokenizer.template = None
@@ -52,7 +47,7 @@ def main() -> None:
         generate, model, prompt, stop=tokenizer.stop, temperature=args.temperature,
         top_k=args.top_k, top_p=args.top_p, seed=args.seed,
     )  # fmt: skip
-    if not weight.is_cuda:
+    if not model.embed.weight.is_cuda:
         torch.set_num_threads(kept_threads(header, model))
     print(f"{header['model']} in {header['dtype']} on {header['device']}")
     print("prompt:", tokenizer.prompt)
@@ -65,16 +60,22 @@ def main() -> None:
         follows = tokenizer.decode(prompt).endswith(args.prompt)  # no chat format stands between
         print(DIM + args.prompt + PLAIN, end="" if follows else "\n", flush=True)
 
+    waited = 0.0  # for Enter
+
     def watch(event: Event) -> None:
-        events.append(event)
+        nonlocal waited
+        events.append(replace(event, seconds=event.seconds - waited))
         piece = painter.see(event)
         if piece is None or not coloured():
             return
         if args.pause:
+            began = time.perf_counter()
             input()
+            waited += time.perf_counter() - began
         print(piece, end="", flush=True)
 
     out = run(args.max_new_tokens, **ladder, watch=watch if coloured() or args.html else None)
+    out.seconds -= waited
     rest = painter.characters.decode(b"", final=True)
     print(rest if coloured() else tokenizer.decode(out.tokens))
     greedy: list[Event] = []
@@ -90,6 +91,22 @@ def main() -> None:
         )  # fmt: skip
         page.write(args.html, trace)
         print(f"to play it back: {args.html}")
+
+
+def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict]:
+    """The model in the dtype that is faster here, its tokenizer, and what files say of a run."""
+    model, tokenizer = load(args.model)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer, and the prompt is text")
+    if args.exits is not None:
+        check_exits(args.exits, 0, model.config.n_layers)  # again, now that the depth is known
+    weight = model.embed.weight
+    header = {"step": "plain", **describe(args.model, weight.device, weight.dtype)}
+    if not weight.is_cuda:
+        dtype = kept_dtype(header, lambda: load(args.model)[0])
+        header["dtype"] = str(dtype).removeprefix("torch.")
+        model = model if dtype == weight.dtype else model.to(dtype).pack()
+    return model, tokenizer, header
 
 
 def choose(exits, windows, model: Llama, header: dict) -> tuple[dict, str]:
@@ -122,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     fewest = "sample from the fewest that hold P of the probability (default 1)"
     add("--top-p", type=float, default=1.0, metavar="P", help=fewest)
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
-    pause = "wait for Enter before each verification by the full model"
+    pause = "wait for Enter before showing what the full model settled"
     add("--pause", action="store_true", help=pause)
     back = "also write a web page that plays the generation back"
     add("--html", type=Path, metavar="FILE", help=back)

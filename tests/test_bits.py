@@ -96,6 +96,12 @@ def test_a_position_has_the_same_bits_in_any_pass(threads, name, dtype):
     assert {sizes: parts for sizes, parts in found.items() if parts} == {}
 
 
+def test_float64_has_the_same_bits_too():
+    """On no fast path, and so padded: what property tests of packed models lean on."""
+    for sizes in ([2], [3], [5], [7], [13], MIXED[0]):
+        assert different("tiny", torch.float64, sizes, 1) == [], sizes
+
+
 @pytest.mark.parametrize("room", [operators, kvcache], ids=["products", "attention"])
 def test_rows_in_ones_are_caught(monkeypatch, room):
     """Plain float32 products and attention take another kernel for one row than for many."""

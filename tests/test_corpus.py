@@ -40,6 +40,15 @@ def test_an_epoch_reads_every_window_once(length, rows, context):
     assert len({start % context for start in first_epoch}) == 1
 
 
+@given(st.integers(1, 60), st.integers(0, 70))
+def test_every_row_of_a_step_counts_alike(rows, most):
+    sizes = [len(part) for part in torch.zeros(rows).chunk(corpus.equal_parts(rows, most))]
+    assert sum(sizes) == rows and len(set(sizes)) == 1
+    assert sizes[0] <= max(1, most)
+    larger = [n for n in range(sizes[0] + 1, max(1, most) + 1) if rows % n == 0]
+    assert larger == []
+
+
 def test_sampling_side_by_side_is_greedy_decoding():
     model = random_model().float()
     openings = torch.randint(11, (3, 4))

@@ -163,3 +163,26 @@ def test_a_packed_model_can_be_copied(tied):
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, twin.state_dict()[name])
     assert twin.bfloat16().head.weight.dtype == torch.bfloat16
+
+
+def test_other_weights_are_not_mixed_with_packed_ones():
+    """Loaded into a packed model they decode as in a fresh one; packed anew, too."""
+    model, other = (random_model(seed, dim=64, ffn_dim=96).float() for seed in (1, 2))
+    ids = torch.randint(11, (1, 9))
+    before = model.pack()(ids)
+    model.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        for _ in range(2):
+            assert torch.allclose(model(ids), other(ids), atol=1e-2)
+            assert not torch.allclose(model(ids), before, atol=1.0)
+            model.pack()
+
+
+def test_packing_ends_training():
+    """An exit's own rows are gathered from the head before its plain weight is let go."""
+    model = random_model(dim=1024, vocab_size=400, tie_embeddings=False).float()
+    model.exit_heads["1"] = ExitHead(model.config, vocab=list(range(0, 400, 2)))
+    ids = torch.randint(400, (1, 5))
+    expected = model(ids, exit=1)
+    assert not model.train().pack().training
+    assert torch.allclose(model(ids, exit=1), expected, atol=1e-3)

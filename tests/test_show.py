@@ -283,10 +283,18 @@ def test_a_pause_comes_before_each_verification_by_the_full_model(monkeypatch, c
     monkeypatch.setattr(__main__, "generate", spy)
     monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
     monkeypatch.setattr(__main__, "coloured", lambda: True)
-    monkeypatch.setattr("builtins.input", lambda: waited.append(None))
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now.append(now[-1] + 0.001) or now[-1])
+
+    def enter():
+        waited.append(None)
+        now.append(now[-1] + 1000)
+
+    monkeypatch.setattr("builtins.input", enter)
     monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "12", *["--pause"] * pause])
     __main__.main()
     assert len(waited) == (made[1].levels[-1].calls if pause else 0)  # made[0] warms up
+    assert 0 < made[1].seconds < 1000  # the waits are not the model's
     printed = capsys.readouterr().out
     assert f"{terminal.DIM}x{terminal.PLAIN}" in printed and "full model" in printed
 

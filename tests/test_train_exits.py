@@ -20,6 +20,7 @@ from hispec import generate
 from lab.agreement import measure
 from lab.corpus import encode, held_rows, read_corpus, sample
 from lab.installed import INSTALLED, is_held_out
+from lab.training import Run
 from model import ExitHead, Llama
 
 ROOT = Path(__file__).parent.parent
@@ -182,6 +183,14 @@ def test_a_time_budget_ends_the_run(tmp_path, corpus):
     train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --minutes 0.02")
     assert time.time() - began < 30
     assert steps_of(tmp_path / "run" / "training.safetensors") > 0
+
+
+def test_a_run_is_saved_by_the_clock_that_ends_it(tmp_path, corpus, monkeypatch):
+    """Clocks of several processes differ: the one agreed on ends the loop, and so says to save."""
+    clock = iter([0.0, 0.5, 1.0])  # asked once a step; another question would find it at its end
+    monkeypatch.setattr(Run, "progress", lambda run, world=1: next(clock))
+    train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --minutes 9")
+    assert steps_of(tmp_path / "run" / "training.safetensors") == 2
 
 
 # ---- the same again, bit for bit ----------------------------------------------------------------

@@ -159,6 +159,8 @@ def test_the_kept_ladder_is_hispecs_unless_that_loses(monkeypatch, tmp_path):
     for part, wrong in (("exits", [1, 99]), ("windows", [1]), ("measured", "fast")):
         tune.save_ladders(HEADER, {"hispec": slow | {part: wrong}, "look-up": {"measured": 2.0}})
         assert tune.kept_ladder(HEADER, model) == (ladder, why)
+    tune.save_ladders(HEADER, {"hispec": [3], "look-up": fast})
+    assert tune.kept_ladder(HEADER, model) == (ladder, why)
 
 
 def test_default_exits():
