@@ -129,7 +129,7 @@ def checked_sampling(temperature, top_k, top_p, seed) -> tuple[float, int, float
     (top_k,) = whole_numbers([top_k], "top_k")
     if top_k < 0:
         raise ValueError(f"top_k must be a number of tokens, or 0 for all, got {top_k}")
-    if not isinstance(top_p, REAL) or not 0 < top_p <= 1:
+    if not isinstance(top_p, REAL) or not (0 < top_p <= 1 and float(top_p)):
         raise ValueError(f"top_p must be a probability above 0 and at most 1, got {top_p}")
     if seed is not None:
         (seed,) = whole_numbers([seed], "seed")

@@ -259,7 +259,7 @@ def measure(
     with tqdm(total=repeats * len(requests) * len(methods), desc="measuring", leave=False) as bar:
         for repeat in range(repeats):
             for r, request in enumerate(requests):
-                drawn = law | {"seed": law["seed"] + r} if law else {}
+                drawn = law | {"seed": (law["seed"] + r) % 2**63} if law else {}
                 for i in range(len(methods)):
                     m = (i + repeat + r) % len(methods)
                     made = methods[m].decode(request.prompt, max_new_tokens, stop=stop, **drawn)

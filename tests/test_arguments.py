@@ -48,6 +48,7 @@ BAD = [
     (dict(top_p=1.1), "top_p"),
     (dict(top_p=math.nan), "top_p"),
     (dict(top_p="most"), "top_p"),
+    (dict(top_p=Fraction(1, 10**400)), "top_p"),
     (dict(temperature=-0.1), "temperature"),
     (dict(temperature=math.nan), "temperature"),
     (dict(temperature=math.inf), "temperature"),

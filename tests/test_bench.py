@@ -104,7 +104,8 @@ def test_temperature_0_leaves_the_sampled_part_out(small_bench, capsys):
     assert "temperature" not in capsys.readouterr().out
 
 
-def test_what_the_sampled_part_draws_from(small_bench, monkeypatch):
+@pytest.mark.parametrize("seeds", [(3, 4), (2**63 - 1, 0)])
+def test_what_the_sampled_part_draws_from(small_bench, monkeypatch, seeds):
     asked = []
 
     def watched(model, prompt, n, **options):
@@ -113,9 +114,9 @@ def test_what_the_sampled_part_draws_from(small_bench, monkeypatch):
         return generate(model, prompt, n, **options)
 
     monkeypatch.setattr(bench, "generate", watched)
-    law = ("--temperature", "1.5", "--top-p", "0.9", "--top-k", "5", "--seed", "3")
+    law = ("--temperature", "1.5", "--top-p", "0.9", "--top-k", "5", "--seed", str(seeds[0]))
     small_bench("--quick", "--max-new-tokens", "4", *law)
-    drawn = [(1.5, 0.9, 5, seed) for seed in (3, 4)]  # of two categories one request each
+    drawn = [(1.5, 0.9, 5, seed) for seed in seeds]  # of two categories one request each
     assert [asked.count(law) for law in drawn] == [3, 3]
     assert {*asked} == {*drawn, (None,) * 4}
 
