@@ -12,9 +12,8 @@ greedy text are compared.
 
 Exits and windows are those that --tune last found for the model, device, dtype and step
 (results/ladders.json); where it has not been run, the model's own exits, or the paper's, and the
-paper's windows. On a CPU, so are the number of
-threads and, unless --dtype says it, the faster of float32 and bfloat16; where they are not known
-yet, they are found first.
+paper's windows. On a CPU, so are the number of threads and, unless --dtype says it, the faster of
+float32 and bfloat16; where they are not known yet, they are found first.
 """
 
 import argparse
@@ -359,11 +358,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="draw from the fewest tokens that hold so much")
     add("--top-k", type=int, default=0, help="draw from so many tokens (default 0: from all)")
     add("--seed", type=int, default=0, help="of the sampled part")
-    add(
-        "--quick",
-        action="store_true",
-        help="one prompt a category, and 24 tokens unless N is given",
-    )
+    add("--quick", action="store_true", help="one prompt a category, 24 tokens unless N is given")
     find = "first find the fastest exits, windows and threads, and keep them"
     add("--tune", action="store_true", help=find)
     peers = "also measure transformers' decoding of the same weights, without our exit heads"

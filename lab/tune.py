@@ -14,8 +14,7 @@ segment's pass is the number of positions it has not seen.
 
 One draft exit, HiSpec's two, and the look-ups beyond the paper are searched in the same way and
 equally hard, so that none wins by being the better tuned; ladders of three exits over fewer windows
-and thresholds. The choice is kept in
-results/ladders.json.
+and thresholds. The choice is kept in results/ladders.json.
 """
 
 import json
