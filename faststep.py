@@ -10,9 +10,10 @@ padded. Then
 - the same kernels run on the same addresses whenever a segment is run, so that CUDA can record them
   once and replay them with one launch; what stands between two attentions is compiled first.
 
-The prompt is read by the plain step in wide passes, which are the same whatever the ladder. The
-loop in hispec.py does not change: `generate(fast=...)` calls a `FixedStep` in place of its `step`.
-On a CPU nothing is captured, and padding costs more than it brings: there it serves for tests.
+The prompt is read so too, in passes of PROMPT positions, which are the same whatever the ladder.
+The loop in hispec.py does not change: `generate(fast=...)` calls a `FixedStep` in place of its
+`step`. On a CPU nothing is captured, and padding costs more than it brings: there it serves for
+tests.
 """
 
 import inspect
@@ -26,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hispec import step
-from kvcache import KVCache, up_to_chunk
+from kvcache import CHUNK, KVCache
 from model import Layer, Llama
 
 WIDTH = 16  # positions in a pass: on a GPU one position is hardly cheaper than sixteen
+PROMPT = 256  # and in a pass over the prompt, which nobody wants to wait for
 GRAPHS = 256  # captured passes that are kept: the oldest go first
 # a mask rules the first out, odd shapes the second; cuDNN's plans depend on the number of keys
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -48,11 +49,11 @@ class FixedStep:
         self.parts = compiled_parts() if compiled else {}
         weight, c = model.embed.weight, model.config
         # padded positions write too: a pass that begins at the last position needs room behind it
-        self.cache = KVCache(model, model.blocks, max_len + WIDTH)
+        self.cache = KVCache(model, model.blocks, max_len + PROMPT)
         self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # where a pass begins
-        self.ids = self.first.new_zeros(WIDTH)  # and the tokens there
-        self.states = weight.new_zeros(WIDTH, c.dim)  # what a segment leaves for the head
-        self.out = weight.new_zeros(WIDTH, c.vocab_size)  # the head's logits
+        self.ids = self.first.new_zeros(PROMPT)  # and the tokens there
+        self.states = weight.new_zeros(PROMPT, c.dim)  # what a segment leaves for the head
+        self.out = weight.new_zeros(PROMPT, c.vocab_size)  # the head's logits
         self.captured: dict[tuple[int, ...], Callable] = {}
         self.pool: Any = None  # on CUDA what all captures share
         self.stream: Any = None
@@ -89,36 +90,42 @@ class FixedStep:
 
         Returns level k's logits (rows, V) at positions length-rows .. length-1.
         """
-        if cache.lengths[k] == 0:
-            return step(model, cache, depths, tokens, length, k, rows)  # the prompt
         logits = []
         for j, (start, depth) in enumerate(zip((0, *depths), depths[: k + 1])):
-            for first, last in self.pieces(cache, j, length) if depth > 0 else ():
+            for first, last, width, end in self.passes(cache, j, length) if depth > 0 else ():
                 self.first.fill_(first)
-                self.ids[: len(tokens) - first] = tokens[first : first + WIDTH]
-                self.run(start, depth, up_to_chunk(last))
+                ids = tokens[first : first + width]
+                self.ids[: len(ids)] = ids
+                self.run(width, start, depth, end)
                 if j == k and last > length - rows:
-                    self.run(depth)
+                    self.run(width, depth)
                     # a copy, since the next replay overwrites it
                     logits.append(self.out[max(0, length - rows - first) : last - first].clone())
             cache.lengths[j] = length
         return torch.cat(logits)
 
-    def pieces(self, cache: KVCache, segment: int, length: int) -> Iterator[tuple[int, int]]:
-        """A segment's passes, first .. last-1: at most WIDTH positions, which see as many keys."""
+    def passes(
+        self, cache: KVCache, segment: int, length: int
+    ) -> Iterator[tuple[int, int, int, int]]:
+        """A segment's passes over positions first .. last-1, their widths, the keys they see.
+
+        A pass holds at most `width` positions, and all of them see the keys 0 .. end-1.
+        """
         first = cache.lengths[segment]
+        width, span = (WIDTH, CHUNK) if first else (PROMPT, PROMPT)
         while first < length:
-            last = min(first + WIDTH, up_to_chunk(first + 1), length)
-            yield first, last
+            end = (first // span + 1) * span
+            last = min(first + width, end, length)
+            yield first, last, width, end
             first = last
 
     def run(self, *key: int) -> None:
-        """A pass (start, depth, end) through a segment, or (depth,) through a head.
+        """A pass (width, start, depth, end) through a segment, or (width, depth) through a head.
 
         Only while the cache is lent: its exits say what a segment has to leave there.
         """
         if key not in self.captured:
-            work = partial(self._head if len(key) == 1 else self._segment, *key)
+            work = partial(self._head if len(key) == 2 else self._segment, *key)
             if len(self.captured) == GRAPHS:
                 del self.captured[next(iter(self.captured))]
             self.captured[key] = self.capture(work) if self.pool else work
@@ -149,16 +156,16 @@ class FixedStep:
 
         return replay
 
-    def _segment(self, start: int, depth: int, end: int) -> None:
-        self.cache.begin(self.first + self.cache.columns[:WIDTH], [(WIDTH, end)])
-        self.states.copy_(self.cache.run(self.model, self.ids, start, depth))
+    def _segment(self, width: int, start: int, depth: int, end: int) -> None:
+        self.cache.begin(self.first + self.cache.columns[:width], [(width, end)])
+        self.states[:width] = self.cache.run(self.model, self.ids[:width], start, depth)
 
-    def _head(self, depth: int) -> None:
-        self.out.copy_(self.model.logits(self.states, depth))
+    def _head(self, width: int, depth: int) -> None:
+        self.out[:width] = self.model.logits(self.states[:width], depth)
 
 
 def compiled_parts(backend: str | Callable = "inductor") -> dict[str, Callable]:
-    """What a layer does before and after attention, compiled: one program for all layers."""
+    """What a layer does before and after attention, compiled: a program for each width."""
     compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
     return {name: compiled(getattr(Layer, name)) for name in ("before", "after")}
 

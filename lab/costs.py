@@ -116,11 +116,11 @@ def fixed_passes(
     trunk, head = {0: [0.0] * len(passes)}, {}
 
     def whole_pass(e: int) -> None:
-        fast.run(0, e, end)
-        fast.run(e)
+        fast.run(WIDTH, 0, e, end)
+        fast.run(WIDTH, e)
 
     with fast.open(model, tuple(e for e in depths if e < L), fast.max_len):
-        layer = timed(partial(fast.run, 0, L, end), device) / L
+        layer = timed(partial(fast.run, WIDTH, 0, L, end), device) / L
         for e in depths:  # a segment's pass takes an exit's own block too
             whole = timed(partial(whole_pass, e), device)
             trunk[e] = [n * e * layer for n in passes]
@@ -277,10 +277,14 @@ def pass_times(model: Llama, fast: FixedStep | None) -> dict:
             (fast or step)(model, cache, (L,), tokens, CONTEXT + n, 0, n).argmax(-1)
 
         passes = {str(n): timed(partial(full, n), device) for n in (1, 2, 4, 8, 16)}
-        cache.place(CONTEXT, CONTEXT + 1)
-        h = model.embed(tokens[None, : len(cache.at)])
-        layer = timed(lambda: model.run(h, 0, 1, cache), device)
-        head = timed(lambda: model.logits(h, L), device)
+        if fast:
+            layer = timed(partial(fast.run, WIDTH, 0, L, up_to_chunk(CONTEXT + 1)), device) / L
+            head = timed(partial(fast.run, WIDTH, L), device)
+        else:
+            cache.place(CONTEXT, CONTEXT + 1)
+            h = model.embed(tokens[None, : len(cache.at)])
+            layer = timed(lambda: model.run(h, 0, 1, cache), device)
+            head = timed(lambda: model.logits(h, L), device)
     return {"pass_seconds": passes, "layer_seconds": layer, "layers": L, "head_seconds": head}
 
 

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bench
 import faststep
 from arguments import checked
-from faststep import KERNELS, WIDTH, FixedStep, compiled_parts, replaced
+from faststep import KERNELS, PROMPT, WIDTH, FixedStep, compiled_parts, replaced
 from hispec import Ladder, generate
 from kvcache import CHUNK, KVCache
 from lab import tune
@@ -51,7 +51,9 @@ def test_a_captured_pass_reads_nothing_and_stays_on_its_device(elsewhere):
     fast = FixedStep(model, 40)
     with fast.open(model, (2,), 40):
         for key in ((0, 2, CHUNK), (2, 4, CHUNK), (0, 4, CHUNK), (2,), (4,)):
-            fast.run(*key)
+            fast.run(WIDTH, *key)
+        for key in ((0, 2, PROMPT), (2, 4, PROMPT), (4,)):
+            fast.run(PROMPT, *key)
     assert fast.out.device.type == fast.cache.parts[0][1].device.type == "meta"
 
 
@@ -80,7 +82,7 @@ def test_a_read_in_a_captured_pass_is_caught(elsewhere, monkeypatch):
     model = elsewhere
     fast = FixedStep(model, 40)
     with fast.open(model, (2,), 40), pytest.raises(Exception, match="_local_scalar_dense|data-dep"):
-        fast.run(0, 2, CHUNK)
+        fast.run(WIDTH, 0, 2, CHUNK)
 
 
 def test_a_tensor_on_another_device_is_caught(elsewhere, monkeypatch):
@@ -88,7 +90,7 @@ def test_a_tensor_on_another_device_is_caught(elsewhere, monkeypatch):
     fast = FixedStep(model, 40)
     fast.cache.columns = torch.arange(CHUNK)
     with fast.open(model, (2,), 40), pytest.raises(Exception, match="(?i)device"):
-        fast.run(0, 2, CHUNK)
+        fast.run(WIDTH, 0, 2, CHUNK)
 
 
 # ---- what a replay reads stays alive ------------------------------------------------------------
@@ -120,7 +122,7 @@ def test_what_a_replay_reads_outlives_its_owners(monkeypatch):
     fast = FixedStep(model, 20, compiled=False)
     fast.pool, fast.stream = "pool", Fake()
     with torch.inference_mode(), fast.open(model, (2,), 20):
-        for key in ((0, 2, CHUNK), (2,), (2, 4, CHUNK), (4,)):
+        for key in ((WIDTH, 0, 2, CHUNK), (WIDTH, 2), (WIDTH, 2, 4, CHUNK), (WIDTH, 4)):
             fast.run(*key)
     rows, table = model.exit_heads["2"]._rows[0].weight, model._rope_table
     read = [fast.cache.keys, fast.cache.values, *fast.cache.hidden.values(), fast.cache.columns]
@@ -220,7 +222,7 @@ def compiled_with(backend) -> dict:
     return compiled_parts(backend=backend)
 
 
-def test_compiled_layers_are_one_program_and_write_the_same_text(monkeypatch):
+def test_compiled_layers_are_a_program_for_each_width_and_write_the_same_text(monkeypatch):
     counter = CompileCounter()
     case = Case(random_model(3, n_layers=6), [3, 1, 4], 20, (2, 4), (2, 3), ())
     fast = FixedStep(case.model, 40)
@@ -233,7 +235,8 @@ def test_compiled_layers_are_one_program_and_write_the_same_text(monkeypatch):
     monkeypatch.setattr(FixedStep, "run", run)
     out = generate(case.model, case.prompt, 20, **case.arguments, fast=fast)
     assert out.tokens == greedy(case)
-    assert counter.frame_count == 2  # before and after attention, whatever the layer or segment
+    # before and after attention, for a prompt and for what follows, whatever the layer or segment
+    assert counter.frame_count == 4
     assert all("before" not in layer.__dict__ for layer in case.model.layers)
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 
 import checkpoints
 import hispec
-from faststep import WIDTH, FixedStep
+from faststep import PROMPT, WIDTH, FixedStep
 from hispec import generate
 from kvcache import KVCache
 from lab.prompts import default_prompts, read_prompts
@@ -44,10 +44,21 @@ def test_it_samples_what_the_plain_step_samples(case):
 
 
 def test_prompts_and_windows_wider_than_a_pass():
-    case = Case(random_model(5), [3, 1, 4, 1, 5] * 8, 20, (1, 3), (WIDTH + 3, 2 * WIDTH), ())
-    for prompt in (case.prompt, case.prompt[:WIDTH], case.prompt[: WIDTH + 1]):
-        case.prompt = prompt
+    model = random_model(5, max_seq_len=2 * PROMPT + 64)
+    case = Case(model, [], 20, (1, 3), (WIDTH + 3, 2 * WIDTH), ())
+    for length in (WIDTH, WIDTH + 1, 40, PROMPT - 1, PROMPT, PROMPT + 1, 2 * PROMPT + 5):
+        case.prompt = ([3, 1, 4, 1, 5] * length)[:length]
         assert run_twice(case)[1].tokens == greedy(case)
+
+
+def test_a_prompt_is_read_in_few_wide_passes(monkeypatch):
+    keys, real = [], FixedStep.run
+    monkeypatch.setattr(FixedStep, "run", lambda fast, *key: (keys.append(key), real(fast, *key)))
+    model, n = random_model(max_seq_len=800), 2 * PROMPT + 5
+    generate(model, [1] * n, 1, exits=(2,), windows=(2,), fast=FixedStep(model, n + 1))
+    ends = [PROMPT, 2 * PROMPT, 3 * PROMPT]
+    read = [(PROMPT, start, depth, end) for start, depth in [(0, 2), (2, 5)] for end in ends]
+    assert keys == [*read, (PROMPT, 5)]
 
 
 def bits(model, ids: list[int], exits: tuple[int, ...], sizes: list[int]):
