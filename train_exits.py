@@ -78,8 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     """The whole run. Raises ValueError, before anything is written, for what cannot be trained."""
     args = arguments(argv, __doc__)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    args.device = torch.device(place)
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    args.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    if args.device.type == "cuda" and local >= (gpus := torch.cuda.device_count()):
+        raise ValueError(f"processes take a GPU each: at most {gpus} here")
     check_arguments(args, rank, world)
     if world > 1:
         patience = datetime.timedelta(hours=12)  # a run may be paused

@@ -26,7 +26,7 @@ from model import Llama
 
 LONG = 8  # every sixth step reads rows so many times as long: far positions are trained too
 WHOLE = 4  # samples, and the rows a frozen trunk reads, have so many times --context
-SIDE_BY_SIDE = 64  # samples written at once
+SIDE_BY_SIDE = {"cpu": 64, "cuda": 1024}  # samples written at once
 ASK = 64  # a question of the model's own has at most so many tokens
 # folders of the standard library
 NO_TEXT = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
@@ -138,17 +138,18 @@ def own_samples(
 def write_samples(model: Llama, tokenizer: Tokenizer | None, args, rank: int, world: int) -> Tensor:
     """Rows (B, WHOLE x --context) of at least --self-distill tokens, from all processes."""
     writer, length = copy.deepcopy(model).bfloat16() if args.bf16 else model, WHOLE * args.context
-    batches = -(-args.self_distill // (SIDE_BY_SIDE * length))
+    rows = SIDE_BY_SIDE[args.device.type]
+    batches = -(-args.self_distill // (rows * length))
     mine = []
     for i in tqdm(range(rank, batches, world), "the model's own samples", disable=rank > 0):
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + i)
-        openings, until = make_openings(model, tokenizer, args, i, rng)
+        openings, until = make_openings(model, tokenizer, args, i, rows, rng)
         if openings.shape[1] >= length:
             raise ValueError(
                 f"samples have {WHOLE} x --context = {length} tokens, "
                 f"their openings already {openings.shape[1]}"
             )
-        warm = torch.arange(SIDE_BY_SIDE) % 2 == 1
+        warm = torch.arange(rows) % 2 == 1
         mine.append((i, sample(writer, openings, length, warm, rng, until)))
     parts: list = [mine]
     if world > 1:
@@ -159,22 +160,22 @@ def write_samples(model: Llama, tokenizer: Tokenizer | None, args, rank: int, wo
 
 
 def make_openings(
-    model, tokenizer, args, i: int, rng: torch.Generator
+    model, tokenizer, args, i: int, rows: int, rng: torch.Generator
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Openings of samples (SIDE_BY_SIDE, P), and the tokens that end a question left open."""
+    """Openings of samples (rows, P), and the tokens that end a question left open."""
     V = model.config.vocab_size
     if tokenizer is None:
-        return torch.randint(V, (SIDE_BY_SIDE, 4), generator=rng), ()
+        return torch.randint(V, (rows, 4), generator=rng), ()
     turn, other = tokenizer.chat(["a"]), tokenizer.chat(["b"])
     # where the user's words belong
     before = next(j for j, pair in enumerate(zip(turn, other)) if pair[0] != pair[1])
     if tokenizer.template is not None and i % 4:  # BOS alone is no chat
-        return torch.tensor(turn[:before]).expand(SIDE_BY_SIDE, -1), tokenizer.stop
+        return torch.tensor(turn[:before]).expand(rows, -1), tokenizer.stop
     words, _ = encode_split(tokenizer, read_corpus(args.corpus))
     words = words[words < V]
-    starts = torch.randint(len(words) - 12, (SIDE_BY_SIDE,), generator=rng).tolist()
-    rows = [[*turn[:before], *words[s : s + 12].tolist(), *turn[before + 1 :]] for s in starts]
-    return torch.tensor(rows), ()
+    starts = torch.randint(len(words) - 12, (rows,), generator=rng).tolist()
+    texts = [[*turn[:before], *words[s : s + 12].tolist(), *turn[before + 1 :]] for s in starts]
+    return torch.tensor(texts), ()
 
 
 @torch.no_grad()

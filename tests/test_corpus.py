@@ -87,12 +87,13 @@ def test_openings_are_the_templates(tmp_path, name, chats):
     tokenizer = from_folder(tmp_path, {"eos_token_id": 2}, 600)
     model, args = random_model(vocab_size=600), Namespace(corpus=words)
     openings, until = corpus.make_openings(
-        model, tokenizer, args, 1, torch.Generator().manual_seed(0)
+        model, tokenizer, args, 1, 5, torch.Generator().manual_seed(0)
     )
     framed, others = corpus.make_openings(
-        model, tokenizer, args, 4, torch.Generator().manual_seed(0)
+        model, tokenizer, args, 4, 5, torch.Generator().manual_seed(0)
     )
     assert until == (tokenizer.stop if chats else ()) and others == ()
+    assert len(openings) == len(framed) == 5
     before = tokenizer.chat(["a"])[: openings.shape[1]]
     assert (openings.tolist()[0] == before) == chats
     assert (
@@ -104,6 +105,8 @@ def test_openings_are_the_templates(tmp_path, name, chats):
 def test_a_packed_model_writes_in_bfloat16():
     """As a model does that was loaded on a CPU: its samples are written by a copy."""
     model = random_model(vocab_size=2**15, tie_embeddings=False).float().pack()
-    args = Namespace(bf16=True, context=4, self_distill=1, seed=0, model="m")
+    args = Namespace(
+        bf16=True, context=4, self_distill=1, seed=0, model="m", device=torch.device("cpu")
+    )
     rows = corpus.write_samples(model, None, args, 0, 1)
-    assert rows.shape == (corpus.SIDE_BY_SIDE, corpus.WHOLE * 4)
+    assert rows.shape == (corpus.SIDE_BY_SIDE["cpu"], corpus.WHOLE * 4)

@@ -241,9 +241,12 @@ def one_thread():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
-def test_two_processes_take_the_same_step_as_one(tmp_path, corpus):
+def test_two_processes_take_the_same_step_as_one(tmp_path, corpus, monkeypatch):
     """Each process computes half the rows. Muon rounds to bfloat16, so equal means: to 2 % of the
     step."""
+    if torch.cuda.device_count() < 2:  # each process would want a GPU of its own
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     options = f"{SHAPE} --micro 128 --context 16 --steps 4"
     train(tmp_path / "one", corpus, f"{options} --batch 512")
     train(tmp_path / "half", corpus, f"{options} --batch 256")
@@ -279,6 +282,15 @@ def test_two_processes_take_the_same_step_as_one(tmp_path, corpus):
     step = distance(one, start)
     assert distance(one, two) < 0.02 * step
     assert distance(one, half) > 0.1 * step
+
+
+def test_more_processes_than_gpus_are_told(tmp_path, corpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="a GPU each: at most 2 here"):
+        train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 3")
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_on_installed_packages_keeps_their_tokens(site, tmp_path):
