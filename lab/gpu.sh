@@ -4,12 +4,13 @@
 #     lab/gpu.sh [MODEL]        MODEL: a third model, a folder or owner/name
 #
 # Tests; 43 thousand tokens a method in bfloat16, greedy and speculation; tiny, smollm2 and MODEL, tuned
-# and beside transformers; the figures. What is found is left in results/gpu-*.json and
-# results/figures-gpu, what is printed in results/gpu-*.txt. A part that fails or takes too long does
-# not stop the others: the last line names it, and the exit status is 1.
+# and, on few prompts, beside transformers; the figures. What is found is left in results/gpu-*.json
+# and results/figures-gpu, what is printed in results/gpu-*.txt. A part that fails or takes too long
+# does not stop the others: the last line names it, and the exit status is 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
+export TQDM_DISABLE=1 # no bars in the files
 failed=()
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU that PyTorch can use"'
@@ -32,8 +33,9 @@ bench() { # NAME MINUTES ARGUMENTS...
 # the fixed step and the bits first: they are what no CPU could show
 part tests 6 "$python" -m pytest -q \
     tests/test_captured.py tests/test_faststep.py tests/test_lossless.py tests/test_model.py
+bench tiny 9 --tune --figures results/figures-gpu
 bench long 12 --max-new-tokens 1024 --temperature 0
-bench tiny 8 --tune --peers --figures results/figures-gpu
+bench peers 4 --quick --peers
 bench smollm2 6 --model smollm2 --quick --tune --peers
 if [[ $# -gt 0 ]]; then
     bench third 7 --model "$1" --quick --tune --peers
