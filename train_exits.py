@@ -17,6 +17,9 @@ once; after that only the heads are computed.
 3 trains the trunk as 1 does, but the last layer learns the original's distribution and the exits
 the last layer's, the first with full weight too.
 
+With --unlikelihood 3 also lets the model go on, greedily, with what it reads, and makes the tokens
+of its loops unlikely (arXiv 1908.04319).
+
 --self-distill trains 2 and 3 on M's own writing, which is what decoding will meet: a chat model is
 shown the mark that begins a user's turn and writes the question too (Magpie, arXiv 2406.08464).
 torchrun --nproc_per_node=N shares each step among N processes. DIR gets model/ (for
@@ -48,7 +51,7 @@ import checkpoints
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.vocabulary import learn
 from lab.agreement import measure, report
-from lab.commands import check_exits, command
+from lab.commands import command
 from lab.corpus import (
     LONG,
     WHOLE,
@@ -56,13 +59,14 @@ from lab.corpus import (
     encode_split,
     equal_parts,
     held_rows,
+    own_loops,
     own_samples,
     read_corpus,
     shuffled,
 )
 from lab.installed import INSTALLED, installed_tokens, is_held_out
 from lab.options import arguments, check_arguments
-from lab.training import Run, add_heads
+from lab.training import Run, add_heads, choose_exits
 from model import Config, Llama
 
 KEPT = 4 * 2**30  # bytes of a frozen trunk's hidden states that are kept for the next epoch
@@ -78,10 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     """The whole run. Raises ValueError, before anything is written, for what cannot be trained."""
     args = arguments(argv, __doc__)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    args.device = torch.device(f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-    if args.device.type == "cuda" and local >= (gpus := torch.cuda.device_count()):
-        raise ValueError(f"processes take a GPU each: at most {gpus} here")
+    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    args.device = torch.device(place)
     check_arguments(args, rank, world)
     if world > 1:
         patience = datetime.timedelta(hours=12)  # a run may be paused
@@ -189,15 +191,21 @@ class LayerSkip:
         }
         share = 1.0 if args.model else MAX_SHARE * min(1.0, 2 * done)
         parts = rows.chunk(equal_parts(local, args.micro // context))
-        return [(piece, skipped, weights, share) for piece in parts]
+        pieces: list[tuple] = [(piece, skipped, weights, share) for piece in parts]
+        if args.unlikelihood:
+            own, inside = own_loops(self.model, rows[:, : args.context + 1])
+            loops = args.unlikelihood * inside.to(args.device)
+            pieces.append((own.to(args.device), frozenset(), weights, share, loops))
+        return pieces
 
 
 class LayerSkipLosses(nn.Module):
     """One pass through the layers, read at every exit asked for.
 
-    forward(rows, skipped, weights, share): rows (B, N+1) of token ids; the layers to skip; the loss
-    weight of each exit; how much of an exit's goal is the last layer's distribution, the rest being
-    the text. Returns the loss, and without gradient (1 + len(weights),): the last layer's loss,
+    forward(rows, skipped, weights, share, loops): rows (B, N+1) of token ids; the layers to skip;
+    the loss weight of each exit; how much of an exit's goal is the last layer's distribution, the
+    rest being the text; weights (B, N+1) of tokens that shall be unlikely, if that is all the last
+    layer learns. Returns the loss, and without gradient (1 + len(weights),): the last layer's loss,
     then each exit's agreement with it.
     """
 
@@ -209,8 +217,9 @@ class LayerSkipLosses(nn.Module):
         self.original = [original]
 
     def forward(
-        self, rows: Tensor, skipped: frozenset[int], weights: dict[int, float], share: float
-    ):
+        self, rows: Tensor, skipped: frozenset[int], weights: dict[int, float], share: float,
+        loops: Tensor | None = None,
+    ):  # fmt: skip
         model, ids, target = self.model, rows[:, :-1], rows[:, 1:].flatten()  # (B, N), (B*N,)
         depth = model.config.n_layers
         h, hidden = model.embed(ids), {}  # (B, N, D)
@@ -222,7 +231,10 @@ class LayerSkipLosses(nn.Module):
         logits = model.logits(h, depth).flatten(0, 1).float()  # (B*N, V)
         with torch.no_grad():
             goal, choice = logits.softmax(-1), logits.argmax(-1)
-        if self.original[0] is None:
+        if loops is not None:
+            chosen = logits.softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
+            last = -(loops[:, 1:].flatten() * torch.log1p(-chosen.clamp(max=0.999))).mean()
+        elif self.original[0] is None:
             last = F.cross_entropy(logits, target)
         else:
             with torch.no_grad():
@@ -382,15 +394,6 @@ def prepare(args, rank: int, world: int) -> tuple[Llama, Tokenizer | None, Tenso
     if args.freeze_trunk:
         add_heads(model, text, args)
     return model, tokenizer, text, held
-
-
-def choose_exits(model: Llama, args: argparse.Namespace) -> None:
-    """Give the model the exits asked for, else leave its own, else 1/16 and 1/4 of its depth."""
-    depth = model.config.n_layers
-    own = model.exits or sorted({-(-depth // 16), -(-depth // 4)})
-    exits = own if args.exits is None else args.exits
-    check_exits(exits, 1, depth)
-    model.exits = tuple(exits)
 
 
 if __name__ == "__main__":

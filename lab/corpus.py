@@ -22,12 +22,14 @@ from checkpoints.tokenizer import Tokenizer
 from checkpoints.vocabulary import END
 from kvcache import KVCache
 from lab.installed import HELD_OUT, INSTALLED, is_held_out, read_installed
+from lab.variety import looped
 from model import Llama
 
 LONG = 8  # every sixth step reads rows so many times as long: far positions are trained too
 WHOLE = 4  # samples, and the rows a frozen trunk reads, have so many times --context
 SIDE_BY_SIDE = {"cpu": 64, "cuda": 1024}  # samples written at once
 ASK = 64  # a question of the model's own has at most so many tokens
+LOOP = 4  # tokens that come again at once are a loop, to a model that shall leave it
 # folders of the standard library
 NO_TEXT = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
 
@@ -176,6 +178,20 @@ def make_openings(
     starts = torch.randint(len(words) - 12, (rows,), generator=rng).tolist()
     texts = [[*turn[:before], *words[s : s + 12].tolist(), *turn[before + 1 :]] for s in starts]
     return torch.tensor(texts), ()
+
+
+def own_loops(model: Llama, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows (B, N), their second halves written by the model, greedily; and which of that is in a
+    loop (B, N): its first round is not.
+    """
+    (B, N), half = rows.shape, rows.shape[1] // 2
+    with torch.compiler.set_stance("force_eager"):  # each pass here has another shape
+        own = sample(model, rows[:, :half], N, torch.zeros(B, dtype=torch.bool))
+    inside = torch.zeros(B, N, dtype=torch.bool)
+    for row, mark in zip(own.tolist(), inside):
+        mark[sorted(looped(row, LOOP))] = True
+    inside[:, :half] = False
+    return own, inside
 
 
 @torch.no_grad()

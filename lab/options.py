@@ -4,6 +4,8 @@ import argparse
 import math
 from pathlib import Path
 
+import torch
+
 from lab.commands import Parser, check_exits, must_take_files
 from lab.corpus import LONG
 from lab.installed import INSTALLED
@@ -18,6 +20,8 @@ def arguments(argv: list[str] | None, description: str | None) -> argparse.Names
     add("--freeze-trunk", action="store_true", help="recipe 2: train only heads at the exits")
     add("--self-distill", type=int, default=0, metavar="TOKENS", help="train M on its own writing")
     texts = f"a text file, a folder, or {INSTALLED}: every package here (default: Python's library)"
+    leave = "recipe 3: what weight the model's own loops have, which are to be unlikely"
+    add("--unlikelihood", type=float, default=0.0, metavar="W", help=leave)
     add("--corpus", type=corpus, metavar="PATH", help=texts)
     exits = "M's own, or 1/16 and 1/4 of the depth; none: no exit losses at all, for comparison"
     add("--exits", type=int, nargs="*", metavar="E", help=f"shallow to deep (default: {exits})")
@@ -58,6 +62,10 @@ def check_arguments(args: argparse.Namespace, rank: int, world: int) -> None:
     """ValueError for what can be seen to be wrong before a model or a text is read."""
     if (args.freeze_trunk or args.self_distill) and not args.model:
         raise ValueError("--freeze-trunk and --self-distill need a --model to start from")
+    if args.unlikelihood and (args.freeze_trunk or not args.model):
+        raise ValueError("--unlikelihood changes the trunk of a --model, as recipe 3 does")
+    if not 0 <= args.unlikelihood < math.inf:
+        raise ValueError(f"--unlikelihood must be 0 or above, got {args.unlikelihood}")
     for name in ("steps", "minutes", "batch", "micro", "context", "lr"):
         as_it_is = name == "steps" and args.steps == 0 and args.model and not args.freeze_trunk
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf and not as_it_is:
@@ -76,6 +84,8 @@ def check_arguments(args: argparse.Namespace, rank: int, world: int) -> None:
         )
     if args.corpus not in (None, INSTALLED) and not args.corpus.exists():
         raise ValueError(f"no corpus at {args.corpus}")
+    if args.device.type == "cuda" and args.device.index >= (gpus := torch.cuda.device_count()):
+        raise ValueError(f"processes take a GPU each: at most {gpus} here")
     check_out(args, rank)
 
 

@@ -3,6 +3,7 @@
 Knows nothing of what is learned: it is handed gradients and a learning rate.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -19,6 +20,7 @@ from torch import Tensor
 
 import checkpoints
 from checkpoints.files import write_whole
+from lab.commands import check_exits
 from lab.corpus import WHOLE, held_rows
 from model import ExitHead, Llama
 from operators import Linear
@@ -130,6 +132,15 @@ def make_optimizers(trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimi
 
 
 # ---- heads as they begin ------------------------------------------------------------------------
+
+
+def choose_exits(model: Llama, args: argparse.Namespace) -> None:
+    """Give the model the exits asked for, else leave its own, else 1/16 and 1/4 of its depth."""
+    depth = model.config.n_layers
+    own = model.exits or sorted({-(-depth // 16), -(-depth // 4)})
+    exits = own if args.exits is None else args.exits
+    check_exits(exits, 1, depth)
+    model.exits = tuple(exits)
 
 
 def add_heads(model: Llama, text: Tensor, args) -> None:

@@ -12,8 +12,13 @@ def distinct(tokens: Sequence[int], n: int = 64) -> int:
     return len(set(tokens[:n]))
 
 
-def looping(tokens: Sequence[int], n: int = 8) -> float:
-    """Share of tokens in repetitions: n tokens or more that stand right after the very same tokens.
+def looping(tokens: Sequence[int]) -> float:
+    """Share of tokens in repetitions of eight or more."""
+    return len(looped(tokens, 8)) / len(tokens) if tokens else 0.0
+
+
+def looped(tokens: Sequence[int], n: int) -> set[int]:
+    """Where tokens repeat: n tokens or more that stand right after the very same tokens.
 
     Loops of fewer than n tokens count too, since several rounds of them are n tokens or more. The
     first round is none: of a row of one token, all but n are in a loop.
@@ -26,4 +31,4 @@ def looping(tokens: Sequence[int], n: int = 8) -> float:
                 end = start + length
                 if row[start:end] == row[start - length : start]:
                     inside.update(range(start, end))
-    return len(inside) / len(row) if row else 0.0
+    return inside

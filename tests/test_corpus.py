@@ -13,6 +13,7 @@ from checkpoints.vocabulary import from_folder
 from hispec import generate
 from lab import corpus
 from lab.installed import INSTALLED, is_held_out
+from lab.variety import looped
 
 
 def test_held_out_files_are_never_trained_on():
@@ -58,6 +59,15 @@ def test_sampling_side_by_side_is_greedy_decoding():
             rows[i].tolist()
             == openings[i].tolist() + generate(model, openings[i].tolist(), 16).tokens
         )
+
+
+def test_own_loops_are_marked_where_a_model_repeats_itself():
+    model, rows = random_model().float(), torch.randint(11, (6, 41))
+    own, inside = corpus.own_loops(model, rows)
+    for row, made, mark in zip(rows.tolist(), own.tolist(), inside):
+        assert made == row[:20] + generate(model, row[:20], 21).tokens
+        assert set(mark.nonzero().flatten().tolist()) == {i for i in looped(made, 4) if i >= 20}
+    assert inside.any() and not inside.all(0)[20:].any()
 
 
 def test_installed_packages_without_tables_copies_and_links(site):
