@@ -28,6 +28,7 @@ BEFORE, SMOLLM2 = "results/cpu-tiny-before.json", "results/cpu-smollm2.json"
 ON_THE_FIRST_SCREEN = (
     ("`tiny`, HiSpec", TINY, "hispec"),
     ("`tiny`, copies of earlier text", TINY, "look-up, exit"),
+    ("`tiny`, HiSpec on an H100", "results/gpu-tiny.json", "hispec"),
     ("SmolLM2-135M, HiSpec", SMOLLM2, "hispec"),
 )
 TOLD = [
@@ -206,7 +207,7 @@ def test_held_out_files_and_the_weights_before_were_measured():
     before, now = (measured(f)["hispec"]["agreement"]["2-8"] for f in (BEFORE, TINY))
     assert before > now  # easier to draft for
     read = re.findall(r"([\d.]+) million tokens", (ROOT / "lecture/TRAINING.md").read_text("utf-8"))
-    assert {"10", "57.8"} <= set(read) and round(57.8 / 10) == 6  # a sixth
+    assert {"10", "62.7"} <= set(read) and round(62.7 / 10) == 6  # a sixth
 
 
 def test_the_time_after_the_prompt_was_measured():
@@ -228,7 +229,8 @@ def test_what_is_counted_in_words():
     assert "of ten cells and eight [exercises]" in WORDS and "five to forty minutes each" in WORDS
     assert "agree from four positions on" in WORDS and operators.ROWS == kvcache.ROWS == 4
     assert f"the next multiple of {kvcache.CHUNK}," in WORDS
-    assert "one width, sixteen ([faststep.py]" in WORDS and faststep.WIDTH == 16
+    assert "one width, 256 over the prompt and sixteen after it" in WORDS
+    assert (faststep.PROMPT, faststep.WIDTH) == (256, 16)
     assert "the six most promising" in WORDS and tune.RUN == 6
 
 
@@ -242,8 +244,8 @@ def test_the_levels_do_what_is_said_of_them():
     layers = sum(p * n for p, n in zip(hispec["positions"], (2, 6, 24), strict=True))
     assert "more layers per token than greedy decoding, in far fewer full passes" in WORDS
     assert layers > 32 and hispec["tokens_per_target_pass"] > 3
-    assert "sampled, it brings exit 8 nothing" in WORDS
-    assert measured(TINY)["look-up, exit"]["sampled"]["speedup_vs_single_layer"] < 1.02
+    assert "sampled, it brings exit 8 little" in WORDS
+    assert measured(TINY)["look-up, exit"]["sampled"]["speedup_vs_single_layer"] < 1.1
 
 
 def test_predictions_are_as_near_as_it_says():
