@@ -38,7 +38,7 @@ from hispec import Generation, generate
 from lab import figures as gathered
 from lab import plots
 from lab.acceptance import draft_acceptance
-from lab.agreement import level_agreement, ratio
+from lab.agreement import choices, level_agreement, ratio
 from lab.commands import Parser, command, must_take_files
 from lab.costs import ROOM, Rungs, memory_limit, pass_times, peak_memory, time_shares
 from lab.prompts import (
@@ -155,6 +155,7 @@ def compare(
     about = [{key: getattr(m, key) for key in ABOUT} for m in methods]
     results = [{**head, **result} for head, result in zip(about, results, strict=True)]
     few = [request.prompt for request in requests[:3]]
+    said = choices(model, {e for m in ours for e in m.exits if e > 0}, requests)
     # peers come after ours, and stay closed
     for method, result, peak in zip(ours, results, peaks, strict=False):
         result["peak_bytes"] = peak
@@ -164,7 +165,7 @@ def compare(
             # every third request says enough, and nobody waits for it
             result.update(draft_acceptance(method.decode, len(depths), requests[::3], *limits))
         if any(method.exits):
-            result.update(level_agreement(model, method.exits, requests))
+            result.update(level_agreement(said, method.exits))
     return methods, runs, results
 
 

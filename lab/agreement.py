@@ -101,25 +101,28 @@ def write_agreement(
 
 
 @torch.inference_mode()
-def level_agreement(model: Llama, exits: tuple[int, ...], requests: list[Request]) -> dict:
-    """How often the levels predict the same token, along the greedy texts.
+def choices(model: Llama, exits: set[int], requests: list[Request]) -> dict[int, Tensor]:
+    """What these exits and the full model predict along all greedy texts (N,), by depth."""
+    predicted = defaultdict(list)
+    for request in requests:
+        ids = torch.tensor([request.prompt + request.greedy], device=model.embed.weight.device)
+        h, first = model.embed(ids[:, :-1]), 0
+        for depth in (*sorted(exits), model.config.n_layers):
+            h, first = model.run(h, first, depth), depth
+            read = model.read(h, depth)[0, len(request.prompt) - 1 :]
+            predicted[depth].append(model.logits(read, depth).argmax(-1))
+    return {depth: torch.cat(parts) for depth, parts in predicted.items()}
+
+
+def level_agreement(choice: dict[int, Tensor], exits: tuple[int, ...]) -> dict:
+    """How often the levels of a ladder predict the same token, from what `choices` found.
 
     agreement["4-8"] is the share of tokens on which the levels at depths 4 and 8 agree.
     false_rejects is the share of the draft's tokens refused by the level above it that the full
     model would keep.
     """
     # a look-up predicts nothing
-    depths = (*(exit for exit in exits if exit > 0), model.config.n_layers)
-    predicted = defaultdict(list)
-    for request in requests:
-        ids = torch.tensor([request.prompt + request.greedy], device=model.embed.weight.device)
-        h, first = model.embed(ids[:, :-1]), 0
-        for depth in depths:
-            h = model.run(h, first, depth)
-            read = model.read(h, depth)[0, len(request.prompt) - 1 :]
-            predicted[depth].append(model.logits(read, depth).argmax(-1))
-            first = depth
-    choice = {depth: torch.cat(parts) for depth, parts in predicted.items()}
+    depths = (*(exit for exit in exits if exit > 0), max(choice))
     pairs = [(a, b) for i, a in enumerate(depths) for b in depths[i + 1 :]]
     draft, middle, full = choice[depths[0]], choice[depths[1]], choice[depths[-1]]
     refused = draft != middle

@@ -5,7 +5,7 @@ import torch
 from conftest import random_model
 
 from hispec import generate
-from lab.agreement import level_agreement
+from lab.agreement import choices, level_agreement
 from lab.prompts import Request
 
 
@@ -13,7 +13,9 @@ def test_agreement_and_false_rejects_by_hand():
     """Agreement equals what the oracle's forward passes say, token by token."""
     model = random_model()
     requests = [Request("chat", [1, 2], generate(model, [1, 2], 20).tokens)]
-    out = level_agreement(model, (1, 3), requests)
+    said = choices(model, {1, 2, 3}, requests)
+    out = level_agreement(said, (1, 3))
+    assert level_agreement(said, (0, 3)).keys() == {"agreement"}  # a look-up predicts nothing
     ids = torch.tensor([requests[0].prompt + requests[0].greedy])
     draft, middle, full = (model(ids, exit)[0, 1:-1].argmax(-1).tolist() for exit in (1, 3, 5))
     assert full == requests[0].greedy
