@@ -229,7 +229,7 @@ def test_what_is_counted_in_words():
     assert "of ten cells and eight [exercises]" in WORDS and "five to forty minutes each" in WORDS
     assert "agree from four positions on" in WORDS and operators.ROWS == kvcache.ROWS == 4
     assert f"the next multiple of {kvcache.CHUNK}," in WORDS
-    assert "one width, 256 over the prompt and sixteen after it" in WORDS
+    assert "256 positions over the prompt and sixteen after it" in WORDS
     assert (faststep.PROMPT, faststep.WIDTH) == (256, 16)
     assert "the six most promising" in WORDS and tune.RUN == 6
 
@@ -244,8 +244,8 @@ def test_the_levels_do_what_is_said_of_them():
     layers = sum(p * n for p, n in zip(hispec["positions"], (2, 6, 24), strict=True))
     assert "more layers per token than greedy decoding, in far fewer full passes" in WORDS
     assert layers > 32 and hispec["tokens_per_target_pass"] > 3
-    assert "sampled, it brings exit 8 little" in WORDS
-    assert measured(TINY)["look-up, exit"]["sampled"]["speedup_vs_single_layer"] < 1.1
+    brings = measured(TINY)["look-up, exit"]["sampled"]["speedup_vs_single_layer"]
+    assert f"sampled, exit 8 is {brings:.2f} times as fast with it" in WORDS
 
 
 def test_predictions_are_as_near_as_it_says():
