@@ -354,7 +354,9 @@ class ExitHead(nn.Module):
         return self._rows[0]
 
     def train(self, mode: bool = True) -> "ExitHead":
-        self._rows = []
+        # what `Llama.pack` has laid out stays so in eval mode, as in every Linear
+        if mode or not any(rows.packed or rows.turned is not None for rows in self._rows):
+            self._rows = []
         return super().train(mode)
 
     def _apply(self, fn, recurse=True):

@@ -96,6 +96,13 @@ def test_a_position_has_the_same_bits_in_any_pass(threads, name, dtype):
     assert {sizes: parts for sizes, parts in found.items() if parts} == {}
 
 
+@needs_packing
+def test_eval_mode_again_keeps_what_is_packed():
+    model, exits = model_of("SmolLM2's shape", torch.float32)
+    alone, together = bits(model.eval(), exits, [1]), bits(model, exits, [7])
+    assert [part for part in alone if not torch.equal(alone[part], together[part])] == []
+
+
 def test_float64_has_the_same_bits_too():
     """On no fast path, and so padded: what property tests of packed models lean on."""
     for sizes in ([2], [3], [5], [7], [13], MIXED[0]):
