@@ -16,8 +16,8 @@ many keys it is compared with depends on the position alone, not on its company 
 how long the text may get: one thing needed for the same bits whatever the ladder. A pass that
 crosses such a multiple falls into parts there, for attention only.
 
-Bytes, for T positions (rounded up to CHUNK), s bytes a number, G key/value heads of size E, width
-D, L layers and blocks of heads, and K exits above depth 0 that any ladder has had:
+Bytes a sequence, for T positions (rounded up to CHUNK), s bytes a number, G key/value heads of size
+E, width D, L layers and blocks of heads, and K exits above depth 0 that any ladder has had:
 
     s * T * (2 * L * G * E  +  K * D)
 
@@ -130,7 +130,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and hidden states: the formula above."""
+        """Bytes of keys, values and hidden states: the formula above, for each sequence."""
         return sum(t.nbytes for t in (self.keys, self.values, *self.hidden.values()))
 
 

@@ -301,7 +301,7 @@ class ExitHead(nn.Module):
     keys and values, whose SwiGLU is `width` wide (0: no block); freshly made, it adds nothing.
     `vocab` lists the token ids the exit may draft; every other token gets -inf. That loses nothing,
     since a deeper level verifies, and reads len(vocab) rows of W in place of V. In eval mode these
-    rows are gathered once: after a change to W, call eval() again.
+    rows are gathered once: after a change to W, call train() and eval().
 
     Raises ValueError if vocab is empty, repeats an id or leaves the vocabulary.
     """

@@ -17,8 +17,8 @@ once; after that only the heads are computed.
 3 trains the trunk as 1 does, but the last layer learns the original's distribution and the exits
 the last layer's, the first with full weight too.
 
-With --unlikelihood 3 also lets the model go on, greedily, with what it reads, and makes the tokens
-of its loops unlikely (arXiv 1908.04319).
+With --unlikelihood recipe 3 also lets the model go on, greedily, with what it reads, and makes the
+tokens of its loops unlikely (arXiv 1908.04319).
 
 --self-distill trains 2 and 3 on M's own writing, which is what decoding will meet: a chat model is
 shown the mark that begins a user's turn and writes the question too (Magpie, arXiv 2406.08464).
@@ -177,7 +177,7 @@ class LayerSkip:
         self.model, self.text, self.args, self.rank, self.world = model, text, args, rank, world
 
     def pieces(self, step: int, done: float) -> list[tuple]:
-        """The arguments of LayerSkipLosses, a tuple for each pass, equally many rows in each."""
+        """The arguments of LayerSkipLosses, a tuple for each pass; the model's own text in one."""
         args, exits = self.args, self.model.exits
         context = args.context * (LONG if step % 6 == 5 else 1)
         local = max(1, args.batch // context // self.world)  # rows a step for each process

@@ -7,7 +7,7 @@ token is tried as well, and one pass checks every branch. `parents[i]` is the no
 stands behind. Node 0 is the text's last token, which no layer has read yet; its parent is -1.
 
 In the cache a position was a slot. Two nodes of the same depth now have the same position, and need
-a slot each. `place_tree` gives node i the slot `first + i`, and takes three things from you:
+a slot each. `place_tree` gives node i the slot `first + i`. Four things are left to you:
 
 (a) `depths`: how far node i is from node 0; its position, hence its rotation, is first + depth.
 (b) `sees`: which nodes a node attends to: itself, and those it stands behind.
