@@ -393,4 +393,4 @@ def parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    command(main, "stopped: nothing was written")
+    command(main, "stopped: no result was written")

@@ -70,6 +70,9 @@ class FixedStep:
         """
         if model is not self.model:
             raise ValueError("the step was made for another model")
+        weight, keys = model.embed.weight, self.cache.keys
+        if weight.dtype != keys.dtype or not {*model.blocks} <= self.cache.slots.keys():
+            raise ValueError("the model has got another dtype or other exit heads since")
         if limit > self.max_len:
             raise ValueError(
                 f"the step was made for at most {self.max_len} tokens, this may take {limit}"

@@ -15,7 +15,7 @@ E = head_dim, V = vocab_size.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,13 @@ class RopeScaling:
     low_freq_factor: float  # frequencies of wavelengths above original / low are divided by factor
     high_freq_factor: float  # those of wavelengths below original / high stay; between: a blend
     original_max_seq_len: int  # context length before the stretch, in tokens
+
+    def __post_init__(self):
+        numbers = astuple(self)
+        if not all(isinstance(n, (int, float)) and 0 < n < math.inf for n in numbers):
+            raise ValueError(f"RoPE scaling takes finite numbers above 0, got {numbers}")
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"low_freq_factor must be below high_freq_factor, got {numbers[1:3]}")
 
 
 @dataclass(frozen=True)
@@ -70,8 +77,9 @@ class Config:
                     f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}"
                 )
         for name in ("rope_theta", "norm_eps"):
-            if not isinstance(getattr(self, name), (int, float)) or not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
         if not self.head_dim:
             if self.dim % self.n_heads:
                 raise ValueError(f"dim ({self.dim}) must be a multiple of n_heads ({self.n_heads})")
@@ -124,7 +132,7 @@ class Llama(nn.Module):
     def pack(self) -> "Llama":
         """Lay the weights out for inference on a CPU (operators.py).
 
-        train(), to() and load_state_dict() undo it.
+        train(), to() and load_state_dict() undo it: a weight changed in place before is not seen.
         """
         self.eval()
         for m in self.modules():

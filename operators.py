@@ -67,27 +67,25 @@ class Linear(nn.Linear):
         if not can_pack(weight.dtype):
             return weight.dtype != torch.float32
         self.packed = [packed(part) for part in weight.split(self.block, dim=1)]
-        if not keep:
-            del self.weight
+        if not keep:  # the Parameter stays, empty: an optimizer may hold it
+            self.weight.data = weight.new_empty(0)
         return True
 
     def dense(self) -> Tensor:
         """The plain weight (outputs, inputs)."""
-        if "weight" in self._parameters:
+        if self.weight.numel():
             return self.weight.detach().contiguous()
         return torch.cat([part.to_dense() for part in self.packed], dim=1)
 
     def unpack(self) -> None:
-        if "weight" not in self._parameters:
-            self.weight = nn.Parameter(self.dense(), requires_grad=False)
-        self.weight.data = self.weight.data.contiguous()
+        self.weight.data = self.dense()
         self.turned, self.packed = None, []
 
     def __getstate__(self) -> dict:
         """What a copy is made of: the plain weight, since oneDNN's own layout cannot be copied."""
         state = {**self.__dict__, "turned": None, "packed": []}
-        if self.packed and "weight" not in self._parameters:
-            weight = nn.Parameter(self.dense(), requires_grad=False)
+        if not self.weight.numel():
+            weight = nn.Parameter(self.dense(), self.weight.requires_grad)
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state
 
@@ -100,8 +98,13 @@ class Linear(nn.Linear):
         self.unpack()
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *args):
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "weight"] = self.weight if keep_vars else self.dense()
+        plain = keep_vars and self.weight.numel()
+        destination[prefix + "weight"] = self.weight if plain else self.dense()
 
     @property
     def nbytes(self) -> int:
@@ -155,6 +158,10 @@ class RMSNorm(nn.RMSNorm):
         weight = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
         D = len(weight)
         self.packed = weight * math.sqrt(D), weight.new_tensor(math.sqrt(D * (self.eps or 0.0)))
+
+    def _load_from_state_dict(self, *args):
+        self.packed = None
+        super()._load_from_state_dict(*args)
 
     def train(self, mode: bool = True) -> "RMSNorm":
         self.packed = None if mode else self.packed

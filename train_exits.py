@@ -397,4 +397,4 @@ def prepare(args, rank: int, world: int) -> tuple[Llama, Tokenizer | None, Tenso
 
 
 if __name__ == "__main__":
-    command(main, "stopped: --resume continues from the last checkpoint")
+    command(main, "stopped: --resume continues from the last checkpoint, if there is one yet")

@@ -6,26 +6,36 @@ import platform
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 
 def write_whole(path: Path, fill: str | Callable[[Path], object] | None) -> None:
-    """Write a text, or what `fill` does, under another name, then put it in place. None: remove."""
+    """Write a text, or what `fill` does, under another name, then put it in place. None: remove.
+
+    Where path is a link, what it leads to is replaced.
+    """
     if fill is None:
         return path.unlink(missing_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    place = Path(os.path.realpath(path))
+    draft = place.with_name(f".{place.name}.{os.getpid()}")
     try:
+        draft.touch()
+        mode = draft.stat().st_mode  # safetensors would write for the owner alone
         if isinstance(fill, str):
             draft.write_text(fill, "utf-8")
         else:
             fill(draft)
-        os.replace(draft, path)
+        draft.chmod(mode)
+        os.replace(draft, place)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
     except OSError as error:
         if error.errno is None:
             raise
@@ -38,15 +48,26 @@ def write_whole(path: Path, fill: str | Callable[[Path], object] | None) -> None
 
 def must_be_writable(path: Path) -> None:
     """ValueError if `write_whole` cannot put a file there: to be said before long work."""
+    place = Path(os.path.realpath(path))
     try:
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        draft = place.with_name(f".{place.name}.{os.getpid()}")
         draft.touch()
         draft.unlink()
-        if path.is_dir():
-            raise ValueError("it is a folder")
+        if place.exists() and not place.is_file():
+            raise ValueError("it is a folder" if place.is_dir() else "it is no ordinary file")
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", error)
         raise ValueError(f"cannot write to {str(path)!r}: {why}") from None
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file a run has left. ValueError if it is cut, or not what is looked for."""
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or of another kind ({error})") from error
 
 
 def read_json(path: Path) -> dict:

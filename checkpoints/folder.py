@@ -112,6 +112,7 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     write_whole(folder / "model.safetensors", lambda to: save_file(weights, to, {"format": "pt"}))
     write_whole(folder / "exits.safetensors", (lambda to: save_file(heads, to)) if heads else None)
     texts: dict[str, str | None] = dict.fromkeys(["tokenizer.json", "tokenizer_config.json"])
+    texts |= dict.fromkeys(["tokenizer.model", "special_tokens_map.json"])
     texts |= dict.fromkeys(["chat_template.jinja", "generation_config.json"])  # said elsewhere then
     if tokenizer is not None:
         texts |= vocabulary.to_files(tokenizer, model.config.vocab_size)
@@ -144,6 +145,8 @@ def _config(settings: dict) -> Config:
     said = DEFAULTS | {"num_key_value_heads": said.get("num_attention_heads")} | said
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     only("RoPE scaling", kind, "default", "linear", "llama3")
+    if kind == "default" and "factor" in rope:
+        raise ValueError("RoPE scaling has a factor, but no type")
     if kind == "linear":
         scaling = linear(need(rope, "factor"), said["max_position_embeddings"])
     elif kind == "llama3":

@@ -77,6 +77,8 @@ class Tokenizer:
         them. Special tokens are read only in what the template writes, so that no turn can forge an
         end of turn. Raises ValueError if the last turn is not the user's, or the template refuses.
         """
+        if isinstance(turns, str):
+            raise ValueError("a conversation is a list of turns, got a text")
         if len(turns) % 2 == 0:
             raise ValueError(f"a conversation ends with the user's turn, got {len(turns)} turns")
         if self.template is None:

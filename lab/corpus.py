@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints.files import write_whole
+from checkpoints.files import open_tensors, write_whole
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.vocabulary import END
 from kvcache import KVCache
@@ -124,7 +123,7 @@ def own_samples(
     kind = {"model": args.model, "tokens": args.self_distill, "length": length}
     kind |= {"seed": args.seed, "bf16": args.bf16}
     if file.exists():
-        with safe_open(file, "pt") as saved:
+        with open_tensors(file) as saved:
             if json.loads(saved.metadata()["run"]) != kind:
                 raise ValueError(f"{file} holds samples of another kind: {saved.metadata()['run']}")
             rows = saved.get_tensor("rows")

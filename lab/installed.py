@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from checkpoints.files import write_whole
+from checkpoints.files import open_tensors, write_whole
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.vocabulary import from_folder, learn, to_files
 
@@ -96,7 +95,7 @@ def installed_tokens(
         write_whole(file, lambda to: save_file(tensors, to, metadata={"kind": kind}))
     if world > 1:
         dist.barrier()
-    with safe_open(file, "pt") as saved:
+    with open_tensors(file) as saved:
         if (was := saved.metadata()["kind"]) != kind:
             said = "another --out reads the text afresh"
             raise ValueError(f"{folder} was made for {was}, asked is {kind}: {said}")

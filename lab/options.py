@@ -70,6 +70,10 @@ def check_arguments(args: argparse.Namespace, rank: int, world: int) -> None:
         as_it_is = name == "steps" and args.steps == 0 and args.model and not args.freeze_trunk
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf and not as_it_is:
             raise ValueError(f"--{name} must be above 0, got {value}")
+    for name, least in dict(context=2, seed=0, self_distill=0, draft_vocab=1).items():
+        if not least <= (value := getattr(args, name)) < 2**40:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} must be {least} or above, below 2^40, got {value}")
     if not args.model and args.vocab < 257:
         why = "each byte, and the end of a document"
         raise ValueError(f"--vocab must be at least 257 ({why}), got {args.vocab}")

@@ -38,7 +38,7 @@ def read_prompts(path: Path) -> list[dict]:
     """Questions in Spec-Bench's form: a JSON object a line, with `category` and `turns` (texts)."""
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # no other mark ends a line
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompts {path}: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -50,7 +50,7 @@ def read_prompts(path: Path) -> list[dict]:
             ok = isinstance(question["category"], str) and isinstance(turns, list) and turns
             if not ok or not all(isinstance(turn, str) and turn for turn in turns):
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             wanted = '{"category": "...", "turns": ["...", ...]} with at least one turn'
             raise ValueError(f"{path}, line {number}: expected {wanted}") from None
         questions.append(question)

@@ -5,6 +5,7 @@ Knows nothing of what is learned: it is handed gradients and a learning rate.
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import time
@@ -14,12 +15,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import checkpoints
-from checkpoints.files import write_whole
+from checkpoints.files import open_tensors, write_whole
 from lab.commands import check_exits
 from lab.corpus import WHOLE, held_rows
 from model import ExitHead, Llama
@@ -42,12 +42,16 @@ class Run:
             # heads ship as they were computed with, the trunk as it came
             model.exit_heads = work.exit_heads
         self.step, self.spent, self.began = 0, 0.0, time.time()
-        asked = ("model", "freeze_trunk", "bf16", "batch", "context", "seed")
+        asked = ("model", "freeze_trunk", "bf16", "batch", "context", "seed", "self_distill")
+        corpus = None if args.corpus is None else str(args.corpus)
+        vocabulary = [tokenizer.spell(id) for id in range(tokenizer.n_vocab)] if tokenizer else []
         self.kind = {  # what a checkpoint must share to be continued
             "config": dataclasses.asdict(model.config),
             "exits": list(model.exits),
             "trained": [list(p.shape) for p in self.params],
             **{key: getattr(args, key) for key in asked},
+            "corpus": corpus,
+            "vocabulary": hashlib.sha256(repr(vocabulary).encode()).hexdigest(),
         }
 
     def progress(self, world: int = 1) -> float:
@@ -96,7 +100,7 @@ class Run:
         write_whole(file, lambda to: save_file(tensors, to, metadata={"run": json.dumps(state)}))
 
     def load(self) -> None:
-        with safe_open(self.args.out / "training.safetensors", "pt") as file:
+        with open_tensors(self.args.out / "training.safetensors") as file:
             saved = json.loads(file.metadata()["run"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         kind = json.loads(json.dumps(self.kind))

@@ -15,6 +15,7 @@ import argparse
 import os
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -70,7 +71,8 @@ def main() -> None:
             return
         if args.pause:
             began = time.perf_counter()
-            input()
+            with suppress(EOFError):  # nobody there
+                input()
             waited += time.perf_counter() - began
         print(piece, end="", flush=True)
 

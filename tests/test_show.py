@@ -200,7 +200,7 @@ def test_the_command_prints_as_ever_and_writes_the_page(show_command, tmp_path):
 
 @pytest.mark.parametrize(
     "path, message",
-    [("no/such/a.html", "No such file"), (".", "empty name"), ("folder", "is a folder")],
+    [("no/such/a.html", "No such file"), (".", "is a folder"), ("folder", "is a folder")],
 )
 def test_a_path_that_cannot_be_written_is_told_before_any_work(
     show_command, tmp_path, path, message

@@ -351,6 +351,8 @@ def test_chat_ends_with_the_user():
     for turns in ([], ["a", "b"]):
         with pytest.raises(ValueError, match=f"got {len(turns)} turns"):
             byte_level().chat(turns)
+    with pytest.raises(ValueError, match="a list of turns, got a text"):
+        byte_level().chat("abc")
 
 
 def test_a_template_may_come_by_name_or_in_its_own_file(tmp_path):
