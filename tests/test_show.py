@@ -289,6 +289,8 @@ def test_a_pause_comes_before_each_verification_by_the_full_model(monkeypatch, c
     def enter():
         waited.append(None)
         now.append(now[-1] + 1000)
+        if len(waited) > 1:
+            raise EOFError  # nobody there any more: it goes on
 
     monkeypatch.setattr("builtins.input", enter)
     monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "12", *["--pause"] * pause])
