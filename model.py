@@ -29,23 +29,6 @@ Rope = tuple[Tensor, ...]  # cos and sin of the positions of a pass, each (N, 1,
 
 
 @dataclass(frozen=True)
-class RopeScaling:
-    """Llama-3.1's stretch of slow rotary frequencies to longer contexts (arXiv 2407.21783, 3.2)."""
-
-    factor: float  # how much longer than the original context
-    low_freq_factor: float  # frequencies of wavelengths above original / low are divided by factor
-    high_freq_factor: float  # those of wavelengths below original / high stay; between: a blend
-    original_max_seq_len: int  # context length before the stretch, in tokens
-
-    def __post_init__(self):
-        numbers = astuple(self)
-        if not all(isinstance(n, (int, float)) and 0 < n < math.inf for n in numbers):
-            raise ValueError(f"RoPE scaling takes finite numbers above 0, got {numbers}")
-        if not self.low_freq_factor < self.high_freq_factor:
-            raise ValueError(f"low_freq_factor must be below high_freq_factor, got {numbers[1:3]}")
-
-
-@dataclass(frozen=True)
 class Config:
     """The shape of a Llama. Raises ValueError if the numbers do not fit together."""
 
@@ -59,7 +42,7 @@ class Config:
     norm_eps: float = 1e-5
     max_seq_len: int = 2048
     tie_embeddings: bool = True
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: "RopeScaling | None" = None
     head_dim: int = 0  # 0 or None: dim / n_heads; a few checkpoints choose it freely
 
     def __post_init__(self):
@@ -370,6 +353,23 @@ class ExitHead(nn.Module):
     def _apply(self, fn, recurse=True):
         self._rows = []
         return super()._apply(fn, recurse)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3.1's stretch of slow rotary frequencies to longer contexts (arXiv 2407.21783, 3.2)."""
+
+    factor: float  # how much longer than the original context
+    low_freq_factor: float  # frequencies of wavelengths above original / low are divided by factor
+    high_freq_factor: float  # those of wavelengths below original / high stay; between: a blend
+    original_max_seq_len: int  # context length before the stretch, in tokens
+
+    def __post_init__(self):
+        numbers = astuple(self)
+        if not all(isinstance(n, (int, float)) and 0 < n < math.inf for n in numbers):
+            raise ValueError(f"RoPE scaling takes finite numbers above 0, got {numbers}")
+        if not self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(f"low_freq_factor must be below high_freq_factor, got {numbers[1:3]}")
 
 
 def rope_table(config: Config) -> Tensor:

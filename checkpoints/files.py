@@ -23,8 +23,7 @@ def write_whole(path: Path, fill: str | Callable[[Path], object] | None) -> None
     """
     if fill is None:
         return path.unlink(missing_ok=True)
-    place = Path(os.path.realpath(path))
-    draft = place.with_name(f".{place.name}.{os.getpid()}")
+    place, draft = place_and_draft(path)
     try:
         draft.touch()
         mode = draft.stat().st_mode  # safetensors would write for the owner alone
@@ -48,9 +47,8 @@ def write_whole(path: Path, fill: str | Callable[[Path], object] | None) -> None
 
 def must_be_writable(path: Path) -> None:
     """ValueError if `write_whole` cannot put a file there: to be said before long work."""
-    place = Path(os.path.realpath(path))
     try:
-        draft = place.with_name(f".{place.name}.{os.getpid()}")
+        place, draft = place_and_draft(path)
         draft.touch()
         draft.unlink()
         if place.exists() and not place.is_file():
@@ -58,6 +56,12 @@ def must_be_writable(path: Path) -> None:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", error)
         raise ValueError(f"cannot write to {str(path)!r}: {why}") from None
+
+
+def place_and_draft(path: Path) -> tuple[Path, Path]:
+    """Where a path leads, and the name beside that place to write under first."""
+    place = Path(os.path.realpath(path))
+    return place, place.with_name(f".{place.name}.{os.getpid()}")
 
 
 @contextmanager

@@ -42,15 +42,15 @@ class Run:
             # heads ship as they were computed with, the trunk as it came
             model.exit_heads = work.exit_heads
         self.step, self.spent, self.began = 0, 0.0, time.time()
-        asked = ("model", "freeze_trunk", "bf16", "batch", "context", "seed", "self_distill")
-        corpus = None if args.corpus is None else str(args.corpus)
+        asked = ["model", "freeze_trunk", "bf16", "batch", "context", "seed"]
+        asked += ["self_distill", "unlikelihood", "draft_vocab"]
         vocabulary = [tokenizer.spell(id) for id in range(tokenizer.n_vocab)] if tokenizer else []
         self.kind = {  # what a checkpoint must share to be continued
             "config": dataclasses.asdict(model.config),
             "exits": list(model.exits),
             "trained": [list(p.shape) for p in self.params],
             **{key: getattr(args, key) for key in asked},
-            "corpus": corpus,
+            "corpus": args.corpus and str(args.corpus),
             "vocabulary": hashlib.sha256(repr(vocabulary).encode()).hexdigest(),
         }
 

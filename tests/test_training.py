@@ -40,6 +40,15 @@ def test_another_corpus_or_vocabulary_is_another_run(run):
     assert files(run) == before
 
 
+def test_another_way_to_train_is_another_run(run):
+    before = files(run)
+    for options in ("--draft-vocab 5", "--batch 128"):
+        name = options.split()[0].removeprefix("--").replace("-", "_")
+        with pytest.raises(ValueError, match=f"its {name} is"):
+            train(run, "one", f"{options} --resume")
+    assert files(run) == before
+
+
 def test_a_checkpoint_that_was_cut_is_named(run):
     file = run / "run" / "training.safetensors"
     for damaged in (file.read_bytes()[:-100], save({"a": torch.zeros(1)})):
