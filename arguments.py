@@ -1,8 +1,9 @@
 """What `hispec.generate` takes, checked before any work is done, and what it returns."""
 
+import math
 import numbers
 import operator
-import sys
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,132 @@ from model import Config
 REAL: Any = numbers.Real  # floats, ints, fractions, numpy's
 
 
+@dataclass(frozen=True)
+class Options:
+    """How `generate` decodes. Raises ValueError with what is wrong and what is allowed."""
+
+    exits: tuple[int, ...] = ()  # depths in layers, ascending; at 0 the drafter drafts
+    windows: tuple[int, ...] = ()  # [k]: tokens asked of level k before level k+1 verifies them
+    # [k]: level k stops early once the product of its own probabilities of what it gathered is
+    # below this (at temperature 0: those of temperature 1). None given: never.
+    thresholds: tuple[float, ...] = ()
+    temperature: float = 0.0  # 0 takes the likeliest token; above, tokens are drawn:
+    top_k: int = 0  # from so many of the likeliest, 0: from all,
+    top_p: float = 1.0  # and of these from the fewest that hold so much of the probability
+    seed: int | None = None  # of the random numbers; None: another text each time
+    stop: frozenset[int] = frozenset()  # token ids; the text ends after the first new one
+
+    def __post_init__(self):
+        for name, kind in (("exits", tuple), ("windows", tuple), ("stop", frozenset)):
+            object.__setattr__(self, name, kind(whole_numbers(getattr(self, name), name)))
+        object.__setattr__(self, "thresholds", self._checked_thresholds())
+        if any(not below < exit for below, exit in zip((-1, *self.exits), self.exits)):
+            raise ValueError(f"exits must ascend strictly from 0 on, got {self.exits}")
+        if len(self.windows) != len(self.exits):
+            raise ValueError(
+                f"windows needs one length for each of the {len(self.exits)} exits, "
+                f"got {self.windows}"
+            )
+        if any(window < 1 for window in self.windows):
+            raise ValueError(f"windows must be at least 1 each, got {self.windows}")
+        if not isinstance(self.temperature, REAL) or not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be a finite number of at least 0, got {self.temperature}"
+            )
+        if whole_number(self.top_k, "top_k") < 0:
+            raise ValueError(f"top_k must be a number of tokens, or 0 for all, got {self.top_k}")
+        if not isinstance(self.top_p, REAL) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be a probability above 0 and at most 1, got {self.top_p}")
+        if self.seed is not None and not 0 <= whole_number(self.seed, "seed") < 2**63:
+            raise ValueError(f"seed must be None or a whole number in 0..2**63-1, got {self.seed}")
+
+    def _checked_thresholds(self) -> tuple[float, ...]:
+        if not isinstance(self.thresholds, Iterable):
+            raise ValueError(f"thresholds must be a list of probabilities, got {self.thresholds!r}")
+        thresholds = tuple(self.thresholds) or (0.0,) * len(self.exits)
+        if len(thresholds) != len(self.exits):
+            raise ValueError(
+                f"thresholds needs one probability for each of the {len(self.exits)} exits, "
+                f"got {thresholds}"
+            )
+        if any(not isinstance(t, REAL) or not 0 <= t <= 1 for t in thresholds):
+            raise ValueError(f"thresholds must be probabilities, 0 to 1, got {thresholds}")
+        return tuple(map(float, thresholds))
+
+    def check_model(self, config: Config) -> None:
+        """ValueError unless exits and stop tokens are the model's."""
+        if self.exits and self.exits[-1] >= config.n_layers:
+            raise ValueError(
+                f"exits must ascend strictly within 0..{config.n_layers - 1}, got {self.exits}"
+            )
+        check_tokens(config, self.stop, "stop")
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """What a level draws from (..., V), in float64: softmax of logits / temperature.
+
+        It is cut to the top_k likeliest tokens, then to the fewest that hold top_p of what is left.
+        Ties with the last one kept are kept. At temperature 0 it is that of temperature 1.
+        """
+        logits = logits.double()
+        gap = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: nothing overflows
+        p = torch.softmax(gap / (float(self.temperature) or 1.0), dim=-1)
+        if 0 < self.top_k < p.shape[-1]:
+            p = p * (p >= p.topk(self.top_k).values[..., -1:])
+            p = p / p.sum(-1, keepdim=True)
+        if self.top_p < 1:
+            falling = p.sort(descending=True).values
+            kept = (falling.cumsum(-1) - falling < self.top_p).sum(-1, keepdim=True)
+            p = p * (p >= falling.gather(-1, kept - 1))
+            p = p / p.sum(-1, keepdim=True)
+        return p
+
+
+def checked_prompt(config: Config, prompt, max_new_tokens) -> tuple[list[int], int]:
+    """The prompt's token ids, and the length at which the text ends at the latest; ValueError."""
+    T = config.max_seq_len
+    prompt = list(whole_numbers(prompt, "prompt"))
+    if not prompt:
+        raise ValueError("the prompt is empty: it needs at least one token")
+    if len(prompt) >= T:
+        raise ValueError(
+            f"the prompt has {len(prompt)} tokens: no room is left in the model's context of {T}"
+        )
+    check_tokens(config, prompt, "prompt")
+    if not 0 <= (new := whole_number(max_new_tokens, "max_new_tokens")) <= T:
+        raise ValueError(
+            f"max_new_tokens must be between 0 and the model's context of {T}, got {new}"
+        )
+    return prompt, min(len(prompt) + new, T)
+
+
+def check_tokens(config: Config, tokens: Iterable[int], name: str) -> None:
+    """ValueError unless all of these token ids are in the model's vocabulary."""
+    V = config.vocab_size
+    if outside := [token for token in tokens if not 0 <= token < V]:
+        raise ValueError(f"{name} holds token id {outside[0]}, outside the vocabulary 0..{V - 1}")
+
+
+def whole_number(value: Any, name: str) -> int:
+    """value as an int; ValueError if it is no whole number."""
+    try:
+        return int(operator.index(value))
+    except TypeError:
+        raise ValueError(f"{name} takes a whole number, got {value!r}") from None
+
+
+def whole_numbers(values: Iterable[int], name: str) -> tuple[int, ...]:
+    """values as ints; ValueError if they are not several whole numbers."""
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name} takes a list of whole numbers, got {values!r}")
+    try:
+        return tuple(int(operator.index(value)) for value in values)
+    except TypeError:
+        raise ValueError(f"{name} takes whole numbers, got {values!r}") from None
+
+
+# ---- what generate returns ----------------------------------------------------------------------
+
+
 @dataclass
 class LevelStats:
     """What one level did in one generation."""
@@ -23,7 +150,7 @@ class LevelStats:
     calls: int = 0  # steps of this level: drafts for the first, verifications for the others
     proposed: int = 0  # tokens it handed to the level above; last level: tokens it generated
     accepted: int = 0  # how many of those the level above kept and wrote; last level: all
-    positions: int = 0  # that passed through its segment, or would have: a look-up has no layers
+    positions: int = 0  # that its segment processed; depth 0 has no layers and processes none
 
 
 @dataclass
@@ -45,130 +172,28 @@ class Event:
     drafts: list[int]  # what the level below had appended; none for level 0
     kept: int  # how many of them the level accepts
     text: list[int]  # from base on, after the step: kept drafts, the level's own, up to the end
-    positions: list[int]  # that have passed through each segment so far, the prompt's included
+    positions: list[int]  # that each segment has processed so far, the prompt's included
     seconds: float  # since the generation began
 
 
-@dataclass(frozen=True)
-class Arguments:
-    """The arguments of `generate`, in range and as plain numbers."""
-
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    exits: tuple[int, ...]
-    windows: tuple[int, ...]
-    thresholds: tuple[float, ...]
-    temperature: float
-    top_k: int
-    top_p: float
-    seed: int | None
-    stop: frozenset[int]
-
-    def law(self, logits: Tensor) -> Tensor:
-        """Distributions (..., V) in float64: softmax of logits / temperature (at temperature 0: 1).
-
-        They are cut to the top_k likeliest tokens, then to the fewest that hold top_p of what is
-        left. Ties with the last one kept are kept.
-        """
-        logits = logits.double()
-        gap = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: nothing overflows
-        # division by a number is a product with its reciprocal, and that of 1e-309 is infinite
-        p = torch.softmax(gap / max(self.temperature or 1.0, 1e-300), dim=-1)
-        if 0 < self.top_k < p.shape[-1]:
-            p = p * (p >= p.topk(self.top_k).values[..., -1:])
-            p = p / p.sum(-1, keepdim=True)
-        if self.top_p < 1:
-            falling = p.sort(descending=True).values
-            kept = (falling.cumsum(-1) - falling < self.top_p).sum(-1, keepdim=True)
-            p = p * (p >= falling.gather(-1, kept - 1))
-            p = p / p.sum(-1, keepdim=True)
-        return p
+# ---- a ladder as text ---------------------------------------------------------------------------
 
 
-def checked(
-    config: Config,
-    prompt,
-    max_new_tokens,
-    exits,
-    windows,
-    thresholds,
-    temperature,
-    top_k,
-    top_p,
-    seed,
-    stop,
-) -> Arguments:
-    """The arguments of `generate`; ValueError with what is wrong and what is allowed."""
-    V, T = config.vocab_size, config.max_seq_len
-    prompt, stop = whole_numbers(prompt, "prompt"), whole_numbers(stop, "stop")
-    if not prompt:
-        raise ValueError("the prompt is empty: it needs at least one token")
-    if len(prompt) >= T:
+def ladder_text(exits, windows, thresholds=()) -> str:
+    """2(4 <0.3) 8(6): exit 2, window 4, stopping below probability 0.3; exit 8, window 6."""
+    levels = zip(exits, windows, thresholds or [0.0] * len(exits), strict=True)
+    return " ".join(f"{e}({w} <{t:g})" if t else f"{e}({w})" for e, w, t in levels)
+
+
+def parse_ladder(text: str) -> Options:
+    """The exits, windows and thresholds of a ladder written as `ladder_text` does; ValueError."""
+    level = r"\s*(\d+)\s*\(\s*(\d+)\s*(?:<\s*(\d*\.?\d+)\s*)?\)\s*"
+    if not re.fullmatch(f"(?:{level})+", text):
         raise ValueError(
-            f"the prompt has {len(prompt)} tokens: no room is left in the model's context of {T}"
+            f'a ladder is written as "2(2 <0.2) 8(4)": exit(window), or exit(window <threshold), '
+            f"shallow to deep; got {text!r}"
         )
-    for name, tokens in (("prompt", prompt), ("stop", stop)):
-        if outside := [token for token in tokens if not 0 <= token < V]:
-            raise ValueError(
-                f"{name} holds token id {outside[0]}, outside the vocabulary 0..{V - 1}"
-            )
-    (new,) = whole_numbers([max_new_tokens], "max_new_tokens")
-    if not 0 <= new <= T:
-        raise ValueError(
-            f"max_new_tokens must be between 0 and the model's context of {T}, got {new}"
-        )
-    ladder = checked_ladder(config.n_layers, exits, windows, thresholds)
-    temperature, top_k, top_p, seed = checked_sampling(temperature, top_k, top_p, seed)
-    return Arguments(prompt, new, *ladder, temperature, top_k, top_p, seed, frozenset(stop))
-
-
-def checked_sampling(temperature, top_k, top_p, seed) -> tuple[float, int, float, int | None]:
-    """What says how tokens are drawn; ValueError for what is out of range."""
-    if not isinstance(temperature, REAL) or not 0 <= temperature <= sys.float_info.max:
-        raise ValueError(f"temperature must be a finite number of at least 0, got {temperature}")
-    (top_k,) = whole_numbers([top_k], "top_k")
-    if top_k < 0:
-        raise ValueError(f"top_k must be a number of tokens, or 0 for all, got {top_k}")
-    if not isinstance(top_p, REAL) or not (0 < top_p <= 1 and float(top_p)):
-        raise ValueError(f"top_p must be a probability above 0 and at most 1, got {top_p}")
-    if seed is not None:
-        (seed,) = whole_numbers([seed], "seed")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be None or a whole number in 0..2**63-1, got {seed}")
-    return float(temperature), top_k, float(top_p), seed
-
-
-def checked_ladder(
-    n_layers: int, exits, windows, thresholds=()
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
-    """Exits, windows and thresholds (none given: all 0); ValueError if they make no ladder."""
-    exits, windows = whole_numbers(exits, "exits"), whole_numbers(windows, "windows")
-    if any(not below < exit < n_layers for below, exit in zip((-1, *exits), exits, strict=False)):
-        raise ValueError(f"exits must ascend strictly within 0..{n_layers - 1}, got {exits}")
-    if len(windows) != len(exits):
-        raise ValueError(
-            f"windows needs one length for each of the {len(exits)} exits, got {windows}"
-        )
-    if any(window < 1 for window in windows):
-        raise ValueError(f"windows must be at least 1 each, got {windows}")
-    try:
-        thresholds = tuple(thresholds) or (0.0,) * len(exits)
-    except TypeError:
-        raise ValueError(
-            f"thresholds must be a list of probabilities, got {thresholds!r}"
-        ) from None
-    if len(thresholds) != len(exits):
-        raise ValueError(
-            f"thresholds needs one probability for each of the {len(exits)} exits, got {thresholds}"
-        )
-    if any(not isinstance(t, REAL) or not 0 <= t <= 1 for t in thresholds):
-        raise ValueError(f"thresholds must be probabilities, 0 to 1, got {thresholds}")
-    return exits, windows, tuple(map(float, thresholds))
-
-
-def whole_numbers(values: Iterable[int], name: str) -> tuple[int, ...]:
-    """values as ints; ValueError if they are not whole numbers."""
-    try:
-        return tuple(int(operator.index(value)) for value in values)
-    except TypeError:
-        raise ValueError(f"{name} takes whole numbers, got {values!r}") from None
+    exits, windows, thresholds = zip(*re.findall(level, text))
+    return Options(
+        tuple(map(int, exits)), tuple(map(int, windows)), tuple(float(t or 0) for t in thresholds)
+    )

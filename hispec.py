@@ -6,197 +6,293 @@ layers. Level k is the model cut at exit k, the last level is the whole model; s
 layers that level k has beyond level k-1. So
 
     exits=()      windows=()       plain autoregressive decoding
-    exits=(8,)    windows=(4,)     one draft exit (LayerSkip, arXiv 2404.16710)
+    exits=(8,)    windows=(4,)     a single exit (LayerSkip, arXiv 2404.16710)
     exits=(4, 8)  windows=(2, 4)   HiSpec
-    exits=(0, 8)  windows=(4, 4)   exit 0 is no layer: it looks drafts up in the text so far
+    exits=(0, 8)  windows=(4, 4)   at depth 0 no layer runs: a drafter proposes (drafters.py)
 
 and longer ladders. Whatever the ladder, the output is the full model's own: the same tokens at
-temperature 0, the same distribution above it. `Ladder.propose` is the method.
+temperature 0, the same distribution above it. `Decoder.propose` is the method.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arguments import Arguments, Event, Generation, LevelStats, checked
-from kvcache import KVCache, up_to_chunk
-from lookup import look_up
+from arguments import Event, Generation, LevelStats, Options, check_tokens, checked_prompt
+from drafters import LookUp
+from kvcache import KVCache, Plan
 from model import Llama
 
 
 @torch.inference_mode()
 def generate(
-    model: Llama, prompt: Sequence[int], max_new_tokens: int, *, exits: Sequence[int] = (),
-    windows: Sequence[int] = (), thresholds: Sequence[float] = (), temperature: float = 0.0,
-    top_k: int = 0, top_p: float = 1.0, seed: int | None = None, stop: Iterable[int] = (),
-    watch: Callable[[Event], None] | None = None, fast=None,
+    model: Llama, prompt: Sequence[int], max_new_tokens: int, *,
+    watch: Callable[[Event], None] | None = None, fast: "Step | None" = None,
+    drafter=None, decoder: "type[Decoder] | None" = None, **options,
 ) -> Generation:  # fmt: skip
     """Continue `prompt` (token ids) by at most max_new_tokens tokens, as the full model would.
 
-    exits: depths in layers, ascending; 0 looks drafts up in the text so far.
-    windows[k]: how many tokens level k is asked for before level k+1 verifies them.
-    thresholds[k]: level k stops early once the product of its own probabilities of what it gathered
-    is below this (at temperature 0: those of temperature 1). None given: never.
-    temperature: 0 takes the likeliest token. Above, each level samples from its top_k likeliest
-    (0: all), of these from the fewest that hold top_p of the probability. seed makes it repeatable.
-    stop: token ids; the text ends after the first new one, or when the model's context is full.
-    watch: called with an Event after every step, but for look-ups. fast: a step to use (faststep).
-    Raises ValueError, before any work, for arguments out of range.
+    The text also ends when the model's context is full.
+    options: exits, windows, thresholds, temperature, top_k, top_p, seed, stop: arguments.Options.
+    watch: called with an Event after every step but a drafter's. drafter: what drafts at depth 0
+    (drafters.py; default: the look-up). decoder: a subclass of Decoder, to count, to time, or to
+    decide otherwise. fast: the step to use; default: the model's own, or the plain one.
+    Raises ValueError, before any work, for arguments out of range; and if logits are not finite.
     """
     began = time.perf_counter()
-    asked = checked(model.config, prompt, max_new_tokens, exits, windows, thresholds,
-                    temperature, top_k, top_p, seed, stop)  # fmt: skip
-    end = min(len(asked.prompt) + asked.max_new_tokens, model.config.max_seq_len)
-    with fast.open(model, asked.exits, end) if fast else nullcontext() as cache:
-        ladder = Ladder(model, asked, cache, end, fast or step, watch)
-        ladder.propose(ladder.top, end - ladder.length)
-    tokens = ladder.text[len(asked.prompt) :]
-    ladder.stats[-1].proposed = ladder.stats[-1].accepted = len(tokens)
-    return Generation(tokens, ladder.stats, time.perf_counter() - began, ladder.prefilled - began)
+    asked = Options(**options)
+    asked.check_model(model.config)
+    tokens, end = checked_prompt(model.config, prompt, max_new_tokens)
+    step = fast or model.fast or Step(model)
+    with step.open(asked.exits, end) as cache:
+        run = (decoder or Decoder)(tokens, end, asked, step, cache, drafter or LookUp(), watch)
+        if run.length < end:
+            run.read_prompt()
+        prefilled = time.perf_counter()
+        run.propose(run.top, end - run.length)
+    now = time.perf_counter()
+    return Generation(run.text[len(tokens) :], run.statistics(), now - began, prefilled - began)
 
 
-class Ladder:
+class Decoder:
     """The state of one generation, and the recursion that advances it.
 
     tokens[:length] is the text so far: what the last level wrote, then drafts it has not judged.
     """
 
-    def __init__(self, model: Llama, asked: Arguments, cache, end: int, step, watch=None):
-        self.model, self.asked, self.step, self.watch = model, asked, step, watch
-        self.cache = cache or KVCache(model, asked.exits, end)
-        self.depths = (*asked.exits, model.config.n_layers)
-        self.thresholds = (*asked.thresholds, 0.0)  # the last level's word is final
-        self.top = len(asked.exits)  # the last level: the whole model
-        self.stats = [LevelStats(depth) for depth in self.depths]
-        self.length = len(asked.prompt)
+    def __init__(self, prompt: list[int], end: int, options: Options, step: "Step",
+                 cache: KVCache, drafter, watch=None):  # fmt: skip
+        self.options, self.step, self.cache = options, step, cache
+        self.drafter, self.watch = drafter, watch
+        self.depths = cache.depths
+        self.top = len(self.depths) - 1  # the last level: the whole model
+        self.text = list(prompt)  # on the host, as far as it has been read there
+        self.start = self.length = len(prompt)
+        self.unchanged = 0  # tokens of the text that are as they were when the drafter last saw it
         self.end = end  # no text beyond it; a stop token that the last level writes lowers it
-        device = model.embed.weight.device
-        room = up_to_chunk(end + model.pad)  # for a token past the end, or a pass's padding
-        self.tokens = torch.zeros(room, dtype=torch.long, device=device)
-        self.tokens[: self.length] = torch.as_tensor(asked.prompt)
-        self.text = list(asked.prompt)  # the same on the host, as far as it has been read there
-        # laws[k]: from each step of the level below, the laws (n, V) of the n drafts it appended:
-        # whether it kept a draft or wrote its own, each is a sample of its row
-        self.laws: list[list[Tensor]] = [[] for _ in self.depths]
+        device = cache.keys.device
+        self.tokens = torch.zeros(len(cache.columns) + 1, dtype=torch.long, device=device)
+        self.tokens[: self.length] = torch.tensor(prompt)
         self.rng = torch.Generator(device)
-        self.rng.manual_seed(self.rng.seed() if asked.seed is None else asked.seed)
-        self.began = self.prefilled = time.perf_counter()
+        self.rng.manual_seed(self.rng.seed() if options.seed is None else int(options.seed))
+        self.stats = [LevelStats(depth) for depth in self.depths]
+        self.began = time.perf_counter()
 
-    def propose(self, k: int, want: int) -> None:
-        """Append at least `want` tokens that level k accepts; fewer at the end or in doubt."""
+    def read_prompt(self) -> None:
+        """One pass through all layers; the last level's own token follows the prompt."""
+        base = self.length
+        own, kept, _ = self.judge(self.top, base, None, self.run(self.top, base))
+        self.settle(self.top, base, own, kept)
+
+    def propose(self, k: int, want: int) -> Tensor | None:
+        """Append at least `want` tokens that level k accepts; fewer at the end or in doubt.
+
+        Returns the distributions (n, V) that the n tokens are samples of; at temperature 0 None.
+        """
         if self.depths[k] == 0:
-            return self.copy(want)
+            return self.draft(want)
+        threshold = (*self.options.thresholds, 0.0)[k]  # the last level's word is final
         goal, sure = self.length + want, 1.0  # sure: level k's probability of what it appended
-        while self.length < min(goal, self.end) and sure >= self.thresholds[k]:
-            base = self.length  # level k has yet to run position base - 1
-            if k > 0 and self.cache.lengths[k] > 0:  # the last level first reads the prompt
-                window = self.asked.windows[k - 1]
-                self.propose(k - 1, min(window, goal - base))  # the level below drafts
+        written: list[Tensor] = []
+        while self.length < min(goal, self.end) and sure >= threshold:
+            base, q = self.length, None  # level k has yet to run position base - 1
+            if k > 0:  # the level below drafts
+                q = self.propose(k - 1, min(self.options.windows[k - 1], goal - base))
             logits = self.run(k, base)
-            own, kept = self.judge(k, base, logits)
+            own, kept, p = self.judge(k, base, q, logits)
             self.settle(k, base, own, kept)
-            if self.thresholds[k] > 0:
-                sure *= probability(self.tokens[base : self.length], self.asked.law(logits))
+            if p is not None and k < self.top:
+                written.append(p[: self.length - base])
+            if threshold > 0:
+                sure *= probability(
+                    self.tokens[base : self.length], self.options.distribution(logits)
+                )
+        return torch.cat(written) if written else None
 
     def run(self, k: int, base: int) -> Tensor:
         """Level k's logits (n+1, V) for the n drafts from `base` on and one token more."""
-        self.stats[k].calls += 1
-        for j in range(k + 1):
-            self.stats[j].positions += self.length - self.cache.lengths[j]
-        rows = self.length - base + 1  # a position's logits predict the next: from base - 1 on
-        return self.step(self.model, self.cache, self.depths, self.tokens, self.length, k, rows)
+        # a position's logits predict the next token: they are those from base - 1 on
+        return self.step.run(self.cache, self.tokens, self.length, k, self.length - base + 1)
 
-    def judge(self, k: int, base: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """The token (1,) that level k adds itself, and how many drafts (1,) it keeps before it."""
+    def judge(self, k: int, base: int, q: Tensor | None, logits: Tensor):
+        """What level k makes of the n drafts from `base` on: its own token (1,), how many drafts
+        (1,) it keeps before it, and the distributions (n+1, V) that these are samples of.
+        """
         drafts = self.tokens[base : self.length]  # (n,), none for level 0
-        if self.asked.temperature == 0:
-            return verify_greedy(drafts, logits)
-        p = self.asked.law(logits)  # (n+1, V)
-        q = torch.cat([p[:0], *self.laws[k]])  # (n, V), of no rows if n = 0
-        self.laws[k].clear()
-        if k < self.top:
-            self.laws[k + 1].append(p)
-        return verify_sampled(drafts, q, p, self.rng)
+        if self.options.temperature == 0:
+            best, choice = logits.max(dim=-1)  # (n+1,)
+            own, kept, p = *accept_equal(drafts, choice), None
+        else:
+            p_all = self.options.distribution(logits)  # (n+1, V)
+            q = p_all[:0] if q is None else q
+            own, kept, p = self.accept(k, drafts, q, p_all)
+            best = torch.cat([p_all[:, 0], q[:, 0]])  # a row of logits with a NaN is all NaN here
+        if self.reads(k):
+            own = torch.where(best.isfinite().all(), own, -1)
+        return own, kept, p
+
+    def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
+        """The acceptance rule for sampled text: override it to try another."""
+        return accept_sampled(drafts, q, p, self.rng)
+
+    def reads(self, k: int) -> bool:
+        """Whether the host waits for level k's steps: a drafting level judges nothing."""
+        return k > 0 or self.top == 0
 
     def settle(self, k: int, base: int, own: Tensor, kept: Tensor) -> None:
         """Keep the accepted drafts and level k's own token behind them; roll back the rest."""
-        n, drafts = 0, []  # a drafting level judges nothing: the host need not wait for it
-        if k > 0 or self.top == 0:  # the one host read of a verification without thresholds
+        n, drafts = 0, []
+        if self.reads(k):  # the one host read of a verification without thresholds
             read = torch.cat([kept, own, self.tokens[base : self.length]])
             n, token, *drafts = read.tolist()
+            if token < 0:
+                raise ValueError(
+                    f"logits after layer {self.depths[k]}, or of its drafts, are NaN or infinite: "
+                    f"the weights are damaged, or too large for {self.cache.keys.dtype}"
+                )
             self.text[base:] = [*drafts[:n], token]
         if k == self.top:
-            stops = [i for i in range(base, len(self.text)) if self.text[i] in self.asked.stop]
+            stops = [i for i in range(base, len(self.text)) if self.text[i] in self.options.stop]
             self.end = min([self.end, *(i + 1 for i in stops)])
         self.tokens[base + n : base + n + 1] = own
         self.length = min(base + n + 1, self.end)
         del self.text[self.length :]
-        if k < self.top and self.asked.temperature > 0:
-            self.laws[k + 1][-1] = self.laws[k + 1][-1][: self.length - base]
+        self.unchanged = min(self.unchanged, base + n)
         self.cache.rollback(min(base + n, self.length))  # level k has yet to run its own token
         self.report(k, base, drafts, n)
 
+    def draft(self, want: int) -> Tensor | None:
+        """Depth 0 has no layers: the drafter appends at most `want` tokens, or none."""
+        want = min(want, self.end - self.length)
+        drafts, q = self.drafter.draft(self, want)
+        if not isinstance(drafts, Tensor):
+            drafts = list(drafts)[:want]
+            check_tokens(self.step.model.config, drafts, "the drafter's text")
+            drafts = torch.tensor(drafts, dtype=torch.long, device=self.tokens.device)
+        drafts, n = drafts[:want], len(drafts[:want])
+        self.tokens[self.length : self.length + n] = drafts
+        self.length += n
+        self.unchanged = self.length
+        self.stats[0].calls += 1
+        if self.options.temperature == 0:
+            return None
+        if q is None:  # not drawn: all the probability is on each draft
+            q = F.one_hot(drafts, self.step.model.config.vocab_size).double()
+        return q[:n]
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A drafter's token (1,) by its logits (1, V), and the distribution it was drawn from."""
+        if self.options.temperature == 0:
+            return logits.argmax(-1), None
+        q = self.options.distribution(logits)
+        return draw(q[0], self.rng), q
+
+    # ---- what was done, for who wants to know ---------------------------------------------------
+
     def report(self, k: int, base: int, drafts: list[int], kept: int) -> None:
         """Count what a step of level k did, and tell whoever watches."""
+        self.stats[k].calls += 1
         if k > 0:
             self.stats[k - 1].proposed += len(drafts)
             self.stats[k - 1].accepted += min(kept, self.length - base)  # none behind a stop token
-        if k == self.top and self.stats[k].calls == 1:
-            self.prefilled = time.perf_counter()
         if self.watch:
             text, now = self.tokens[base : self.length].tolist(), time.perf_counter() - self.began
-            positions = [stats.positions for stats in self.stats]
+            positions = list(self.cache.processed)
             self.watch(Event(k, base, drafts, kept, text, positions, now))
 
-    def copy(self, want: int) -> None:
-        """Depth 0 drafts: append up to `want` tokens, or none, that followed such an end before."""
-        drafts = look_up(self.text, min(want, self.end - self.length))
-        new = torch.tensor(drafts, dtype=torch.long, device=self.tokens.device)
-        self.tokens[self.length : self.length + len(drafts)] = new
-        self.length += len(drafts)
-        self.stats[0].calls += 1
-        if self.asked.temperature > 0:  # a copy is no chance: all the probability is on it
-            self.laws[1].append(F.one_hot(new, self.model.config.vocab_size).double())
+    def statistics(self) -> list[LevelStats]:
+        """What each level did, once the text has ended."""
+        for stats, positions in zip(self.stats, self.cache.processed):
+            stats.positions = positions
+        self.stats[-1].proposed = self.stats[-1].accepted = self.length - self.start
+        return self.stats
 
 
-def step(model: Llama, cache: KVCache, depths, tokens, length: int, k: int, rows: int) -> Tensor:
-    """Run segments 0..k over every position < length that each has not processed.
+class Step:
+    """How levels run: plainly. fast/ has steps that do the same work in less time."""
 
-    Returns level k's logits (rows, V) at the last `rows` of them.
+    name = "plain"
+
+    def __init__(self, model: Llama):
+        self.model = model
+
+    @contextmanager
+    def open(self, exits: tuple[int, ...], max_len: int) -> Iterator[KVCache]:
+        """The cache of one generation, for a text of at most max_len tokens."""
+        yield KVCache(self.model, exits, max_len)
+
+    def run(self, cache: KVCache, tokens: Tensor, length: int, k: int, n: int) -> Tensor:
+        """Run segments 0..k over every position < length that each has not processed.
+
+        Returns level k's logits (n, V) at the last n of them.
+        """
+        for j in range(k + 1):
+            states = self.segment(cache, tokens, j, length)
+        return self.logits(states[-n:], cache.depths[k])
+
+    def segment(self, cache: KVCache, tokens: Tensor, j: int, length: int) -> Tensor:
+        """Run segment j over the N positions < length that it has not processed.
+
+        Returns what it leaves for its exit's logits there (N, D).
+        """
+        start, depth = (0, *cache.depths)[j : j + 2]
+        plans = cache.plans(j, length) if depth > 0 else ()
+        states = [run_plan(self.model, plan, tokens[plan.slots], start, depth) for plan in plans]
+        cache.advance(j, length)
+        return torch.cat(states) if states else self.model.embed.weight[:0]
+
+    def logits(self, states: Tensor, depth: int) -> Tensor:
+        """The logits (n, V) of what `segment` left at n positions (n, D)."""
+        return self.model.logits(states, depth)
+
+
+def run_plan(model: Llama, plan: Plan, tokens: Tensor, start: int, depth: int) -> Tensor:
+    """One pass, of tokens (N,), through layers start..depth-1.
+
+    It begins with the tokens at layer 0, elsewhere with the hidden states that were left there.
+    Returns the states (N, D) for the logits of the exit at `depth`.
     """
-    for j, (start, depth) in enumerate(zip((0, *depths), depths[: k + 1])):
-        states = []
-        for first, stop in cache.passes(j, length) if depth > 0 else ():
-            cache.place(first, stop)
-            h = cache.run(model, tokens[cache.at], start, depth)  # (N, D)
-            states.append(h[: stop - first])
-        cache.lengths[j] = length
-    tail = torch.cat(states)[-rows:]  # (rows, D); padded below, as positions are
-    return model.logits(F.pad(tail, (0, 0, 0, -rows % cache.pad)), depths[k])[:rows]
+    hidden = plan.cache.hidden
+    if start > 0:
+        h = hidden[start].index_select(1, plan.slots)  # (1, N, D)
+    else:
+        h = model.embed(tokens)[None]
+    h = model.run(h, start, depth, plan)
+    if depth in hidden:
+        hidden[depth].index_copy_(1, plan.slots, h)
+    return model.exit_block(h, depth, plan)[0]
 
 
-def verify_greedy(drafts: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The level's own token (1,), where drafts (n,) differ or end, and how many precede it (1,)."""
-    choice = logits.argmax(dim=-1)  # (n+1,)
+# ---- acceptance: what a level keeps of the drafts below it --------------------------------------
+
+
+def accept_equal(drafts: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
+    """The level's own token (1,), where drafts (n,) differ or end, and how many precede it (1,).
+
+    choice (n+1,): the tokens that the level would write, for each draft and one token more.
+    """
     kept = leading(choice[:-1] == drafts)
     return choice.index_select(0, kept), kept
 
 
-def verify_sampled(drafts: Tensor, q: Tensor, p: Tensor, rng) -> tuple[Tensor, Tensor]:
+def accept_sampled(
+    drafts: Tensor, q: Tensor, p: Tensor, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
     """Speculative sampling (arXiv 2211.17192, Algorithm 1): what is written is distributed as p.
 
     drafts (n,) are samples of the rows of q (n, V); p (n+1, V) is the level's own. Draft x is kept
     with probability min(1, p(x) / q(x)). The first that is not is replaced by a draw from the
-    positive part of p - q; after a full match nothing is subtracted. Returns as verify_greedy.
+    positive part of p - q; after a full match nothing is subtracted. Returns the level's own token
+    (1,), how many drafts precede it (1,), and the distributions of what is written: p.
     """
     x = drafts.unsqueeze(1)  # (n, 1)
     kept = leading(coin((p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1), rng))
     residual = torch.cat([(p[:-1] - q).clamp(min=0), p[-1:]])  # (n+1, V), unnormalised
-    return draw(residual.index_select(0, kept).squeeze(0), rng), kept
+    return draw(residual.index_select(0, kept).squeeze(0), rng), kept, p
 
 
 def leading(agree: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ from checkpoints.hub import fetch
 from checkpoints.tokenizer import Tokenizer
 from model import Llama
 
+try:
+    import fast
+except ModuleNotFoundError:  # the wing is not there: every model is plain
+    fast = None  # type: ignore[assignment]
+
 __all__ = ["load", "save"]
 
 WEIGHTS = Path(__file__).parent.parent / "weights"
@@ -25,14 +30,15 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 
 def load(
     name_or_path: str | os.PathLike, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, plain: bool = False,
 ) -> tuple[Llama, Tokenizer | None]:  # fmt: skip
     """The model, in eval mode and without gradients, and its tokenizer (None if there is none).
 
     name_or_path: a key of NAMES, a .gguf file (of a split one any part), a Hugging Face folder, or
     owner/name of one on the Hub. device: default cuda if there is one, else cpu. dtype: default
     bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has no exits; one
-    loaded by name gets those in weights/NAME/exits.safetensors.
+    loaded by name gets those in weights/NAME/exits.safetensors. plain: as model.py has it; else a
+    model on a CPU is packed (fast/), and `generate` takes the packed step.
 
     On a CPU torch is left with at most half as many threads as there are cores, unless
     OMP_NUM_THREADS says how many: a product waits for its slowest thread, and one that waits for a
@@ -54,8 +60,8 @@ def load(
     except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
         # also a number where a text belongs, a file that may not be read, and so on
         raise ValueError(f"{path}: {error}") from error
-    if device.type == "cpu":
-        model.pack()
+    if device.type == "cpu" and fast and not plain:
+        fast.prepare(model)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // 2)))
     return model, tokenizer

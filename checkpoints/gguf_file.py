@@ -21,7 +21,7 @@ from checkpoints import vocabulary
 from checkpoints.files import need, only
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.weights import build, linear
-from model import Config, Llama, RopeScaling, rope_table
+from model import Config, Llama, RopeScaling, rope_frequencies
 
 # by the number of a value's type, in struct's letters; 8 is a string, 9 an array
 NUMBERS = "BbHhIif?..QqdX"
@@ -153,9 +153,7 @@ def _config(meta: dict, shapes: dict[str, tuple[int, ...]]) -> Config:
 def _rope_scaling(config: Config, divisors: torch.Tensor) -> RopeScaling:
     """What the converter made these divisors (E/2,) from. Every Llama since 3.1 has 1, 4, 8192."""
     guess = RopeScaling(divisors.max().item(), 1.0, 4.0, 8192)
-    tables = [rope_table(replace(config, max_seq_len=2, rope_scaling=s)) for s in (None, guess)]
-    # at position 1 the angle is the frequency, at most 1 radian
-    plain, stretched = (table[1, 1, 0, config.head_dim // 2 :].asin() for table in tables)
+    plain, stretched = (rope_frequencies(replace(config, rope_scaling=s)) for s in (None, guess))
     if divisors.shape != plain.shape or not torch.allclose(plain / stretched, divisors, rtol=1e-5):
         raise ValueError("rope_freqs.weight is not the RoPE scaling of Llama 3.1 to 3.3")
     return guess

@@ -1,8 +1,27 @@
-"""The draft that costs no layer: what followed the text's end before (prompt lookup)."""
+"""What drafts at depth 0, where no layer of the model runs.
+
+A drafter is an object with one method,
+
+    draft(decoder, want) -> (tokens, q)
+
+It proposes at most `want` token ids that may follow `decoder.text`, a list, or a tensor on the
+model's device; none is allowed. q (n, V) are the distributions that they were drawn from, or None
+if they were not drawn: then all the probability is on them. `decoder.choose(logits)` draws a token
+as the generation's options ask, and gives its distribution. The first `decoder.unchanged` tokens of
+the text are as the drafter last saw or wrote them, 0 at the first call of a generation: so far a
+cache of its own still holds.
+"""
 
 from collections.abc import Sequence
 
 SUFFIX = 4  # tokens of the text's end that are looked for at most
+
+
+class LookUp:
+    """Drafts what followed the text's end where it stood before (prompt lookup)."""
+
+    def draft(self, decoder, want: int) -> tuple[list[int], None]:
+        return look_up(decoder.text, want), None
 
 
 def look_up(text: Sequence[int], want: int) -> list[int]:

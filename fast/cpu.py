@@ -1,0 +1,300 @@
+"""What a model does, done faster on a CPU: products, norms, attention in training.
+
+`Linear.pack` changes where the numbers of a weight lie, not the numbers: what is trained and what
+is saved is the plain weight. There are two layouts, by size:
+
+- small float32 matrices are transposed in memory: there a call costs more than its work;
+- larger ones, and all in bfloat16, are packed by oneDNN, which takes about as long for a few rows
+  as for one, and gives a row the same bits however many rows there are. How oneDNN cuts a long sum
+  would depend on the number of rows: such a sum is cut here first, always in the same way.
+
+Plain float32 products (MKL's) have the same bits for any number of rows from ROWS on. Passes of a
+model that holds some are padded to a multiple of ROWS positions (`PackedStep`).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hispec
+import model as plain
+from fast.layers import Attention, Cache, Layer, RoPE, replaced
+from kvcache import KVCache
+from model import Llama
+
+ROWS = 4  # the fewest rows that MKL multiplies as it does many
+SMALL = 2**18  # weights in float32; below, transposed is faster than packed
+NARROW = 16  # outputs; with fewer, transposed gives a row other bits in another place
+LONGEST = 1024  # terms in a sum that oneDNN does not cut
+
+
+def prepare(model: Llama) -> "PackedStep":
+    """Pack a model on a CPU for inference, in place; `generate` then takes the step returned.
+
+    train(), to() and load_state_dict() undo the packing, and another call of this does it again. A
+    weight that is changed in place is not seen.
+    """
+    model._modules = replaced(model.eval(), KINDS)._modules
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.pack()
+        elif isinstance(module, ExitHead):
+            module.gather(model.head)
+        elif isinstance(module, Linear):
+            # the embedding goes on reading the plain matrix
+            module.pack(keep=model.config.tie_embeddings and module is model.head)
+    model.fast = PackedStep(model)
+    return model.fast
+
+
+def for_training(model: Llama) -> None:
+    """Let the model attend in blocks, which trains faster on a CPU, compiled."""
+    model._modules = replaced(model, {plain.Attention: BlockAttention})._modules
+
+
+class PackedStep(hispec.Step):
+    """The plain step over packed weights, on a cache that gives equal bits at every width."""
+
+    name = "packed"
+
+    def __init__(self, model: Llama):
+        super().__init__(model)
+        self.pad = 1
+
+    @contextmanager
+    def open(self, exits: tuple[int, ...], max_len: int) -> Iterator[KVCache]:
+        modules: list[Any] = list(self.model.modules())
+        linears = [m for m in modules if isinstance(m, Linear)]
+        linears += [rows for m in modules if isinstance(m, ExitHead) for rows in m.rows]
+        self.pad = 1 if all(linear.same_bits for linear in linears) else ROWS
+        yield Cache(self.model, exits, max_len, self.pad)
+
+    def segment(self, cache: KVCache, tokens: Tensor, j: int, length: int) -> Tensor:
+        new = length - cache.lengths[j]  # behind them is padding
+        return super().segment(cache, tokens, j, length)[:new]
+
+    def logits(self, states: Tensor, depth: int) -> Tensor:
+        n = len(states)
+        return super().logits(F.pad(states, (0, 0, 0, -n % self.pad)), depth)[:n]
+
+
+class Linear(nn.Linear):
+    """x @ weight.T, without a bias."""
+
+    turned: Tensor | None = None  # a small weight's transpose, as it lies in memory
+    packed: Sequence[Tensor] = ()  # in oneDNN's own layout, for `block` inputs each
+
+    @property
+    def block(self) -> int:
+        """Inputs in a sum that is done at once: equal blocks of at most LONGEST."""
+        return -(-self.in_features // -(-self.in_features // LONGEST))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        if self.turned is not None and torch.is_inference_mode_enabled():
+            return x @ self.turned  # as F.linear, which turns the weight at each call
+        if not self.packed:
+            return F.linear(x, self.weight)
+        if len(self.packed) == 1:
+            return product(x, self.packed[0])
+        (block, weight), *others = zip(x.split(self.block, dim=-1), self.packed)
+        y = product(block, weight)
+        for block, weight in others:
+            y = product(block, weight, y)
+        return y
+
+    def pack(self, keep: bool = False) -> None:
+        """Take the fastest layout for inference.
+
+        keep: someone else reads the plain weight too, which otherwise is let go.
+        """
+        weight = self.weight.detach()
+        if self.packed or weight.device.type != "cpu":
+            return
+        if weight.dtype == torch.float32 and weight.numel() < SMALL:
+            if len(weight) >= NARROW and not keep:
+                self.turned = weight.t().contiguous()
+                self.weight.data = self.turned.t()
+        elif weight.dtype in (torch.float32, torch.bfloat16) and can_pack(weight.dtype):
+            self.packed = [packed(block) for block in weight.split(self.block, dim=1)]
+            if not keep:  # the Parameter stays, empty: an optimizer may hold it
+                self.weight.data = weight.new_empty(0)
+
+    @property
+    def same_bits(self) -> bool:
+        """Whether any number of rows gives the same bits; else it does so from ROWS rows on."""
+        plain = self.weight.dtype in (torch.float32, torch.float64)
+        return bool(self.packed) or self.weight.device.type != "cpu" or not plain
+
+    def dense(self) -> Tensor:
+        """The plain weight (outputs, inputs)."""
+        if self.weight.numel():
+            return self.weight.detach().contiguous()
+        return torch.cat([block.to_dense() for block in self.packed], dim=1)
+
+    def unpack(self) -> None:
+        self.weight.data = self.dense()
+        self.turned, self.packed = None, ()
+
+    def __getstate__(self) -> dict:
+        """What a copy is made of: the plain weight, since oneDNN's own layout cannot be copied."""
+        state = {**self.__dict__, "turned": None, "packed": ()}
+        if not self.weight.numel():
+            weight = nn.Parameter(self.dense(), self.weight.requires_grad)
+            state["_parameters"] = {**self._parameters, "weight": weight}
+        return state
+
+    def train(self, mode: bool = True) -> "Linear":
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):  # another device or dtype has another layout
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args):
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        plain = keep_vars and self.weight.numel()
+        destination[prefix + "weight"] = self.weight if plain else self.dense()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a product reads."""
+        return sum(block.nbytes for block in self.packed) or self.weight.nbytes
+
+
+def product(x: Tensor, weight: Tensor, to: Tensor | None = None) -> Tensor:
+    """x times a packed weight, added to `to` if that is given."""
+    if to is None:
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(x, to, weight, None, "add")
+
+
+def packed(weight: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # so that its gradient-free product may stand in a graph
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build of PyTorch has oneDNN's packed products in this dtype."""
+    try:
+        product(torch.eye(4, dtype=dtype), packed(torch.eye(4, dtype=dtype)))
+        return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return False
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
+
+    Packed, by four operators in place of PyTorch's eight: in a small model calls set the pace.
+    """
+
+    packed: tuple[Tensor, Tensor] | None = None  # sqrt(D) * weight, sqrt(D * eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return super().forward(x)
+        weight, least = self.packed  # both in float32 at least
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=least.dtype)
+        y = x * weight / torch.hypot(size, least)
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # an idle `to` costs a call
+
+    def pack(self) -> None:
+        if self.weight.device.type != "cpu":
+            return
+        weight = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
+        D = len(weight)
+        self.packed = weight * math.sqrt(D), weight.new_tensor(math.sqrt(D * (self.eps or 0.0)))
+
+    def _load_from_state_dict(self, *args):
+        self.packed = None
+        super()._load_from_state_dict(*args)
+
+    def train(self, mode: bool = True) -> "RMSNorm":
+        self.packed = None if mode else self.packed
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self.packed = None
+        return super()._apply(fn, recurse)
+
+
+class ExitHead(plain.ExitHead):
+    """An exit's head whose rows of the output matrix are gathered once, and packed."""
+
+    rows: Sequence[Linear] = ()  # in a list, so as to be no part of what is saved or trained
+
+    def gather(self, head: nn.Linear) -> None:
+        """Take the rows that the exit reads out of the output layer, while that is plain."""
+        if self.rows or self.vocab is None:
+            return
+        with torch.inference_mode(False):  # a gradient may pass through them later
+            dense = head.dense() if isinstance(head, Linear) else head.weight.detach()
+            rows = Linear(head.in_features, len(self.vocab), bias=False)
+            rows.weight = nn.Parameter(dense[self.vocab], requires_grad=False)
+            rows.pack()
+            self.rows = [rows]
+
+    def known(self, h: Tensor, head: nn.Linear) -> Tensor:
+        return self.rows[0](self.norm(h)) if self.rows else super().known(h, head)
+
+    def train(self, mode: bool = True) -> "ExitHead":
+        self.rows = () if mode else self.rows
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):
+        self.rows = ()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args):
+        self.rows = ()
+        super()._load_from_state_dict(*args)
+
+
+class BlockAttention(plain.Attention):
+    """Attention for training: see `attend_in_blocks`."""
+
+    def forward(self, x: Tensor, rope: plain.Rope, plan=None, layer: int | None = None) -> Tensor:
+        if plan is not None or not self.training or x.device.type != "cpu":
+            return super().forward(x, rope, plan, layer)
+        B, N, _ = x.shape
+        x = self.qkv(x).view(B, N, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, N, E)
+        q, k, v = x.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        y = attend_in_blocks(plain.rotate(q, rope), plain.rotate(k, rope), v)
+        return self.out(y.transpose(1, 2).reshape(B, N, -1))
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, size: int = 128) -> Tensor:
+    """Causal attention (B, H, N, E) of queries (B, H, N, E) to keys and values (B, G, N, E).
+
+    In plain products, `size` queries at a time with the keys up to the last of them: to train on a
+    CPU, compiled, this takes half as long as PyTorch's fused kernel and its gradient.
+    """
+    (B, H, N, E), G = q.shape, k.shape[1]
+    q, blocks = (q * E**-0.5).reshape(B, G, H // G, N, E), []
+    for start in range(0, N, size):
+        stop = min(start + size, N)
+        scores = q[:, :, :, start:stop].reshape(B, G, -1, E) @ k[:, :, :stop].transpose(2, 3)
+        ahead = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
+        scores = scores.view(B, G, -1, stop - start, stop).masked_fill(ahead, -math.inf)
+        weights = scores.softmax(-1).view(B, G, -1, stop)  # (B, G, H/G * n, stop)
+        blocks.append((weights @ v[:, :, :stop]).view(B, H, stop - start, E))
+    return torch.cat(blocks, 2)
+
+
+KINDS: dict[type, type] = {
+    nn.Linear: Linear, nn.RMSNorm: RMSNorm, plain.Layer: Layer, plain.Attention: Attention,
+    BlockAttention: Attention, plain.RoPE: RoPE, plain.ExitHead: ExitHead,
+}  # fmt: skip

@@ -1,0 +1,224 @@
+"""The fixed step: every pass has the same shape, and on CUDA is one captured graph.
+
+The plain step sends as many positions through a segment as there are. A GPU dislikes that twice:
+the host has to launch some twenty small kernels a layer, and the kernels that a library picks for
+one width round differently from those it picks for another, so that in bfloat16 a token can depend
+on how many drafts were checked beside it. Here a pass always holds WIDTH positions, the missing
+ones padded. Then
+
+- what a position yields does not depend on its company: all ladders give the same bits;
+- the same kernels run on the same addresses whenever a segment is run, so that CUDA can record them
+  once and replay them with one launch; what stands between two attentions is compiled first.
+
+The prompt is read so too, in passes of PROMPT positions, which are the same whatever the ladder. On
+a CPU nothing is captured, and padding costs more than it brings: there the step serves for tests.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hispec
+import model as plain
+from fast.cpu import BlockAttention, ExitHead
+from fast.layers import CHUNK, Attention, Cache, ChunkPlan, Layer, RoPE, replaced
+from kvcache import KVCache
+from model import Llama
+
+WIDTH = 16  # positions in a pass: on a GPU one position is hardly cheaper than sixteen
+PROMPT = 256  # and in a pass over the prompt, which nobody wants to wait for
+GRAPHS = 256  # captured passes that are kept: the oldest go first
+# a mask rules the first out, odd shapes the second; cuDNN's plans depend on the number of keys
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+class FixedStep(hispec.Step):
+    """A step for every ladder of one model, on one cache; one generation at a time can use it.
+
+    max_len: the longest sequence, prompt included, in tokens. compiled: whether layers are compiled
+    before they are captured, which takes some seconds once.
+    """
+
+    name = "fixed"
+
+    def __init__(self, model: Llama, max_len: int, compiled: bool = True):
+        super().__init__(model)
+        self.max_len, weight, c = max_len, model.embed.weight, model.config
+        layer = CompiledLayer if compiled and weight.is_cuda else Layer
+        kinds = KINDS | dict.fromkeys((plain.Layer, Layer), layer)
+        self.variant: Any = replaced(model, kinds)
+        heads: Any = self.variant.exit_heads.values()
+        for head in heads:
+            head.gather(self.variant.head)
+        # padded positions write too: a pass that begins at the last position needs room behind it
+        self.cache = ReusedCache(model, model.blocks, max_len + PROMPT, pad=1)
+        self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # where a pass begins
+        self.ids = self.first.new_zeros(PROMPT)  # and the tokens there
+        self.states = weight.new_zeros(PROMPT, c.dim)  # what a segment leaves for the head
+        self.out = weight.new_zeros(PROMPT, c.vocab_size)  # the head's logits
+        self.captured: dict[tuple[int, ...], Callable] = {}
+        self.pool: Any = None  # on CUDA what all captures share
+        self.stream: Any = None
+        if weight.is_cuda:
+            self.pool = torch.cuda.graph_pool_handle()
+            self.stream = torch.cuda.Stream(weight.device)
+        self.busy = threading.Lock()
+
+    @contextmanager
+    def open(self, exits: tuple[int, ...], max_len: int) -> Iterator[KVCache]:
+        """Lend the cache, emptied, for a sequence of at most max_len tokens.
+
+        Raises ValueError if the model has changed, or another generation is using the step.
+        """
+        weight, keys = self.model.embed.weight, self.cache.keys
+        same = weight.dtype == keys.dtype and weight.device == keys.device
+        if not same or not {*self.model.blocks} <= self.cache.block_layers.keys():
+            raise ValueError("the model has got another dtype or other exit heads since")
+        if max_len > self.max_len:
+            raise ValueError(
+                f"the step was made for at most {self.max_len} tokens, this may take {max_len}"
+            )
+        if not self.busy.acquire(blocking=False):
+            raise ValueError("the step is in use: one generation at a time, or a step for each")
+        try:
+            self.cache.empty(exits)
+            with torch.cuda.device_of(self.first), sdpa_kernel(KERNELS):
+                yield self.cache
+        finally:
+            self.busy.release()
+
+    def run(self, cache: KVCache, tokens: Tensor, length: int, k: int, n: int) -> Tensor:
+        for j in range(k):
+            self.segment(cache, tokens, j, length)
+        logits = []
+        for first, last, width in self.passes(cache, tokens, k, length):
+            if last > length - n:
+                self.replay(width, cache.depths[k])
+                # a copy, since the next replay overwrites it
+                logits.append(self.out[max(0, length - n - first) : last - first].clone())
+        return torch.cat(logits)
+
+    def segment(self, cache: KVCache, tokens: Tensor, j: int, length: int) -> Tensor:
+        made = self.passes(cache, tokens, j, length)
+        states = [self.states[: last - first].clone() for first, last, _ in made]
+        return torch.cat(states) if states else self.states[:0]
+
+    def logits(self, states: Tensor, depth: int) -> Tensor:
+        n = len(states)  # at most WIDTH
+        self.states[:n] = states
+        self.replay(WIDTH, depth)
+        return self.out[:n].clone()
+
+    def passes(
+        self, cache: KVCache, tokens: Tensor, j: int, length: int
+    ) -> Iterator[tuple[int, int, int]]:
+        """Run segment j pass by pass: each leaves its states for positions first .. last-1.
+
+        A pass holds at most `width` positions, and all of them see the keys 0 .. end-1.
+        """
+        start, depth = (0, *cache.depths)[j : j + 2]
+        first, begun = cache.lengths[j], cache.lengths[j] > 0
+        width, span = (WIDTH, CHUNK) if begun else (PROMPT, PROMPT)
+        while depth > 0 and first < length:
+            end = (first // span + 1) * span
+            last = min(first + width, end, length)
+            self.first.fill_(first)
+            ids = tokens[first : first + width]
+            self.ids[: len(ids)] = ids
+            self.replay(width, start, depth, end)
+            yield first, last, width
+            first = last
+        cache.advance(j, length)
+
+    def replay(self, *key: int) -> None:
+        """A pass (width, start, depth, end) through a segment, or (width, depth) through a head.
+
+        Only while the cache is lent: its exits say what a segment has to leave there.
+        """
+        if key not in self.captured:
+            work = partial(self._head if len(key) == 2 else self._segment, *key)
+            if len(self.captured) == GRAPHS:
+                del self.captured[next(iter(self.captured))]
+            self.captured[key] = self.capture(work) if self.pool else work
+        self.captured[key]()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as a CUDA graph, replayed on the tensors it was captured with."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        known = inspect.signature(torch.cuda.graph.__init__).parameters
+        checks: dict[str, Any] = (
+            {"check_input_liveness": True} if "check_input_liveness" in known else {}
+        )
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):  # first aside: compilers and libraries set themselves up
+                work()
+        torch.cuda.current_stream().wait_stream(self.stream)
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **checks):
+            work()
+        # a graph holds addresses, not tensors: what it reads and writes has to be kept
+        rows = [head.rows for head in self.variant.exit_heads.values()]
+        held = [self.cache, self.first, self.ids, self.states, self.out, self.model]
+        held += [self.variant, self.variant.rope.table, *rows]
+
+        def replay(held=held) -> None:
+            graph.replay()
+
+        return replay
+
+    def _segment(self, width: int, start: int, depth: int, end: int) -> None:
+        positions = self.first + self.cache.columns[:width]
+        plan = ChunkPlan(self.cache, positions, [(width, end)])
+        self.states[:width] = hispec.run_plan(self.variant, plan, self.ids[:width], start, depth)
+
+    def _head(self, width: int, depth: int) -> None:
+        self.out[:width] = self.variant.logits(self.states[:width], depth)
+
+
+class ReusedCache(Cache):
+    """A cache at the same addresses for one text after another, whatever their ladders."""
+
+    def empty(self, exits: tuple[int, ...]) -> None:
+        """Make ready for another text and ladder: nothing of an earlier one is left.
+
+        Not even a NaN, which no mask would hide: 0 x NaN is NaN. An exit whose head owns a block
+        has to be among those the cache was made for.
+        """
+        for t in (self.keys, self.values, *self.hidden.values()):
+            t.zero_()
+        room, n_layers = len(self.columns), self.depths[-1]
+        for exit in exits:
+            if exit > 0 and exit not in self.hidden:
+                self.hidden[exit] = self.keys.new_zeros(1, room, self.dim)
+        self.depths = (*exits, n_layers)
+        self.lengths = [0] * len(self.depths)
+        self.processed = [0] * len(self.depths)
+
+
+class CompiledLayer(Layer):
+    """A layer whose parts around attention are compiled: a program for each width."""
+
+    def before(self, h: Tensor, rope: plain.Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return compiled("before")(self, h, rope)
+
+    def after(self, h: Tensor, y: Tensor) -> Tensor:
+        return compiled("after")(self, h, y)
+
+
+@cache
+def compiled(name: str, backend: str | Callable = "inductor") -> Callable:
+    """A method of Layer, compiled. Made when it is first wanted: that alone takes seconds."""
+    return torch.compile(getattr(Layer, name), dynamic=False, fullgraph=True, backend=backend)
+
+
+KINDS: dict[type, type] = {
+    plain.Attention: Attention, BlockAttention: Attention, plain.RoPE: RoPE,
+    plain.ExitHead: ExitHead,
+}  # fmt: skip

@@ -1,0 +1,162 @@
+"""Modules, and a cache, that give a position the same bits whatever its company in a pass.
+
+How many keys a position is compared with changes how its sums are rounded. So a position attends
+over the keys up to the next multiple of CHUNK, those ahead of it masked: how many they are depends
+on the position alone, not on what else is in the pass, nor on how long the text may get. A pass
+that crosses such a multiple falls into chunks there, for attention only. The number of positions in
+a pass changes the rounding too: cpu.py pads them to a multiple of four, cuda.py to a fixed width.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import model as plain
+from kvcache import KVCache, Plan
+
+CHUNK = 64  # positions: more would read more masked keys, fewer would cut more passes
+ROWS = 4  # attention takes its queries in fours: on a CPU fewer would get other bits
+
+
+def replaced(module: nn.Module, kinds: dict[type, type]) -> nn.Module:
+    """A copy of the tree of modules, of the same tensors, with subclasses in place of classes."""
+    new: nn.Module = object.__new__(kinds.get(type(module), type(module)))
+    new.__dict__.update(module.__dict__)
+    new._modules = {
+        name: None if child is None else replaced(child, kinds)
+        for name, child in module._modules.items()
+    }
+    return new
+
+
+class Cache(KVCache):
+    """The shared cache, with passes cut into chunks and padded to a multiple of `pad` positions.
+
+    What is padded is written beyond the segment's length, and so is stale from the start.
+    """
+
+    def __init__(self, model: plain.Llama, exits: tuple[int, ...], max_len: int, pad: int):
+        super().__init__(model, exits, up_to_chunk(max_len + pad - 1))
+        c = model.config
+        self.pad, self.group, self.dim = pad, c.n_heads // c.n_kv_heads, c.dim
+        self.layers = list(zip(self.keys, self.values))
+        self.views: dict[int, list[tuple[Tensor, Tensor]]] = {}  # end: the layers' keys before it
+
+    def plan(self, first: int, stop: int) -> "ChunkPlan":
+        last = stop + -(stop - first) % self.pad
+        cuts = [first, *range(up_to_chunk(first + 1), stop, CHUNK), last]
+        chunks = [(b - a, up_to_chunk(a + 1)) for a, b in pairwise(cuts)]
+        return ChunkPlan(self, self.columns[first:last], chunks)
+
+
+class ChunkPlan(Plan):
+    """A pass over positions (N,) that each see the keys up to the end of their chunk.
+
+    chunks: (n, end), n positions that see the keys 0 .. end-1, those ahead of them masked.
+    """
+
+    cache: Cache
+
+    def __init__(self, cache: Cache, positions: Tensor, chunks: list[tuple[int, int]]):
+        self.cache, self.positions, self.slots = cache, positions, positions
+        self.rope: plain.Rope | None = None  # as `rotate` below takes it, once a pass
+        self.sizes = [n for n, _ in chunks]
+        self.seen = []  # for each chunk: the layers' keys and values, and a mask added to scores
+        for at, (_, end) in zip(positions.split(self.sizes), chunks):
+            # a row of the mask is a query head at a position; what is padded sees key 0: no NaN
+            rows = at.repeat_interleave(cache.group)  # (n * H/G,)
+            rows = F.pad(rows, (0, -len(rows) % ROWS))
+            ahead = cache.columns[:end] > rows[:, None]
+            mask = torch.zeros_like(ahead, dtype=cache.keys.dtype).masked_fill_(ahead, -torch.inf)
+            if end not in cache.views:
+                pair = zip(cache.keys[..., :end, :], cache.values[..., :end, :])
+                cache.views[end] = list(pair)
+            self.seen.append((cache.views[end], mask))
+
+    def write_chunks(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Store k, v (B, G, N, E); for each chunk keys, values (B, G, end, E) and the mask."""
+        keys, values = self.cache.layers[layer]
+        keys.index_copy_(2, self.slots, k)
+        values.index_copy_(2, self.slots, v)
+        return [(*pairs[layer], mask) for pairs, mask in self.seen]
+
+
+class Layer(plain.Layer):
+    """A layer in three parts; what surrounds attention stands apart so that it can be compiled."""
+
+    attn: "Attention"
+
+    def forward(self, h: Tensor, rope: plain.Rope, plan=None, layer: int | None = None) -> Tensor:
+        if not isinstance(plan, ChunkPlan):
+            return super().forward(h, rope, plan, layer)
+        if plan.rope is None:
+            (cos, sin) = rope
+            plan.rope = torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
+        q, k, v = self.before(h, plan.rope)
+        return self.after(h, self.attn.attend(q, k, v, plan, layer))
+
+    def before(self, h: Tensor, rope: plain.Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return self.attn.project(self.attn_norm(h), rope)
+
+    def after(self, h: Tensor, y: Tensor) -> Tensor:
+        h = h + self.attn.out(y)
+        return h + self.mlp(self.mlp_norm(h))
+
+
+class Attention(plain.Attention):
+    """Attention in which the query heads that share a key head are its rows, chunk by chunk."""
+
+    def project(self, x: Tensor, rope: plain.Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, H, E), keys and values (B, G, N, E) of x (B, N, D)."""
+        B, N, _ = x.shape
+        x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
+        qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
+        return q, k.transpose(1, 2), v.transpose(1, 2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: ChunkPlan, layer) -> Tensor:
+        """What the positions see (B, N, H*E), to go through `out`."""
+        seen = plan.write_chunks(layer, k, v)
+        if len(seen) == 1:  # most passes are of one chunk
+            return self._attend(q, *seen[0])
+        chunks = zip(q.split(plan.sizes, 1), seen)
+        return torch.cat([self._attend(part, *keys) for part, keys in chunks], 1)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        """Every fused kernel takes query heads that are rows of their key head: (B, n, H*E)."""
+        B, N, _, E = q.shape
+        q = q.view(B, N, self.kv_heads, -1, E).transpose(1, 2).reshape(B, self.kv_heads, -1, E)
+        rows = q.shape[2]  # N * H/G
+        if rows < len(mask):
+            q = F.pad(q, (0, 0, 0, len(mask) - rows))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, G, rows, E)
+        y = y[:, :, :rows] if rows < len(mask) else y
+        return y.view(B, self.kv_heads, N, -1, E).transpose(1, 2).reshape(B, N, -1)
+
+
+class RoPE(plain.RoPE):
+    """The angles from a table: a cosine may round differently in other company."""
+
+    table: Tensor | None = None
+
+    def forward(self, positions: Tensor) -> plain.Rope:
+        if self.table is None or self.table.device != positions.device:
+            with torch.inference_mode(False):  # training may use what decoding has built
+                every = torch.arange(self.config.max_seq_len, device=positions.device)
+                self.table = torch.stack(super().forward(every))  # (2, T, E/2)
+        at = positions.clamp(max=self.config.max_seq_len - 1)  # padding may lie past the context
+        cos, sin = self.table.index_select(1, at).unbind()
+        return cos, sin
+
+
+def rotate(x: Tensor, rope: plain.Rope) -> Tensor:
+    """As the model's own, in fewer operators: x (B, N, heads, E), cos and signed sin (N, 1, E)."""
+    cos, sin = rope
+    y = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # an idle `to` costs a call
+
+
+def up_to_chunk(length: int) -> int:
+    return -(-length // CHUNK) * CHUNK
