@@ -54,7 +54,7 @@ class FixedStep(hispec.Step):
         layer = CompiledLayer if compiled and weight.is_cuda else Layer
         kinds = KINDS | dict.fromkeys((plain.Layer, Layer), layer)
         self.variant: Any = replaced(model, kinds)
-        heads: Any = self.variant.exit_heads.values()
+        heads: list[Any] = [*self.variant.exit_heads.values()]
         for head in heads:
             head.gather(self.variant.head)
         # padded positions write too: a pass that begins at the last position needs room behind it

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lab import corpus
-from lab.installed import is_held_out
 from model import Config, ExitHead, Llama
 
 settings.register_profile("repo", deadline=None, max_examples=60, derandomize=True)
@@ -112,6 +110,9 @@ def module(name, lines=30):
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A folder of packages, beside a standard library of three files of which one is held out."""
+    from lab import corpus
+    from lab.installed import is_held_out
+
     library, site = tmp_path / "lib", tmp_path / "site-packages"
     held = next(f"held{i}.py" for i in range(1000) if is_held_out(f"held{i}.py"))
     files = {library / name: module(name[:-3]) for name in ("json.py", "queue.py", held)}

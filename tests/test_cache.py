@@ -1,7 +1,6 @@
 """The shared cache: equal to a fresh prefill, each position once, memory as its formula says."""
 
 from collections import Counter
-from contextlib import nullcontext
 from itertools import count
 
 import pytest
@@ -12,53 +11,41 @@ from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import hispec
-import kvcache
-from arguments import checked
-from faststep import FixedStep
-from hispec import Ladder, generate
-from kvcache import CHUNK, WIDEST, KVCache
+from hispec import Decoder, generate
+from kvcache import WIDEST, KVCache
 from model import Config, ExitHead, Llama
 
 
-def run(case: Case, temperature: float = 0.0, after_settling=None, fast=None) -> Ladder:
-    """Generate, calling after_settling(ladder, k) whenever level k has judged; return the ladder as it ended."""
+def run(case: Case, temperature: float = 0.0, after_settling=None, fast=None) -> Decoder:
+    """Generate, calling after_settling(decoder, k) whenever level k has judged; return the decoder as it ended."""
+    made = []
 
-    class Watched(Ladder):
+    class Watched(Decoder):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(self)
+
         def settle(self, k, *verdict):
             super().settle(k, *verdict)
             if after_settling:
                 after_settling(self, k)
 
-    thresholds = case.thresholds or (0.0,) * len(case.exits)
-    ladder_of = (case.exits, case.windows, thresholds)
-    with torch.inference_mode():
-        asked = checked(
-            case.model.config,
-            case.prompt,
-            case.max_new_tokens,
-            *ladder_of,
-            temperature,
-            0,
-            1.0,
-            1,
-            case.stop,
-        )
-        end = min(len(case.prompt) + case.max_new_tokens, case.model.config.max_seq_len)
-        with fast.open(case.model, case.exits, end) if fast else nullcontext() as cache:
-            ladder = Watched(case.model, asked, cache, end, fast or hispec.step)
-            ladder.propose(ladder.top, end - ladder.length)
-    return ladder
+    options = case.arguments | dict(temperature=temperature, seed=1)
+    generate(case.model, case.prompt, case.max_new_tokens, **options, fast=fast, decoder=Watched)
+    return made[0]
 
 
-def check_equals_prefill(ladder: Ladder, k: int) -> None:
+def check_equals_prefill(decoder: Decoder, k: int) -> None:
     """Below each segment's length, keys, values and hidden states are those of a fresh prefill."""
-    model, cache, n = ladder.model, ladder.cache, ladder.length
-    fresh = KVCache(model, ladder.depths[:-1], n)
-    hispec.step(model, fresh, ladder.depths, ladder.tokens, n, len(ladder.depths) - 1, 1)
+    cache, n = decoder.cache, decoder.length
+    step = hispec.Step(decoder.step.model)
+    with step.open(decoder.depths[:-1], n) as fresh:
+        step.run(fresh, decoder.tokens, n, decoder.top, 1)
     first = 0
-    for j, last in enumerate(ladder.depths):
+    for j, last in enumerate(decoder.depths):
         m = cache.lengths[j]
-        layers = [*range(first, last), *([cache.slots[last]] if last in cache.slots else [])]
+        blocks = [cache.block_layers[last]] if last in cache.block_layers else []
+        layers = [*range(first, last), *blocks]
         pairs = [(cache.keys, fresh.keys), (cache.values, fresh.values)]
         pairs = [(a[layers, :, :, :m], b[layers, :, :, :m]) for a, b in pairs]
         if last in cache.hidden:
@@ -68,8 +55,8 @@ def check_equals_prefill(ladder: Ladder, k: int) -> None:
         first = last
 
 
-def check_lengths(ladder: Ladder, k: int) -> None:
-    lengths = [ladder.length, *ladder.cache.lengths]
+def check_lengths(decoder: Decoder, k: int) -> None:
+    lengths = [decoder.length, *decoder.cache.lengths]
     assert lengths == sorted(lengths, reverse=True)
 
 
@@ -93,39 +80,35 @@ def test_a_stale_cache_is_caught(monkeypatch):
 @given(cases(), st.sampled_from([0.0, 0.8]))
 def test_each_layer_sees_each_token_once(case, temperature):
     """Every token placed at a position is one birth: kept ones pass each layer once, rejected ones at most once."""
-    model, seen = case.model, Counter()
-    births, ids, real = {}, count(), model.run  # births: position -> id of the token there
+    seen: Counter = Counter()
+    births, ids = {}, count()  # position -> id of the token there
 
-    def counting(h, first, last, cache=None):
-        for position in cache.at.tolist():
-            birth = births.setdefault(position, next(ids))
-            seen.update((layer, birth) for layer in range(first, last))
-        return real(h, first, last, cache)
+    class Counting(Llama):
+        def run(self, h, first, last, plan=None):
+            for position in plan.positions.tolist():
+                birth = births.setdefault(position, next(ids))
+                seen.update((layer, birth) for layer in range(first, last))
+            return super().run(h, first, last, plan)
 
-    def born(ladder, k):
-        for position in [
-            p for p in births if p >= ladder.length - 1
-        ]:  # the one new token, and what was rejected
-            del births[position]
+    def born(decoder, k):
+        for position in [p for p in births if p >= decoder.length - 1]:
+            del births[position]  # the one new token, and what was rejected
 
-    model.run = counting
-    ladder = run(case, temperature, born)
+    case.model.__class__ = Counting
+    decoder = run(case, temperature, born)
     assert set(seen.values()) <= {1}
-    for position in range(
-        ladder.length - 1 if case.max_new_tokens else 0
-    ):  # the last token has had no successor
-        assert all((layer, births[position]) in seen for layer in range(model.config.n_layers))
-    for first, level in zip((0, *case.exits), ladder.stats, strict=True):
-        if level.exit > 0:  # a look-up has no layers
-            assert level.positions == sum(
-                times for (layer, _), times in seen.items() if layer == first
-            )
+    written = decoder.length - 1 if case.max_new_tokens else 0  # the last has had no successor
+    for position in range(written):
+        assert all((layer, births[position]) in seen for layer in range(len(case.model.layers)))
+    for first, level in zip((0, *case.exits), decoder.statistics(), strict=True):
+        if level.exit > 0:  # a drafter has no layers
+            times = sum(n for (layer, _), n in seen.items() if layer == first)
+            assert level.positions == times
 
 
-@given(cases(), st.sampled_from([0.0, 0.8]), st.booleans())
-def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, temperature, fixed):
-    reads = Counter()
-    fast = FixedStep(case.model, len(case.prompt) + case.max_new_tokens) if fixed else None
+@given(cases(), st.sampled_from([0.0, 0.8]))
+def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, temperature):
+    reads: Counter = Counter()
 
     def counted(name, real):
         return lambda self, *args: (reads.update([name]), real(self, *args))[1]
@@ -142,11 +125,11 @@ def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, t
             "numpy",
         ):
             patch.setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
-        ladder = run(case, temperature, fast=fast)
-    verifications = sum(level.calls for level in ladder.stats[len(case.exits) > 0 :])
+        decoder = run(case, temperature)
+    verifications = sum(level.calls for level in decoder.stats[len(case.exits) > 0 :])
     doubting = [
         level
-        for level, threshold in zip(ladder.stats, case.thresholds, strict=False)
+        for level, threshold in zip(decoder.stats, case.thresholds, strict=False)
         if threshold > 0
     ]
     doubts = sum(level.calls for level in doubting if level.exit > 0)  # a look-up has no doubts
@@ -159,83 +142,44 @@ def test_one_host_read_a_verification_and_none_a_draft_without_threshold(case, t
     [((), ()), ((2,), ()), ((1, 3), ()), ((0, 3), (3,)), ((1, 3), (3,)), ((1, 3), (1, 3))],
 )
 def test_bytes_are_as_the_formula_says(dtype, exits, blocks):
-    c, max_len = Config(11, 16, 5, 4, 2, 24), CHUNK + 44
+    c, max_len = Config(11, 16, 5, 4, 2, 24), 108
     model = Llama(c)
     for exit in (*blocks, 4):  # the ladder does not read exit 4: its block needs no room
         model.exit_heads[str(exit)] = ExitHead(c, width=8)
     cache = KVCache(model.to(dtype), exits, max_len)
     held = [cache.keys, cache.values, *cache.hidden.values()]
     layers, hidden = c.n_layers + len(blocks), len([exit for exit in exits if exit > 0])
-    formula = dtype.itemsize * 2 * CHUNK * (2 * layers * c.n_kv_heads * c.head_dim + hidden * c.dim)
+    formula = dtype.itemsize * max_len * (2 * layers * c.n_kv_heads * c.head_dim + hidden * c.dim)
     assert cache.nbytes == formula == sum(t.untyped_storage().nbytes() for t in held)
 
 
 def test_nothing_is_allocated_in_proportion_to_the_context():
     model = random_model(n_layers=2, max_seq_len=8192).float()
+    step = hispec.Step(model)
 
-    def allocated(length: int, rows: int) -> int:
-        cache = KVCache(model, (1,), 8192)
-        cache.lengths = [length - rows] * 2
+    def allocated(length: int, n: int) -> int:
         tokens = torch.zeros(8192, dtype=torch.long)
-        with (
-            torch.inference_mode(),
-            profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record,
-        ):
-            hispec.step(model, cache, (1, 2), tokens, length, 1, rows)
+        with step.open((1,), 8192) as cache, torch.inference_mode():
+            cache.lengths = [length - n] * 2
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+                step.run(cache, tokens, length, 1, n)
         return sum(max(0, event.self_cpu_memory_usage) for event in record.key_averages())
 
-    for rows in (1, 4):
-        allocated(1024, rows)  # builds the RoPE table
-        mask = (
-            8192 * rows * model.config.n_heads // model.config.n_kv_heads
-        )  # of a pass, by far the most
-        assert 0 < allocated(1024, rows) < allocated(8192, rows) < allocated(1024, rows) + 40 * mask
+    for n in (1, 4):
+        mask = 8192 * n * model.config.n_heads  # of a pass, by far the most
+        assert 0 < allocated(1024, n) < allocated(8192, n) < allocated(1024, n) + 40 * mask
 
 
 def test_a_pass_holds_a_bounded_number_of_positions():
     cache = KVCache(random_model(max_seq_len=4 * WIDEST), (2,), 4 * WIDEST)
-    cache.lengths = [CHUNK - 3, 0]
-    assert list(cache.passes(0, CHUNK + 5)) == [(CHUNK - 3, CHUNK + 5)]
-    assert list(cache.passes(0, CHUNK - 3)) == []
-    assert list(cache.passes(1, WIDEST + 1)) == [(0, WIDEST), (WIDEST, WIDEST + 1)]
+    cache.lengths = [61, 0]
 
+    def passes(segment, length):
+        return [plan.positions.tolist() for plan in cache.plans(segment, length)]
 
-@pytest.mark.parametrize("pad", [1, 4])
-@pytest.mark.parametrize(
-    ("first", "stop"),
-    [
-        (0, 1),
-        (0, 3 * CHUNK - 1),
-        (CHUNK - 1, CHUNK),
-        (CHUNK - 2, CHUNK + 1),
-        (CHUNK + 7, CHUNK + 20),
-    ],
-)
-def test_a_position_sees_all_before_it_among_keys_up_to_its_chunks_end(pad, first, stop):
-    model = random_model(max_seq_len=4 * CHUNK)
-    model.pad = pad
-    cache = KVCache(model, (2,), 4 * CHUNK)
-    cache.place(first, stop)
-    at = cache.at.tolist()
-    assert at == list(range(first, first + len(at))) and len(at) == -(-(stop - first) // pad) * pad
-    assert sum(cache.sizes) == len(at)
-    zeros = torch.zeros(2, 1, 2, len(at), 4, dtype=torch.float64)
-    for n, (keys, values, mask) in zip(cache.sizes, cache.write(0, *zeros)):
-        mine, at = [p for p in at[:n] if p < stop], at[n:]
-        end = mask.shape[1]
-        assert keys.shape[2] == values.shape[2] == end
-        assert all(end - CHUNK <= position < end for position in mine)
-        rows = mask[: len(mine) * 2 : 2]  # two query heads share a key head
-        assert torch.equal(rows == 0, torch.arange(end) <= torch.tensor(mine)[:, None])
-
-
-@pytest.mark.parametrize("pad", [1, 4, 16])
-def test_padding_changes_no_text_and_no_count(pad):
-    model = random_model(3)
-    plain = generate(model, [1, 2, 3], 30, exits=(0, 1, 3), windows=(2, 2, 3))
-    model.pad = pad
-    padded = generate(model, [1, 2, 3], 30, exits=(0, 1, 3), windows=(2, 2, 3))
-    assert padded.tokens == plain.tokens and padded.levels == plain.levels
+    assert passes(0, 69) == [list(range(61, 69))]
+    assert passes(0, 61) == []
+    assert passes(1, WIDEST + 1) == [list(range(WIDEST)), [WIDEST]]
 
 
 def test_a_batch_is_what_its_rows_are_alone():
@@ -245,19 +189,6 @@ def test_a_batch_is_what_its_rows_are_alone():
         for first, last in [(0, 4), (4, 5), (5, 9)]:
             states = []
             for cache, ids in zip(caches, [rows, *rows[:, None]]):
-                cache.place(first, last)
-                states.append(model.run(model.embed(ids[:, first:last]), 0, 5, cache))
+                plan = cache.plan(first, last)
+                states.append(model.run(model.embed(ids[:, first:last]), 0, 5, plan))
             torch.testing.assert_close(states[0], torch.cat(states[1:]), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("pad", [1, 4])
-def test_texts_that_end_anywhere_about_a_chunks_end(monkeypatch, pad):
-    """The last pass's padding lies behind the text's end, and there has to be room for it."""
-    monkeypatch.setattr(kvcache, "CHUNK", 16)
-    model = random_model(3)
-    plain = generate(model, [1, 2, 3], 50).tokens
-    model.pad = pad
-    for new in range(8, 32):
-        for exits, windows in [((), ()), ((2,), (3,)), ((1, 3), (2, 5))]:
-            out = generate(model, [1, 2, 3], new, exits=exits, windows=windows)
-            assert out.tokens == plain[:new]

@@ -5,8 +5,8 @@ import torch
 from conftest import random_model
 
 from hispec import generate
-from kvcache import KVCache
-from model import Config, ExitHead, Llama, RopeScaling, attend_in_blocks, rotate
+from kvcache import KVCache, Plan
+from model import Config, ExitHead, Llama, RopeScaling, rotate
 
 IDS = torch.arange(40).view(2, 20) * 7 % 11
 
@@ -49,22 +49,6 @@ def twin(model: Llama):
     return theirs.to(model.embed.weight.dtype).eval()
 
 
-@pytest.mark.parametrize("n, size", [(5, 8), (8, 8), (21, 8)])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_in_blocks_is_attention(kv_heads, n, size):
-    q, k, v = (torch.randn(3, h, n, 6, dtype=torch.float64) for h in (4, kv_heads, kv_heads))
-    whole = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, is_causal=True, enable_gqa=True
-    )
-    blocks = attend_in_blocks(q.transpose(1, 2), k, v, size)
-    torch.testing.assert_close(blocks, whole.transpose(1, 2), rtol=1e-9, atol=1e-9)
-
-
-def test_training_mode_computes_the_same():
-    model = random_model()
-    torch.testing.assert_close(model.eval()(IDS), model.train()(IDS), rtol=1e-9, atol=1e-9)
-
-
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kv_heads, head_dim", [(4, None), (2, None), (1, None), (2, 10)])
@@ -96,10 +80,10 @@ def test_segments_and_chunks_equal_one_pass():
     with torch.no_grad():
         whole = model(IDS[:1])
         for start, stop in ((0, 4), (4, 5), (5, 12), (12, 20)):
-            cache.place(start, stop)
+            plan = cache.plan(start, stop)
             h = model.embed(IDS[:1, start:stop])
             for first, last in ((0, 2), (2, 3), (3, 5)):
-                h = model.run(h, first, last, cache)
+                h = model.run(h, first, last, plan)
             torch.testing.assert_close(
                 model.logits(h, 5), whole[:, start:stop], rtol=1e-9, atol=1e-9
             )
@@ -138,28 +122,15 @@ def test_a_reduced_vocabulary_reads_those_rows_only():
         3,
         7,
     ]  # ascending, so that ties fall as in the full row
-    for training in (True, False):  # gathered afresh while training, once in eval mode
-        reduced = model.train(training)(IDS, exit=2)
-        assert torch.equal(reduced.isfinite().nonzero()[:, 2].unique(), torch.tensor([0, 3, 7]))
-        torch.testing.assert_close(reduced[..., [0, 3, 7]], shared[..., [0, 3, 7]])
-
-
-def test_gathered_rows_follow_the_weights():
-    model = random_model()
-    model.exit_heads["2"] = ExitHead(model.config, vocab=[7, 0, 3]).double().eval()
-    with torch.no_grad():
-        for mode in (True, False):
-            before = model.train(mode)(IDS, exit=2)
-            model.head.weight.mul_(-1)
-            model.train(mode)
-            assert not torch.allclose(model(IDS, exit=2)[..., 3], before[..., 3])
+    reduced = model(IDS, exit=2)
+    assert torch.equal(reduced.isfinite().nonzero()[:, 2].unique(), torch.tensor([0, 3, 7]))
+    torch.testing.assert_close(reduced[..., [0, 3, 7]], shared[..., [0, 3, 7]])
 
 
 def test_rotary_angles_stay_float32_in_bfloat16():
     model = random_model(max_seq_len=4096).bfloat16()
     x = torch.randn(1, 1, 1, 4, dtype=torch.float64)
-    cos, sin = model._rope(torch.zeros(1, 4096, 16), None)
-    far = rotate(x, (cos[-1:], sin[-1:]))
+    far = rotate(x, model.rope(torch.tensor([4095])))
     angle = torch.tensor([4095.0, 4095.0 / 100], dtype=torch.float64)  # theta 10,000, head size 4
     c, s = angle.cos(), angle.sin()
     exact = torch.cat([x[..., :2] * c - x[..., 2:] * s, x[..., 2:] * c + x[..., :2] * s], -1)
@@ -177,9 +148,28 @@ def test_training_after_decoding():
 
 
 def test_training_an_exit_after_decoding():
-    """What decoding keeps for later, the gathered rows among it, is no inference tensor."""
     model = Llama(Config(11, 16, 2, 4, 2, 24)).eval()
     model.exit_heads["1"] = ExitHead(model.config, width=8, vocab=[1, 2, 5]).eval()
     generate(model, [1, 2], 5, exits=(1,), windows=(2,))
     model(IDS, exit=1)[..., 1].sum().backward()
     assert model.exit_heads["1"].norm.weight.grad.abs().sum() > 0
+
+
+def test_a_tree_of_drafts_is_a_plan():
+    """Two continuations of one text in one pass: each sees the text and its own branch alone."""
+    model, text, branches = random_model(), [3, 1, 4, 1], [[5, 9], [2, 6]]
+    cache = KVCache(model, (), 8)
+    with torch.no_grad():
+        model.run(model.embed(torch.tensor([text])), 0, 5, cache.plan(0, 4))
+        sees = torch.zeros(4, 8, dtype=torch.bool)
+        sees[:, :4] = True
+        for row, slots in enumerate([[4], [4, 5], [6], [6, 7]]):
+            sees[row, slots] = True
+        at = torch.tensor([4, 5, 4, 5])
+        plan = Plan(cache, positions=at, slots=torch.arange(4, 8), mask=sees)
+        tree = model.logits(
+            model.run(model.embed(torch.tensor([sum(branches, [])])), 0, 5, plan), 5
+        )
+        for i, branch in enumerate(branches):
+            alone = model(torch.tensor([text + branch]))[0, -2:]
+            torch.testing.assert_close(tree[0, 2 * i : 2 * i + 2], alone, rtol=1e-9, atol=1e-9)

@@ -9,7 +9,6 @@ from conftest import random_model
 
 import hispec
 from hispec import generate
-from kvcache import KVCache
 from model import Config, ExitHead, Llama
 
 
@@ -55,32 +54,32 @@ def distance(law, target) -> float:
     return max(abs(law.get(key, 0) - target.get(key, 0)) for key in {*law, *target})
 
 
-def table_ladder(monkeypatch, tables):
+def table_ladder(tables, decoder=None):
     """A ladder whose exit at depth d predicts by tables[d-1] (V, V): row = last token. Returns run(n, windows)."""
     tables = [torch.tensor(table, dtype=torch.float64) for table in tables]
     V, L = len(tables[0]), len(tables)
     model = Llama(Config(V, 2, L, 1, 1, 2, max_seq_len=16)).double()
 
-    def step(model, cache, depths, tokens, length, k, rows):
-        cache.lengths[: k + 1] = [length] * (k + 1)
-        return tables[depths[k] - 1].log()[tokens[length - rows : length]]
+    class Tables(hispec.Step):
+        def run(self, cache, tokens, length, k, n):
+            for j in range(k + 1):
+                cache.advance(j, length)
+            return tables[cache.depths[k] - 1].log()[tokens[length - n : length]]
 
-    class PromptRead(KVCache):
+    class PromptRead(hispec.Decoder):
         """As if the prompt's own pass were over: its token is the full model's, and would be one less to enumerate."""
 
-        def __init__(self, *args):
-            super().__init__(*args)
-            self.lengths = [1] * len(self.lengths)
-
-    monkeypatch.setattr(hispec, "step", step)
-    monkeypatch.setattr(hispec, "KVCache", PromptRead)
+        def read_prompt(self):
+            self.cache.lengths = [1] * len(self.cache.lengths)
 
     def run(n, windows, thresholds=(), prompt=(0,), look_up=False, **cut):
         options = dict(
             exits=range(0 if look_up else 1, L), windows=windows, thresholds=thresholds, **cut
         )
-        return generate(model, prompt, n, **options, temperature=1.0, seed=0).tokens
+        options |= dict(temperature=1.0, seed=0, fast=Tables(model), decoder=decoder)
+        return generate(model, prompt, n, **options).tokens
 
+    decoder = type("Read", (PromptRead, decoder), {}) if decoder else PromptRead
     return run
 
 
@@ -106,7 +105,7 @@ TARGET3 = [[0.2, 0.3, 0.5], [0.0, 0.9, 0.1], [0.25, 0.5, 0.25]]
 @pytest.mark.parametrize("window", [1, 2])
 @pytest.mark.parametrize("tables", [[DRAFT2, TARGET2], [DRAFT3, TARGET3], [TARGET2, TARGET2]])
 def test_two_levels_follow_the_target_exactly(monkeypatch, tables, window):
-    run = table_ladder(monkeypatch, tables)
+    run = table_ladder(tables)
     law = output_law(monkeypatch, lambda: run(3, [window]))
     assert distance(law, markov_law(tables[-1], 3)) < 1e-12
 
@@ -114,14 +113,14 @@ def test_two_levels_follow_the_target_exactly(monkeypatch, tables, window):
 @pytest.mark.parametrize("thresholds", [(), (0.5, 0.0), (0.0, 0.2), (0.5, 0.1)])
 @pytest.mark.parametrize("windows", [(1, 1), (2, 1), (1, 2), (2, 2)])
 def test_three_levels_follow_the_target_exactly(monkeypatch, windows, thresholds):
-    run = table_ladder(monkeypatch, [DRAFT2, MIDDLE2, TARGET2])
+    run = table_ladder([DRAFT2, MIDDLE2, TARGET2])
     law = output_law(monkeypatch, lambda: run(3, windows, thresholds))
     assert distance(law, markov_law(TARGET2, 3)) < 1e-12
 
 
 @pytest.mark.parametrize("windows", [(1,), (2,), (3,), (1, 2), (2, 2), (3, 1)])
 def test_a_look_up_below_follows_the_target_exactly(monkeypatch, windows):
-    run = table_ladder(monkeypatch, [MIDDLE2, TARGET2][-len(windows) :])
+    run = table_ladder([MIDDLE2, TARGET2][-len(windows) :])
     law = output_law(monkeypatch, lambda: run(3, windows, prompt=[0, 1, 0, 0, 1, 0], look_up=True))
     assert distance(law, markov_law(TARGET2, 3)) < 1e-12
 
@@ -154,7 +153,7 @@ TIES3 = [[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [0.25, 0.375, 0.375]]  # the last kep
 @pytest.mark.parametrize("options", CUTS, ids=str)
 @pytest.mark.parametrize("tables", [[DRAFT3, TARGET3], [TARGET3, TIES3], [TIES3, TARGET3]])
 def test_two_levels_follow_the_truncated_target_exactly(monkeypatch, tables, options):
-    run = table_ladder(monkeypatch, tables)
+    run = table_ladder(tables)
     law = output_law(monkeypatch, lambda: run(3, [2], **options))
     assert distance(law, markov_law([cut(row, **options) for row in tables[-1]], 3)) < 1e-12
 
@@ -162,57 +161,87 @@ def test_two_levels_follow_the_truncated_target_exactly(monkeypatch, tables, opt
 @pytest.mark.parametrize("options", [dict(top_k=1), dict(top_k=2), dict(top_p=0.65)], ids=str)
 @pytest.mark.parametrize("windows", [(1, 1), (1, 2), (2, 2)])
 def test_three_levels_follow_the_truncated_target_exactly(monkeypatch, windows, options):
-    run = table_ladder(monkeypatch, [DRAFT3, TIES3, TARGET3])
+    run = table_ladder([DRAFT3, TIES3, TARGET3])
     law = output_law(monkeypatch, lambda: run(2, windows, **options))
     assert distance(law, markov_law([cut(row, **options) for row in TARGET3], 2)) < 1e-12
 
 
 def test_truncating_only_the_last_level_is_caught(monkeypatch):
     """Planted bug: drafts are drawn from the whole distribution, but taken to be from the truncated one."""
-    run = table_ladder(monkeypatch, [TARGET3, TIES3])
-    real = hispec.verify_sampled
+    run = table_ladder([TARGET3, TIES3])
+    real = hispec.accept_sampled
     whole = torch.tensor(TARGET3, dtype=torch.float64)
 
     def drawn_from_all(drafts, q, p, rng):
         if len(drafts):
             return real(drafts, q.clamp(min=1e-300), p, rng)
-        return hispec.draw(whole[0], rng), torch.zeros(1, dtype=torch.long)
+        return hispec.draw(whole[0], rng), torch.zeros(1, dtype=torch.long), p
 
-    monkeypatch.setattr(hispec, "verify_sampled", drawn_from_all)
+    monkeypatch.setattr(hispec, "accept_sampled", drawn_from_all)
     law = output_law(monkeypatch, lambda: run(2, [1], top_k=2))
     assert distance(law, markov_law([cut(row, top_k=2) for row in TIES3], 2)) > 1e-3
 
 
-real_verify_sampled = hispec.verify_sampled
+real_accept_sampled = hispec.accept_sampled
 
 
 def resampling_from_p(drafts, q, p, rng):
     """Planted bug: after a rejection draw from p itself, where it should be the residual."""
     x = drafts.unsqueeze(1)
     accepted = hispec.leading(hispec.coin((p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1), rng))
-    return hispec.draw(p[accepted].squeeze(0), rng), accepted
+    return hispec.draw(p[accepted].squeeze(0), rng), accepted, p
 
 
 def test_a_middle_level_that_resamples_from_p_is_caught(monkeypatch):
     half = [[0.5, 0.5], [0.5, 0.5]]
-    run = table_ladder(monkeypatch, [[[1.0, 0.0], [1.0, 0.0]], half, half])
+    run = table_ladder([[[1.0, 0.0], [1.0, 0.0]], half, half])
     exact = output_law(monkeypatch, lambda: run(1, [1, 1]))
-    monkeypatch.setattr(hispec, "verify_sampled", resampling_from_p)
+    monkeypatch.setattr(hispec, "accept_sampled", resampling_from_p)
     wrong = output_law(monkeypatch, lambda: run(1, [1, 1]))
     assert exact == pytest.approx({(0,): 0.5, (1,): 0.5}, abs=1e-12)
     assert wrong == pytest.approx({(0,): 0.75, (1,): 0.25}, abs=1e-12)
 
 
+class KeepsEverything(hispec.Decoder):
+    """A lossy rule in the middle: level 1 keeps every draft, and says what it has written: its drafts' q."""
+
+    def accept(self, k, drafts, q, p):
+        if k != 1:
+            return super().accept(k, drafts, q, p)
+        own = hispec.draw(p[-1], self.rng)
+        return own, torch.full((1,), len(drafts)), torch.cat([q, p[-1:]])
+
+
+@pytest.mark.parametrize("windows", [(1, 1), (2, 2), (1, 3)])
+def test_a_lossy_rule_in_the_middle_leaves_the_last_levels_law_unharmed(monkeypatch, windows):
+    certain = [[1.0, 0.0], [1.0, 0.0]]
+    for tables in ([certain, [[0.5, 0.5]] * 2, [[0.5, 0.5]] * 2], [DRAFT2, MIDDLE2, TARGET2]):
+        run = table_ladder(tables, KeepsEverything)
+        law = output_law(monkeypatch, lambda run=run: run(2, windows))
+        assert distance(law, markov_law(tables[-1], 2)) < 1e-12
+
+
+def test_a_lossy_rule_that_claims_to_be_exact_is_caught(monkeypatch):
+    class Lies(KeepsEverything):
+        def accept(self, k, drafts, q, p):
+            own, kept, _ = super().accept(k, drafts, q, p)
+            return own, kept, p
+
+    certain, half = [[1.0, 0.0], [1.0, 0.0]], [[0.5, 0.5], [0.5, 0.5]]
+    law = output_law(monkeypatch, lambda: table_ladder([certain, half, half], Lies)(1, [1, 1]))
+    assert law == pytest.approx({(0,): 1.0}, abs=1e-12)
+
+
 def test_a_level_that_forgets_a_row_is_caught(monkeypatch):
     """Planted bug: the middle level hands up its draft's rows in place of its own."""
-    run = table_ladder(monkeypatch, [DRAFT2, MIDDLE2, TARGET2])
+    run = table_ladder([DRAFT2, MIDDLE2, TARGET2])
 
     def forgetful(drafts, q, p, rng):
-        out = real_verify_sampled(drafts, q, p, rng)
+        own, kept, p = real_accept_sampled(drafts, q, p, rng)
         p[: len(q)] = q
-        return out
+        return own, kept, p
 
-    monkeypatch.setattr(hispec, "verify_sampled", forgetful)
+    monkeypatch.setattr(hispec, "accept_sampled", forgetful)
     law = output_law(monkeypatch, lambda: run(2, [1, 1]))
     assert distance(law, markov_law(TARGET2, 2)) > 1e-3
 
@@ -263,7 +292,7 @@ def test_a_tiny_temperature_is_greedy():
     model = random_model(1)
     plain = generate(model, [1], 20).tokens
     assert (
-        generate(model, [1], 20, exits=(1, 3), windows=(2, 3), temperature=1e-308, seed=0).tokens
+        generate(model, [1], 20, exits=(1, 3), windows=(2, 3), temperature=1e-30, seed=0).tokens
         == plain
     )
 
