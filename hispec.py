@@ -137,7 +137,7 @@ class Decoder:
 
     def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
         """The acceptance rule for sampled text: override it to try another."""
-        return accept_sampled(drafts, q, p, self.rng)
+        return accept_block(drafts, q, p, self.rng)
 
     def reads(self, k: int) -> bool:
         """Whether the host waits for level k's steps: a drafting level judges nothing."""
@@ -212,6 +212,13 @@ class Decoder:
         return self.stats
 
 
+class TokenByToken(Decoder):
+    """Decides on each draft by itself when sampling, as speculative sampling was first published."""
+
+    def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
+        return accept_tokens(drafts, q, p, self.rng)
+
+
 class Step:
     """How levels run: plainly. fast/ has steps that do the same work in less time."""
 
@@ -279,7 +286,7 @@ def accept_equal(drafts: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
     return choice.index_select(0, kept), kept
 
 
-def accept_sampled(
+def accept_tokens(
     drafts: Tensor, q: Tensor, p: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Speculative sampling (arXiv 2211.17192, Algorithm 1): what is written is distributed as p.
@@ -289,10 +296,36 @@ def accept_sampled(
     positive part of p - q; after a full match nothing is subtracted. Returns the level's own token
     (1,), how many drafts precede it (1,), and the distributions of what is written: p.
     """
-    x = drafts.unsqueeze(1)  # (n, 1)
-    kept = leading(coin((p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1), rng))
+    kept = leading(coin(ratios(drafts, q, p), rng))
     residual = torch.cat([(p[:-1] - q).clamp(min=0), p[-1:]])  # (n+1, V), unnormalised
     return draw(residual.index_select(0, kept).squeeze(0), rng), kept, p
+
+
+def accept_block(
+    drafts: Tensor, q: Tensor, p: Tensor, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Block verification (arXiv 2403.10444): the same, and it never keeps fewer drafts.
+
+    What matters is how likely the whole text up to a draft is, not each draft by itself: b_i is the
+    share of q's probability of drafts 1..i that p lets stand. The longest text that passes is kept.
+    """
+    n, b = len(drafts), [p.new_ones(())]
+    for ratio in ratios(drafts, q, p):
+        b.append((b[-1] * ratio).clamp(max=1))
+    stands = torch.stack(b).unsqueeze(1)  # (n+1, 1)
+    # what p lets stand and q does not offer: from here the level's own token is drawn
+    residual = torch.cat([(stands[:-1] * p[:-1] - q).clamp(min=0), p[-1:]])  # (n+1, V)
+    left = residual[1:-1].sum(-1)  # (n-1,), after drafts 1 .. n-1
+    pass_ = torch.cat([left / (left + 1 - stands[1:-1, 0]), stands[1:, 0][-1:]])  # (n,)
+    order = torch.arange(1, n + 1, device=p.device)
+    kept = torch.cat([order.new_zeros(1), order * coin(pass_.nan_to_num(0), rng)]).amax(0, True)
+    return draw(residual.index_select(0, kept).squeeze(0), rng), kept, p
+
+
+def ratios(drafts: Tensor, q: Tensor, p: Tensor) -> Tensor:
+    """p(x) / q(x) of each draft x, (n,)."""
+    x = drafts.unsqueeze(1)
+    return (p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1)
 
 
 def leading(agree: Tensor) -> Tensor:

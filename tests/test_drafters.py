@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_sampling import distance, output_law
 
 import hispec
+from drafters import LookUp, look_up
 from hispec import generate
 
 
@@ -31,6 +32,30 @@ def test_random_drafts_leave_the_text_alone(case, seed):
     drafter = Script(seed, case.model.config.vocab_size)
     out = generate(case.model, case.prompt, case.max_new_tokens, **options, drafter=drafter)
     assert out.tokens == greedy(case)
+
+
+def plain_look_up(text, want):
+    """The same from its definition, reading the whole text at every call."""
+    most, at = 0, 0
+    for i in range(len(text) - 1, 0, -1):  # text[:i] ends as text does, in so many tokens:
+        shared = 0
+        while shared < min(4, i) and text[i - 1 - shared] == text[-1 - shared]:
+            shared += 1
+        if shared > most:
+            most, at = shared, i
+    return [text[at + j % (len(text) - at)] for j in range(want)] if most else []
+
+
+@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]))
+def test_the_index_finds_what_reading_the_whole_text_finds(seed, vocab):
+    """While the text grows, and after rollbacks of any length."""
+    rng, text, drafter = random.Random(seed), [0], LookUp()
+    for _ in range(30):
+        kept = rng.randint(0, len(text)) if rng.random() < 0.5 else len(text)
+        text[kept:] = [rng.randrange(vocab) for _ in range(rng.randint(1, 6))]
+        want = rng.randint(1, 5)
+        assert drafter.look_up(text, kept, want) == plain_look_up(text, want)
+        assert look_up(text, want) == plain_look_up(text, want)
 
 
 class SmallLlama:
