@@ -44,6 +44,8 @@ def generate(
     Raises ValueError, before any work, for arguments out of range; and if logits are not finite.
     """
     began = time.perf_counter()
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        raise ValueError("generate computes in the model's own dtype: call it outside autocast")
     asked = Options(**options)
     asked.check_model(model.config)
     tokens, end = checked_prompt(model.config, prompt, max_new_tokens)

@@ -77,6 +77,11 @@ def test_an_option_that_does_not_exist():
         generate(random_model(), [1], 4, temprature=1.0)
 
 
+def test_autocast_is_refused_in_one_line():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
+        generate(random_model(), [1], 4)
+
+
 LADDERS = [
     ("2(4)", (2,), (4,), (0.0,)),
     ("0(8) 8(6)", (0, 8), (8, 6), (0.0, 0.0)),
