@@ -4,7 +4,7 @@ import math
 import numbers
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class Options:
     # [k]: level k stops early once the product of its own probabilities of what it gathered is
     # below this (at temperature 0: those of temperature 1). None given: never.
     thresholds: tuple[float, ...] = ()
+    draft_head: int = 0  # at depth 0: the draft head on this exit drafts; 0: the drafter does
     temperature: float = 0.0  # 0 takes the likeliest token; above, tokens are drawn:
     top_k: int = 0  # from so many of the likeliest, 0: from all,
     top_p: float = 1.0  # and of these from the fewest that hold so much of the probability
@@ -44,6 +45,8 @@ class Options:
             )
         if any(window < 1 for window in self.windows):
             raise ValueError(f"windows must be at least 1 each, got {self.windows}")
+        if whole_number(self.draft_head, "draft_head") and self.exits[:1] != (0,):
+            raise ValueError(f"a draft head drafts at depth 0, got exits {self.exits}")
         if not isinstance(self.temperature, REAL) or not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be a finite number of at least 0, got {self.temperature}"
@@ -68,8 +71,15 @@ class Options:
             raise ValueError(f"thresholds must be probabilities, 0 to 1, got {thresholds}")
         return tuple(map(float, thresholds))
 
-    def check_model(self, config: Config) -> None:
-        """ValueError unless exits and stop tokens are the model's."""
+    def check_model(self, config: Config, draft_heads: Sequence[int] = ()) -> None:
+        """ValueError unless exits, stop tokens and a draft head are the model's."""
+        if self.draft_head:
+            reads = (*self.exits, config.n_layers)[1]
+            if self.draft_head != reads or reads not in draft_heads:
+                raise ValueError(
+                    f"the draft head must read the level above it, exit {reads}, and the model has "
+                    f"heads on exits {tuple(draft_heads)}; got draft_head={self.draft_head}"
+                )
         if self.exits and self.exits[-1] >= config.n_layers:
             raise ValueError(
                 f"exits must ascend strictly within 0..{config.n_layers - 1}, got {self.exits}"
@@ -179,21 +189,28 @@ class Event:
 # ---- a ladder as text ---------------------------------------------------------------------------
 
 
-def ladder_text(exits, windows, thresholds=()) -> str:
-    """2(4 <0.3) 8(6): exit 2, window 4, stopping below probability 0.3; exit 8, window 6."""
-    levels = zip(exits, windows, thresholds or [0.0] * len(exits), strict=True)
+def ladder_text(exits, windows, thresholds=(), draft_head=0) -> str:
+    """2(4 <0.3) 8(6): exit 2, window 4, stopping below probability 0.3; exit 8, window 6.
+
+    8'(3) 8(6): at depth 0 the draft head on exit 8 drafts; 0(3) 8(6): the drafter does.
+    """
+    names = [f"{draft_head}'" if draft_head and exit == 0 else str(exit) for exit in exits]
+    levels = zip(names, windows, thresholds or [0.0] * len(exits), strict=True)
     return " ".join(f"{e}({w} <{t:g})" if t else f"{e}({w})" for e, w, t in levels)
 
 
 def parse_ladder(text: str) -> Options:
-    """The exits, windows and thresholds of a ladder written as `ladder_text` does; ValueError."""
+    """A ladder written as `ladder_text` does, as options; ValueError."""
     level = r"\s*(\d+)\s*\(\s*(\d+)\s*(?:<\s*(\d*\.?\d+)\s*)?\)\s*"
-    if not re.fullmatch(f"(?:{level})+", text):
+    head = re.match(r"\s*(\d+)'", text)
+    text_of_exits = re.sub(r"^\s*\d+'", "0", text)
+    if not re.fullmatch(f"(?:{level})+", text_of_exits):
         raise ValueError(
             f'a ladder is written as "2(2 <0.2) 8(4)": exit(window), or exit(window <threshold), '
             f"shallow to deep; got {text!r}"
         )
-    exits, windows, thresholds = zip(*re.findall(level, text))
+    exits, windows, thresholds = zip(*re.findall(level, text_of_exits))
     return Options(
-        tuple(map(int, exits)), tuple(map(int, windows)), tuple(float(t or 0) for t in thresholds)
-    )
+        tuple(map(int, exits)), tuple(map(int, windows)), tuple(float(t or 0) for t in thresholds),
+        draft_head=int(head[1]) if head else 0,
+    )  # fmt: skip

@@ -15,6 +15,12 @@ cache of its own still holds.
 from collections import defaultdict
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcache import WIDEST
+
 SUFFIX = 4  # tokens of the text's end that are looked for at most
 
 
@@ -57,6 +63,38 @@ class LookUp:
     def runs(self) -> list[tuple[int, ...]]:
         """The runs of tokens that the text indexed so far ends with."""
         return [tuple(self.text[-n:]) for n in range(1, min(SUFFIX, len(self.text)) + 1)]
+
+
+class HeadDrafter:
+    """Drafts with the model's draft head on an exit (model.DraftHead), in the shared cache.
+
+    The exit's own level has judged all of the text when the head is asked: its states are there for
+    every position but the last. What the head computed from its own guesses is run again from these
+    states in the pass of its next draft, so that a kept position passes it at most twice.
+    """
+
+    def __init__(self, exit: int):
+        self.exit = exit
+        self.length = 0  # positions that have passed the head from true states
+
+    def draft(self, decoder, want: int) -> tuple[Tensor, Tensor | None]:
+        step, cache, tokens = decoder.step, decoder.cache, decoder.tokens
+        first, last = min(self.length, decoder.unchanged), decoder.length
+        for start in range(first, last, WIDEST):  # more than one pass after a long prompt only
+            stop = min(start + WIDEST, last)
+            before = cache.hidden[self.exit][0, max(0, start - 1) : stop - 1]  # (N, D)
+            before = F.pad(before, (0, 0, stop - start - len(before), 0))  # none before the text
+            state = step.draft(cache, self.exit, before, tokens[start:stop], start)[-1:]
+        self.length = last
+        drafts: list[Tensor] = []
+        qs: list[Tensor | None] = []
+        for position in range(last, last + want):
+            token, q = decoder.choose(step.draft_logits(state, self.exit))
+            drafts.append(token)
+            qs.append(q)
+            if position + 1 < last + want:
+                state = step.draft(cache, self.exit, state, token, position)
+        return torch.cat(drafts), None if qs[0] is None else torch.cat(qs)  # type: ignore[arg-type]
 
 
 def look_up(text: Sequence[int], want: int) -> list[int]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from arguments import Event, Generation, LevelStats, Options, check_tokens, checked_prompt
-from drafters import LookUp
+from drafters import HeadDrafter, LookUp
 from kvcache import KVCache, Plan
 from model import Llama
 
@@ -47,17 +47,19 @@ def generate(
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         raise ValueError("generate computes in the model's own dtype: call it outside autocast")
     asked = Options(**options)
-    asked.check_model(model.config)
+    asked.check_model(model.config, list(map(int, model.draft_heads)))
     tokens, end = checked_prompt(model.config, prompt, max_new_tokens)
     step = fast or model.fast or Step(model)
-    with step.open(asked.exits, end) as cache:
-        run = (decoder or Decoder)(tokens, end, asked, step, cache, drafter or LookUp(), watch)
-        if run.length < end:
-            run.read_prompt()
+    if drafter is None:
+        drafter = HeadDrafter(asked.draft_head) if asked.draft_head else LookUp()
+    with step.open(asked.exits, end, asked.draft_head) as cache:
+        decoding = (decoder or Decoder)(tokens, end, asked, step, cache, drafter, watch)
+        if decoding.length < end:
+            decoding.read_prompt()
         prefilled = time.perf_counter()
-        run.propose(run.top, end - run.length)
-    now = time.perf_counter()
-    return Generation(run.text[len(tokens) :], run.statistics(), now - began, prefilled - began)
+        decoding.propose(decoding.top, end - decoding.length)
+    new, now = decoding.text[len(tokens) :], time.perf_counter()
+    return Generation(new, decoding.statistics(), now - began, prefilled - began)
 
 
 class Decoder:
@@ -230,9 +232,9 @@ class Step:
         self.model = model
 
     @contextmanager
-    def open(self, exits: tuple[int, ...], max_len: int) -> Iterator[KVCache]:
+    def open(self, exits: tuple[int, ...], max_len: int, draft_head: int = 0) -> Iterator[KVCache]:
         """The cache of one generation, for a text of at most max_len tokens."""
-        yield KVCache(self.model, exits, max_len)
+        yield KVCache(self.model, exits, max_len, draft_head)
 
     def run(self, cache: KVCache, tokens: Tensor, length: int, k: int, n: int) -> Tensor:
         """Run segments 0..k over every position < length that each has not processed.
@@ -257,6 +259,20 @@ class Step:
     def logits(self, states: Tensor, depth: int) -> Tensor:
         """The logits (n, V) of what `segment` left at n positions (n, D)."""
         return self.model.logits(states, depth)
+
+    def draft(
+        self, cache: KVCache, exit: int, states: Tensor, tokens: Tensor, first: int
+    ) -> Tensor:
+        """Run the draft head on `exit` over the N positions from `first` on: states (N, D).
+
+        states (N, D): the exit's, one position before each; tokens (N,): those at the positions.
+        """
+        plan = cache.plan(first, first + len(tokens))
+        return self.model.draft(exit, states[None], tokens[None], plan)[0]
+
+    def draft_logits(self, states: Tensor, exit: int) -> Tensor:
+        """The logits (n, V) of what `draft` left at n positions (n, D)."""
+        return self.model.draft_logits(states, exit)
 
 
 def run_plan(model: Llama, plan: Plan, tokens: Tensor, start: int, depth: int) -> Tensor:

@@ -3,7 +3,8 @@
 A ladder with exits e_0 < e_1 < ... < e_{K-1} cuts the model's L layers into K+1 segments: segment
 0 ends at e_0, segment k goes on from e_{k-1} to e_k, the last ends at L. The cache holds, by slot,
 
-- each layer's keys and values, and those of the blocks that exits' own heads may have;
+- each layer's keys and values, and those of the blocks that exits' own heads may have, and of a
+  draft head;
 - the hidden states at each exit, from which the segment above it starts;
 - for each segment one integer: how many positions it has processed.
 
@@ -12,7 +13,7 @@ Rolling back after a rejection sets integers and copies nothing: what lies beyon
 is stale, masked, and overwritten when its position comes again.
 
 Bytes a sequence, for T slots, s bytes a number, G key/value heads of size E, width D, L layers and
-blocks of heads, and K exits above depth 0:
+blocks of heads, and K exits above depth 0 (or the full depth, where a draft head reads it):
 
     s * T * (2 * L * G * E  +  K * D)
 
@@ -34,20 +35,30 @@ class KVCache:
     """Keys, values, hidden states and segment lengths of `batch` sequences of at most max_len.
 
     exits: the ladder's depths in layers, ascending; depth 0 has no layers, and so no states.
+    draft_head: the exit that a draft head reads, 0 if none does.
     """
 
-    def __init__(self, model: Llama, exits: tuple[int, ...], max_len: int, batch: int = 1):
+    def __init__(
+        self,
+        model: Llama,
+        exits: tuple[int, ...],
+        max_len: int,
+        draft_head: int = 0,
+        batch: int = 1,
+    ):
         c, weight = model.config, model.embed.weight
         self.depths = (*exits, c.n_layers)
         self.lengths = [0] * len(self.depths)  # positions that each segment has processed
         self.processed = [0] * len(self.depths)  # the same, those rolled back later included
         blocks = [exit for exit in exits if exit in model.blocks]
         self.block_layers = {exit: c.n_layers + i for i, exit in enumerate(blocks)}
-        layers = c.n_layers + len(blocks)
+        self.draft_layer = c.n_layers + len(blocks)
+        layers = self.draft_layer + (draft_head > 0)
         self.keys = weight.new_zeros(layers, batch, c.n_kv_heads, max_len, c.head_dim)
         self.values = torch.zeros_like(self.keys)
         states = weight.new_zeros(batch, max_len, c.dim)
-        self.hidden = {exit: torch.zeros_like(states) for exit in exits if exit > 0}
+        kept = {exit for exit in (*exits, draft_head) if exit > 0}
+        self.hidden = {exit: torch.zeros_like(states) for exit in kept}
         self.columns = torch.arange(max_len, device=weight.device)
 
     def plans(self, segment: int, length: int) -> Iterator["Plan"]:

@@ -79,6 +79,7 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.exit_heads = nn.ModuleDict()  # str(exit) -> ExitHead, for exits that own one
+        self.draft_heads = nn.ModuleDict()  # str(exit) -> DraftHead, for exits that one reads
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
                 # each layer adds two branches to the residual stream: their sum must not grow
@@ -126,6 +127,20 @@ class Llama(nn.Module):
         if str(exit) in self.exit_heads:
             return self.exit_heads[str(exit)](h, self.head)
         return self.head(self.norm(h))
+
+    def draft(self, exit: int, h: Tensor, ids: Tensor, plan=None) -> Tensor:
+        """What the draft head on `exit` makes of tokens ids (B, N) and the states h (B, N, D) that
+        the exit has left one position before each of them: (B, N, D), for `draft_logits`.
+        """
+        head: Any = self.draft_heads[str(exit)]
+        return head(
+            h, self.embed(ids), self._angles(h, plan), plan, plan and plan.cache.draft_layer
+        )
+
+    def draft_logits(self, h: Tensor, exit: int) -> Tensor:
+        """Next-token logits (..., V) from h (..., D), as `draft` leaves it."""
+        head: Any = self.draft_heads[str(exit)]
+        return head.out(h, self.head)
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -234,6 +249,32 @@ class ExitHead(nn.Module):
         if self.vocab is None:
             return head(self.norm(h))
         return F.linear(self.norm(h), head.weight[self.vocab])
+
+
+class DraftHead(nn.Module):
+    """A draft from the states that a verifying exit has already computed (EAGLE, arXiv 2401.15077).
+
+    x_t = fuse([norm(h_{t-1}) ; norm(embed(token_t))]), with h the state at the exit, goes through
+    one block, which attends to x_0 .. x_{t-1}; `out` gives the logits of token t+1. For a further
+    draft the block's own output stands in for the state h_t, which is not there yet; before the
+    first token the state is 0.
+    `vocab`: as ExitHead's.
+    """
+
+    def __init__(self, config: Config, vocab: list[int] | None = None):
+        super().__init__()
+        self.state_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.token_norm = nn.RMSNorm(config.dim, config.norm_eps)
+        self.fuse = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.block = Layer(config)
+        self.out = ExitHead(config, vocab=vocab)
+
+    def forward(
+        self, h: Tensor, embedded: Tensor, rope: Rope, plan=None, layer: int | None = None
+    ) -> Tensor:
+        """(B, N, D) from states h and embedded tokens (B, N, D)."""
+        x = self.fuse(torch.cat([self.state_norm(h), self.token_norm(embedded)], dim=-1))
+        return self.block(x, rope, plan, layer)
 
 
 @dataclass(frozen=True)

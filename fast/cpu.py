@@ -68,12 +68,12 @@ class PackedStep(hispec.Step):
         self.pad = 1
 
     @contextmanager
-    def open(self, exits: tuple[int, ...], max_len: int) -> Iterator[KVCache]:
+    def open(self, exits: tuple[int, ...], max_len: int, draft_head: int = 0) -> Iterator[KVCache]:
         modules: list[Any] = list(self.model.modules())
         linears = [m for m in modules if isinstance(m, Linear)]
         linears += [rows for m in modules if isinstance(m, ExitHead) for rows in m.rows]
         self.pad = 1 if all(linear.same_bits for linear in linears) else ROWS
-        yield Cache(self.model, exits, max_len, self.pad)
+        yield Cache(self.model, exits, max_len, self.pad, draft_head)
 
     def segment(self, cache: KVCache, tokens: Tensor, j: int, length: int) -> Tensor:
         new = length - cache.lengths[j]  # behind them is padding
@@ -82,6 +82,18 @@ class PackedStep(hispec.Step):
     def logits(self, states: Tensor, depth: int) -> Tensor:
         n = len(states)
         return super().logits(F.pad(states, (0, 0, 0, -n % self.pad)), depth)[:n]
+
+    def draft(
+        self, cache: KVCache, exit: int, states: Tensor, tokens: Tensor, first: int
+    ) -> Tensor:
+        n, plan = len(tokens), cache.plan(first, first + len(tokens))
+        padding = len(plan.slots) - n
+        states, tokens = F.pad(states, (0, 0, 0, padding)), F.pad(tokens, (0, padding))
+        return self.model.draft(exit, states[None], tokens[None], plan)[0, :n]
+
+    def draft_logits(self, states: Tensor, exit: int) -> Tensor:
+        n = len(states)
+        return super().draft_logits(F.pad(states, (0, 0, 0, -n % self.pad)), exit)[:n]
 
 
 class Linear(nn.Linear):

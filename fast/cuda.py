@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hispec
 import model as plain
 from fast.cpu import BlockAttention, ExitHead
-from fast.layers import CHUNK, Attention, Cache, ChunkPlan, Layer, RoPE, replaced
+from fast.layers import CHUNK, Attention, Cache, ChunkPlan, Layer, RoPE, replaced, up_to_chunk
 from kvcache import KVCache
 from model import Llama
 
@@ -54,11 +54,13 @@ class FixedStep(hispec.Step):
         layer = CompiledLayer if compiled and weight.is_cuda else Layer
         kinds = KINDS | dict.fromkeys((plain.Layer, Layer), layer)
         self.variant: Any = replaced(model, kinds)
-        heads: list[Any] = [*self.variant.exit_heads.values()]
-        for head in heads:
-            head.gather(self.variant.head)
+        variant: Any = self.variant
+        for head in variant.modules():
+            if isinstance(head, ExitHead):
+                head.gather(variant.head)
         # padded positions write too: a pass that begins at the last position needs room behind it
-        self.cache = ReusedCache(model, model.blocks, max_len + PROMPT, pad=1)
+        drafts = bool(len(model.draft_heads)) * c.n_layers
+        self.cache = ReusedCache(model, model.blocks, max_len + PROMPT, 1, drafts)
         self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # where a pass begins
         self.ids = self.first.new_zeros(PROMPT)  # and the tokens there
         self.states = weight.new_zeros(PROMPT, c.dim)  # what a segment leaves for the head
@@ -72,7 +74,7 @@ class FixedStep(hispec.Step):
         self.busy = threading.Lock()
 
     @contextmanager
-    def open(self, exits: tuple[int, ...], max_len: int) -> Iterator[KVCache]:
+    def open(self, exits: tuple[int, ...], max_len: int, draft_head: int = 0) -> Iterator[KVCache]:
         """Lend the cache, emptied, for a sequence of at most max_len tokens.
 
         Raises ValueError if the model has changed, or another generation is using the step.
@@ -88,7 +90,7 @@ class FixedStep(hispec.Step):
         if not self.busy.acquire(blocking=False):
             raise ValueError("the step is in use: one generation at a time, or a step for each")
         try:
-            self.cache.empty(exits)
+            self.cache.empty(exits, draft_head)
             with torch.cuda.device_of(self.first), sdpa_kernel(KERNELS):
                 yield self.cache
         finally:
@@ -116,6 +118,27 @@ class FixedStep(hispec.Step):
         self.replay(WIDTH, depth)
         return self.out[:n].clone()
 
+    def draft(
+        self, cache: KVCache, exit: int, states: Tensor, tokens: Tensor, first: int
+    ) -> Tensor:
+        made, at, last = [], first, first + len(tokens)
+        while at < last:
+            end = up_to_chunk(at + 1)
+            stop = min(at + WIDTH, end, last)
+            self.first.fill_(at)
+            self.ids[: stop - at] = tokens[at - first : stop - first]
+            self.states[: stop - at] = states[at - first : stop - first]
+            self.replay(WIDTH, exit, end)
+            made.append(self.states[: stop - at].clone())
+            at = stop
+        return torch.cat(made)
+
+    def draft_logits(self, states: Tensor, exit: int) -> Tensor:
+        n = len(states)  # at most WIDTH
+        self.states[:n] = states
+        self.replay(WIDTH, -exit)
+        return self.out[:n].clone()
+
     def passes(
         self, cache: KVCache, tokens: Tensor, j: int, length: int
     ) -> Iterator[tuple[int, int, int]]:
@@ -138,12 +161,14 @@ class FixedStep(hispec.Step):
         cache.advance(j, length)
 
     def replay(self, *key: int) -> None:
-        """A pass (width, start, depth, end) through a segment, or (width, depth) through a head.
+        """A pass (width, start, depth, end) through a segment, (width, exit, end) through the draft
+        head on an exit, (width, depth) through a head, or (width, -exit) through a draft head's.
 
         Only while the cache is lent: its exits say what a segment has to leave there.
         """
         if key not in self.captured:
-            work = partial(self._head if len(key) == 2 else self._segment, *key)
+            kinds: dict[int, Callable] = {2: self._head, 3: self._draft, 4: self._segment}
+            work = partial(kinds[len(key)], *key)
             if len(self.captured) == GRAPHS:
                 del self.captured[next(iter(self.captured))]
             self.captured[key] = self.capture(work) if self.pool else work
@@ -164,7 +189,7 @@ class FixedStep(hispec.Step):
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **checks):
             work()
         # a graph holds addresses, not tensors: what it reads and writes has to be kept
-        rows = [head.rows for head in self.variant.exit_heads.values()]
+        rows = [head.rows for head in self.variant.modules() if isinstance(head, ExitHead)]
         held = [self.cache, self.first, self.ids, self.states, self.out, self.model]
         held += [self.variant, self.variant.rope.table, *rows]
 
@@ -178,14 +203,20 @@ class FixedStep(hispec.Step):
         plan = ChunkPlan(self.cache, positions, [(width, end)])
         self.states[:width] = hispec.run_plan(self.variant, plan, self.ids[:width], start, depth)
 
+    def _draft(self, width: int, exit: int, end: int) -> None:
+        positions = self.first + self.cache.columns[:width]
+        plan, states = ChunkPlan(self.cache, positions, [(width, end)]), self.states[None, :width]
+        self.states[:width] = self.variant.draft(exit, states, self.ids[None, :width], plan)[0]
+
     def _head(self, width: int, depth: int) -> None:
-        self.out[:width] = self.variant.logits(self.states[:width], depth)
+        h, model = self.states[:width], self.variant
+        self.out[:width] = model.logits(h, depth) if depth > 0 else model.draft_logits(h, -depth)
 
 
 class ReusedCache(Cache):
     """A cache at the same addresses for one text after another, whatever their ladders."""
 
-    def empty(self, exits: tuple[int, ...]) -> None:
+    def empty(self, exits: tuple[int, ...], draft_head: int) -> None:
         """Make ready for another text and ladder: nothing of an earlier one is left.
 
         Not even a NaN, which no mask would hide: 0 x NaN is NaN. An exit whose head owns a block
@@ -194,7 +225,7 @@ class ReusedCache(Cache):
         for t in (self.keys, self.values, *self.hidden.values()):
             t.zero_()
         room, n_layers = len(self.columns), self.depths[-1]
-        for exit in exits:
+        for exit in (*exits, draft_head):
             if exit > 0 and exit not in self.hidden:
                 self.hidden[exit] = self.keys.new_zeros(1, room, self.dim)
         self.depths = (*exits, n_layers)

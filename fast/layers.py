@@ -37,8 +37,10 @@ class Cache(KVCache):
     What is padded is written beyond the segment's length, and so is stale from the start.
     """
 
-    def __init__(self, model: plain.Llama, exits: tuple[int, ...], max_len: int, pad: int):
-        super().__init__(model, exits, up_to_chunk(max_len + pad - 1))
+    def __init__(
+        self, model: plain.Llama, exits: tuple[int, ...], max_len: int, pad: int, draft_head=0
+    ):
+        super().__init__(model, exits, up_to_chunk(max_len + pad - 1), draft_head)
         c = model.config
         self.pad, self.group, self.dim = pad, c.n_heads // c.n_kv_heads, c.dim
         self.layers = list(zip(self.keys, self.values))
