@@ -31,9 +31,13 @@ def layout(config: Config) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
 
 
 def build(
-    config: Config, shapes: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor],
-    device: torch.device, dtype: torch.dtype, spell: Callable = str,
-) -> Llama:  # fmt: skip
+    config: Config,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    spell: Callable = str,
+) -> Llama:
     """The model. read: fetches one of the tensors; spell: what a folder's is called in the file."""
     parameters: dict[str, list[str]] = {}
     shapes = dict(shapes)
