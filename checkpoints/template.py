@@ -20,7 +20,7 @@ class Template:
     """where: the file the source is from, for errors. names: bos_token and the like."""
 
     def __init__(self, source: str, where: str, names: dict[str, str]):
-        self.where, self.names = where, names
+        self.source, self.where, self.names = source, where, names
         self._mark = secrets.token_hex(12)  # no turn can hold what it cannot know
         sandbox = _sandbox()
         try:
@@ -34,6 +34,9 @@ class Template:
         constants = [n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)]
         written = [n.data for n in tree.find_all(nodes.TemplateData)]
         self.literals = "\0".join(written + constants)  # what it can write by itself
+
+    def __reduce__(self):
+        return Template, (self.source, self.where, self.names)  # a compiled program is not copied
 
     def cut(self, turns: list[str]) -> list[str]:
         """The template's own text and the turns' by turns, its own at both ends.

@@ -5,6 +5,7 @@ whatever vocabulary a file brings. `Tiktoken` is byte-level BPE in the library o
 vocabularies that are learned here, and for Llama 3's tokenizer.model. `vocabulary` chooses.
 """
 
+import os.path
 import re
 import secrets
 from collections.abc import Iterable
@@ -61,9 +62,16 @@ class Tokenizer:
         """Token ids of a text, BOS first if the files ask for it. It can spell no special token."""
         return [*self.bos, *self.engine.ids([text])]
 
-    def decode(self, ids: list[int]) -> str:
-        """The text; an id without a token, as padded vocabularies have them, adds nothing."""
-        return self.engine.decode(ids)
+    def decode(self, ids: list[int], after: list[int] | None = None) -> str:
+        """The text; an id without a token, as padded vocabularies have them, adds nothing.
+
+        after: what stands before the ids, such as the prompt of an answer. A sentencepiece
+        vocabulary drops the blank that begins a text, but not one that begins a continuation.
+        """
+        if after is None:
+            return self.engine.decode(ids)
+        before, whole = self.engine.decode(after), self.engine.decode([*after, *ids])
+        return whole[len(os.path.commonprefix([before, whole])) :]
 
     def spell(self, id: int) -> bytes:
         """The bytes of one token: a part of a character, maybe, or none at all."""
@@ -130,6 +138,10 @@ class Library:
         self.added = {token.content: (id, token.special) for id, token in held.items()}
         self._bytes = "ByteLevel" in str(self._engine.decoder)
         self._unknown = self.id_of(getattr(self._engine.model, "unk_token", None) or "")
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self._engine.encode_special_tokens = True  # the library does not copy this
 
     def reserve(self, special: dict[str, int]) -> None:
         held, tokens = self._engine.get_added_tokens_decoder(), []

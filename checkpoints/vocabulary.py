@@ -65,8 +65,32 @@ def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
         if not all(isinstance(id, int) and id >= 0 for id in ends):
             raise ValueError(f"{name}: eos_token_id must be a token id or several, got {ends}")
+        for id in ends:
+            _inside(f"{name}: eos_token_id {id}", id, vocab_size)
         stop += ends
-    return Tokenizer(engine, settings, stop, str(where))
+    return _checked(Tokenizer(engine, settings, stop, str(where)), vocab_size)
+
+
+def _checked(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """ValueError if a token that begins, ends or frames a text is none of the model's."""
+    template = tokenizer.template
+    used = {"bos_token": tokenizer.bos, "eos_token": tokenizer.stop}
+    used["chat template's"] = [
+        id for token, id in tokenizer.special.items() if template and token in template.literals
+    ]
+    for name, ids in used.items():
+        for id in ids:
+            _inside(
+                f"the tokenizer's {name} {tokenizer.decode([id])!r} has id {id}",
+                id,
+                vocab_size,
+            )
+    return tokenizer
+
+
+def _inside(what: str, id: int, vocab_size: int) -> None:
+    if id >= vocab_size:
+        raise ValueError(f"{what}, outside the vocabulary of {vocab_size}")
 
 
 def from_gguf(meta: dict, vocab_size: int, where: str = "") -> Tokenizer | None:
@@ -91,14 +115,16 @@ def from_gguf(meta: dict, vocab_size: int, where: str = "") -> Tokenizer | None:
         own = {"add_bos_token": True, "bos_token_id": 1, "eos_token_id": 2} | own
         scores = need(meta, "tokenizer.ggml.scores")
         engine = _sentencepiece(vocab, types, scores, bool(own.get("add_space_prefix", True)))
+    named = ("bos", "unknown", "eos", "eot", "eom")
+    ids = {key: own[f"{key}_token_id"] for key in named if f"{key}_token_id" in own}
+    for key, id in ids.items():
+        _inside(f"tokenizer.ggml.{key}_token_id {id}", id, min(vocab_size, len(tokens)))
     settings = {key: own.get(key) for key in ("add_bos_token", "chat_template")}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown")):
-        id = own.get(f"{key}_token_id")
-        if id is not None and id < len(tokens):
-            settings[f"{name}_token"] = tokens[id]
-    ends = [f"{key}_token_id" for key in ("eos", "eot", "eom")]
-    stop = [own[key] for key in ends if key in own]
-    return Tokenizer(Library(_content(engine, added, plain)), settings, stop, where)
+    names = {"bos": "bos_token", "unknown": "unk_token", "eos": "eos_token"}
+    settings |= {name: tokens[ids[key]] for key, name in names.items() if key in ids}
+    stop = [ids[key] for key in ("eos", "eot", "eom") if key in ids]
+    tokenizer = Tokenizer(Library(_content(engine, added, plain)), settings, stop, where)
+    return _checked(tokenizer, vocab_size)
 
 
 def learn(texts: list[str], vocab_size: int) -> Tokenizer:

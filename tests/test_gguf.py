@@ -156,6 +156,10 @@ REFUSED = {
     "repeats a token": tokenizer_keys("gpt2", ["a", "a"], [1, 1], **BYTES),
     "`b` out of vocabulary": tokenizer_keys("gpt2", ["a"], [1], **BYTES),
 }
+NAMED = tokenizer_keys("gpt2", ["a", "b", "ab"], [1, 1, 1], **BYTES)
+for key, id in [("bos", 3), ("bos", 2**32 - 1), ("eos", 11), ("eot", 99999), ("eom", 2**32 - 1)]:
+    message = f"tokenizer.ggml.{key}_token_id {id}, outside the vocabulary of 3"
+    REFUSED[message] = NAMED | {f"tokenizer.ggml.{key}_token_id": id}
 
 
 @pytest.mark.parametrize("message", REFUSED)
@@ -182,6 +186,13 @@ def test_gguf_tensors_must_be_the_models(tmp_path, model):
         load(write_gguf(path, model, tensors=full, extra=counts))
     with pytest.raises(ValueError, match="architecture 'falcon'"):
         load(write_gguf(path, model, arch="falcon"))
+
+
+@pytest.mark.parametrize("name", ["m.GGUF", "m", "sha256-0123abcd", "m.bin"])
+def test_a_gguf_file_is_known_by_its_content(tmp_path, model, name):
+    path = write_gguf(tmp_path / "model.gguf", model)
+    before = load(path)[0](IDS)
+    assert torch.equal(load(path.rename(tmp_path / name))[0](IDS), before)
 
 
 def test_a_cut_gguf_is_refused(tmp_path, model):

@@ -1,7 +1,9 @@
 """Vocabularies: learned ones, Llama 3's tokenizer.model, added tokens, ends, chat."""
 
 import base64
+import copy
 import json
+import pickle
 
 import pytest
 import tiktoken
@@ -10,7 +12,7 @@ import torch
 from conftest import random_model
 from hypothesis import example, given
 from hypothesis import strategies as st
-from texts import CHATML, HOSTILE, PROSE, SPECIAL, SPLITS, byte_bpe, llama_2
+from texts import CHATML, HOSTILE, PROSE, SPECIAL, SPLITS, byte_bpe, llama_2, write_family
 
 from checkpoints import load, save, vocabulary
 from checkpoints.tokenizer import Tiktoken, Tokenizer
@@ -203,6 +205,39 @@ def test_an_end_must_be_an_id(tmp_path):
             vocabulary.from_folder(tmp_path, {"eos_token_id": ends}, 600)
 
 
+def test_special_ids_must_be_in_the_vocabulary(tmp_path):
+    """An end in either file, BOS, or what the chat template writes: `load` refuses, not `generate`."""
+    theirs = llama_2(["<late>"])
+    late = theirs.token_to_id("<late>")
+    save(random_model(vocab_size=late), None, tmp_path)
+    theirs.post_processor = None
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    config = json.loads((tmp_path / "config.json").read_text())
+    outside = f"outside the vocabulary of {late}"
+    for file, settings, message in [
+        ("config.json", {"eos_token_id": late}, f"config.json: eos_token_id {late}"),
+        ("generation_config.json", {"eos_token_id": [2, late + 5]}, f"eos_token_id {late + 5}"),
+        ("tokenizer_config.json", {"eos_token": "<late>"}, f"eos_token '<late>' has id {late}"),
+        (
+            "tokenizer_config.json",
+            {"bos_token": "<late>", "add_bos_token": True},
+            f"bos_token '<late>' has id {late}",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{{ messages[0].content }}<late>"},
+            f"chat template's '<late>' has id {late}",
+        ),
+    ]:
+        written = {"config.json": config}
+        written[file] = written.get(file, {}) | settings
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+            (tmp_path / name).write_text(json.dumps(written.get(name, {})))
+        with pytest.raises(ValueError, match=f"{message}, {outside}") as error:
+            load(tmp_path, "cpu")
+        assert str(tmp_path) in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 def test_greedy_text_ends_where_transformers_ends(tmp_path, name):
     transformers = pytest.importorskip("transformers")
@@ -219,6 +254,42 @@ def test_greedy_text_ends_where_transformers_ends(tmp_path, name):
     written = theirs.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)
     tokens = generate(model, [1, 5, 9], 30, stop=tokenizer.stop).tokens
     assert tokens == written[0, 3:].tolist() and len(tokens) < 30
+
+
+@pytest.mark.parametrize("name", ["llama-2", "llama-3", "deepseek", "learned"])
+def test_a_copied_tokenizer_is_the_same(tmp_path, learned, name):
+    """Across processes too; and a turn cannot forge there either."""
+    if name != "learned":
+        write_family(name, tmp_path)
+    ours = learned if name == "learned" else vocabulary.from_folder(tmp_path, {}, 600)
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for text in [PROSE, *ours.special]:
+            assert again.encode(text) == ours.encode(text), text
+            assert again.chat([text, "yes", text]) == ours.chat([text, "yes", text])
+        assert again.stop == ours.stop and again.decode(ours.encode(PROSE)).endswith(PROSE)
+
+
+@pytest.mark.parametrize("name", ["llama-2", "llama-3", "chatml"])
+def test_a_continuation_is_what_follows_its_prompt(tmp_path, name):
+    write_family(name, tmp_path)
+    ours = vocabulary.from_folder(tmp_path, {}, 600)
+    for text in [PROSE[:100], *HOSTILE]:
+        ids = ours.encode(text)
+        for cut in range(len(ids)):
+            before = ours.decode(ids[:cut])
+            if "\ufffd" not in before:  # which would end in the middle of a character
+                rest = ours.decode(ids[cut:], after=ids[:cut])
+                assert before + rest == ours.decode(ids), (text, cut)
+
+
+def test_a_continuation_keeps_its_blanks(tmp_path):
+    llama_2().save(str(tmp_path / "tokenizer.json"))
+    ours = vocabulary.from_folder(tmp_path, {}, 600)
+    prompt, both = ours.encode("def f(a):\n"), ours.encode("def f(a):\n    return an bo")
+    assert both[: len(prompt)] == prompt
+    assert ours.decode(both[len(prompt) :], after=prompt) == "    return an bo"
+    spelled = b"".join(map(ours.spell, both[len(prompt) :])).decode()
+    assert spelled == "    return an bo"
 
 
 # ---- chat ----------------------------------------------------------------------------------------
