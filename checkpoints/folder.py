@@ -148,7 +148,7 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
         "rope_scaling": rope,  # the older spelling, read before and since transformers 5
         "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
         "bos_token_id": tokenizer.bos[0] if tokenizer and tokenizer.bos else None,
-        "eos_token_id": list(tokenizer.stop) if tokenizer else None,
+        "eos_token_id": list(tokenizer.stop) if tokenizer and tokenizer.stop else None,
         "exits": list(model.exits),
     }
     texts["config.json"] = json.dumps(settings, indent=1)

@@ -77,7 +77,7 @@ def load_gguf(
 
 def _parts(path: Path) -> list[Path]:
     """All files of a split file, of which path is any; path alone if it is whole."""
-    split = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.gguf)", path.name)
+    split = re.fullmatch(r"(?i)(.*-)\d{5}(-of-(\d{5})\.gguf)", path.name)
     if split is None:
         return [path]
     files = [path.with_name(f"{split[1]}{i + 1:05}{split[2]}") for i in range(int(split[3]))]

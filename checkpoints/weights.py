@@ -55,7 +55,7 @@ def build(
     state = {}
     for ours, names in parameters.items():
         tensors = [read(name).to(device, dtype) for name in names]
-        state[ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        state[ours] = torch.cat(tensors)  # a copy also of one: it may be a page of the file
     model.load_state_dict(state, strict=False, assign=True)  # a tied head has no tensor of its own
     if config.tie_embeddings:
         model.head.weight = model.embed.weight

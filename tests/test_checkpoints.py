@@ -8,6 +8,7 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 from test_tokenizer import byte_level
+from texts import SPLITS, byte_bpe
 
 import checkpoints
 from checkpoints import folder as hugging_face_folder
@@ -158,6 +159,14 @@ def test_transformers_reads_what_save_wrote(tmp_path, tied, scaling):
         torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_without_an_end_is_saved_without_one(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save(random_model(vocab_size=256), byte_level(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] is None
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert theirs.generate(torch.tensor([[1, 5]]), max_new_tokens=3).shape == (1, 5)
+
+
 def test_save_again_leaves_nothing_old(tmp_path):
     save(with_exits(random_model()), byte_level(), tmp_path)
     assert {f.name for f in tmp_path.iterdir()} >= {"exits.safetensors", "tokenizer.json"}
@@ -257,6 +266,35 @@ def test_weights_must_be_whole_safetensors(folder):
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(ValueError, match="no model.safetensors"):
         load(folder)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "exits.safetensors"])
+def test_a_git_lfs_pointer_is_called_one(folder, name):
+    byte_bpe(SPLITS["gpt2"], []).save(str(folder / "tokenizer.json"))
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        load(folder)
+    file = folder / "m.gguf"
+    file.write_text(POINTER)
+    with pytest.raises(ValueError, match="m.gguf is a Git LFS pointer"):
+        load(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_a_copy_of_the_files(tmp_path, dtype):
+    """Overwriting the file, as a training run in the same folder does, changes no loaded model."""
+    save(random_model().to(dtype), None, tmp_path)
+    for plain in (True, False):
+        model, _ = load(tmp_path, dtype=dtype, plain=plain)
+        before, file = model(IDS), tmp_path / "model.safetensors"
+        content = file.read_bytes()
+        with open(file, "r+b") as changed:
+            changed.write(bytes(len(content)))
+        assert torch.equal(model(IDS), before)
+        file.write_bytes(content)
 
 
 def test_shards_must_all_be_there(tmp_path):
