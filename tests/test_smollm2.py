@@ -60,10 +60,10 @@ def test_smollm2_chat_is_its_own_template(smollm2, smollm2_theirs):
 
 
 PROMPTS = [
-    "What is the capital of France?", "Write a Python function that adds two numbers.", "Tell me a joke.",
-    "Translate 'good morning' to Spanish.", "List three primary colours.", "What is 12 times 12?",
-    "Explain gravity to a child.", "Write a haiku about the sea.",
-]  # fmt: skip
+    "What is the capital of France?",
+    "Write a Python function that adds two numbers.",
+    "List three primary colours.",
+]
 
 
 def test_smollm2_writes_transformers_greedy_text(smollm2):
@@ -77,19 +77,15 @@ def test_smollm2_writes_transformers_greedy_text(smollm2):
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     model, tokenizer = smollm2
-    torch.set_num_threads(2)
     for question in PROMPTS:
         prompt = tokenizer.chat([question])
-        tokens = hispec.generate(model, prompt, 64).tokens
+        tokens = hispec.generate(model, prompt, 32).tokens
         with torch.no_grad():
-            logits = theirs(torch.tensor([prompt + tokens])).logits[
-                0, len(prompt) - 1 : -1
-            ]  # (n, V)
+            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         for ours, row in zip(tokens, logits):
             if ours != row.argmax():
                 assert row.max() - row[ours] < 1e-3, question
                 break
-    torch.set_num_threads(1)
 
 
 def test_smollm2_has_exits_by_name(smollm2):
@@ -101,6 +97,5 @@ def test_smollm2_has_exits_by_name(smollm2):
     plain = hispec.generate(model, prompt, 24, stop=tokenizer.stop)
     out = hispec.generate(model, prompt, 24, exits=(4, 8), windows=(2, 3), stop=tokenizer.stop)
     assert out.tokens == plain.tokens
-    assert out.levels[-1].calls < len(
-        plain.tokens
-    )  # the blind exits through the shared head save next to nothing
+    # blind exits through the shared head would save next to nothing
+    assert out.levels[-1].calls < len(plain.tokens)
