@@ -29,9 +29,11 @@ WEIGHTS = Path(__file__).parent.parent / "weights"
 
 
 def load(
-    name_or_path: str | os.PathLike, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None, plain: bool = False,
-) -> tuple[Llama, Tokenizer | None]:  # fmt: skip
+    name_or_path: str | os.PathLike,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    plain: bool = False,
+) -> tuple[Llama, Tokenizer | None]:
     """The model, in eval mode and without gradients, and its tokenizer (None if there is none).
 
     name_or_path: a key of NAMES, a .gguf file (of a split one any part), a Hugging Face folder, or
@@ -55,11 +57,10 @@ def load(
         if name_or_path in NAMES and not path.is_dir():
             add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors")
             model.exits = tuple(map(int, model.exit_heads))
-    except SafetensorError as error:
-        raise ValueError(f"{path}: truncated or corrupt safetensors file ({error})") from error
-    except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:
-        # also a number where a text belongs, a file that may not be read, and so on
-        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # each library has its own for what a damaged file can hold
+        why = f"truncated or corrupt safetensors file ({error})"
+        why = why if isinstance(error, SafetensorError) else str(error)
+        raise ValueError(f"{path}: {_pointer(path) or why}") from error
     if device.type == "cpu" and fast and not plain:
         fast.prepare(model)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -71,12 +72,28 @@ def _find(name: str | os.PathLike) -> Path:
     if name in NAMES:
         return NAMES[name]()
     path = Path(name)
-    if path.is_dir() or path.is_file() and path.suffix == ".gguf":
+    # a file in a cache may be called by a number
+    if path.is_file() and (path.suffix.lower() == ".gguf" or _begins(path, b"GGUF")):
+        return path
+    if path.is_dir():
         return path
     if isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not path.exists():
         return fetch(name)
     kinds = "a .gguf file, a Hugging Face folder, or owner/name of one on the Hub"
     raise ValueError(f"no checkpoint {str(name)!r}: give one of {', '.join(NAMES)}, {kinds}")
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _pointer(path: Path) -> str:
+    """What to do if a file of the checkpoint is what Git LFS leaves in its place; else nothing."""
+    for file in path.iterdir() if path.is_dir() else [path]:
+        if file.is_file() and _begins(file, b"version https://git-lfs"):
+            return f"{file.name} is a Git LFS pointer in place of the file: run git lfs pull there"
+    return ""
 
 
 def _smollm2() -> Path:

@@ -112,10 +112,13 @@ def describe(model: str, device: torch.device | str, dtype: torch.dtype) -> dict
     processes = os.environ.get("WORLD_SIZE", "1")
     launcher = ["python"] if processes == "1" else ["torchrun", f"--nproc_per_node={processes}"]
     return {
-        "device": hardware, "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."), "model": model, "versions": versions,
+        "device": hardware,
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "model": model,
+        "versions": versions,
         "command": shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]]),
-    }  # fmt: skip
+    }
 
 
 def in_words(header: dict) -> str:

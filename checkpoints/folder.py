@@ -16,18 +16,30 @@ from checkpoints.weights import build, layout, linear
 from model import Config, ExitHead, Llama, RopeScaling
 
 CONFIG = dict(  # Config's name of a setting, and config.json's
-    vocab_size="vocab_size", dim="hidden_size", n_layers="num_hidden_layers",
-    n_heads="num_attention_heads", n_kv_heads="num_key_value_heads", head_dim="head_dim",
-    ffn_dim="intermediate_size", rope_theta="rope_theta", norm_eps="rms_norm_eps",
-    max_seq_len="max_position_embeddings", tie_embeddings="tie_word_embeddings",
-)  # fmt: skip
+    vocab_size="vocab_size",
+    dim="hidden_size",
+    n_layers="num_hidden_layers",
+    n_heads="num_attention_heads",
+    n_kv_heads="num_key_value_heads",
+    head_dim="head_dim",
+    ffn_dim="intermediate_size",
+    rope_theta="rope_theta",
+    norm_eps="rms_norm_eps",
+    max_seq_len="max_position_embeddings",
+    tie_embeddings="tie_word_embeddings",
+)
 DEFAULTS = {"head_dim": 0, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}  # LlamaConfig's
 DEFAULTS |= {"max_position_embeddings": 2048, "tie_word_embeddings": False}
 ONLY = dict(  # whatever else these ask for would have to be ignored
-    architectures=["LlamaForCausalLM"], hidden_act="silu", attention_bias=False, mlp_bias=False,
-    quantization_config=None, partial_rotary_factor=1.0,
-)  # fmt: skip
+    architectures=["LlamaForCausalLM"],
+    hidden_act="silu",
+    attention_bias=False,
+    mlp_bias=False,
+    quantization_config=None,
+    partial_rotary_factor=1.0,
+)
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_folder(
@@ -40,37 +52,46 @@ def load_folder(
     exits, last = settings.get("exits", []), config.n_layers - 1
     if exits != sorted({e for e in exits if isinstance(e, int) and 1 <= e <= last}):
         raise ValueError(f"exits must rise strictly between 1 and {last}, got {exits}")
-    names = ["model.safetensors"]
-    if not (path / names[0]).is_file():
-        index = read_json(path / "model.safetensors.index.json")
-        names = sorted(set(index.get("weight_map", {}).values()))
+    tokenizer = vocabulary.from_folder(path, settings, config.vocab_size)
+    files = [safe_open(file, framework="pt") for file in _weight_files(path)]
+    # all but a buffer of older transformers
+    where = {
+        key: file
+        for file in files
+        for key in file.keys()
+        if not key.endswith("rotary_emb.inv_freq")
+    }
+    names = {name: name for name in where}
+    if config.tie_embeddings and HEAD in names:
+        names.setdefault(EMBED, HEAD)  # the one matrix may stand under either name
+        a, b = (where[names[name]].get_tensor(names[name]) for name in (EMBED, HEAD))
+        if not torch.equal(a, b):  # a copy is harmless, a second matrix is not
+            raise ValueError(f"tie_word_embeddings is true, but {HEAD} is not {EMBED}")
+        del names[HEAD]
+    shapes = {name: tuple(where[key].get_slice(key).get_shape()) for name, key in names.items()}
+
+    def read(name: str) -> torch.Tensor:
+        return where[names[name]].get_tensor(names[name])
+
+    model = build(config, shapes, read, device, dtype)
+    model.exits = tuple(exits)
+    add_exit_heads(model, path / "exits.safetensors")
+    return model, tokenizer
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """model.safetensors, or the shards that an index lists."""
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    index = read_json(path / "model.safetensors.index.json")
+    names = sorted(set(index.get("weight_map", {}).values()))
     if not names:
         pickles = [file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth")]
         rule = f", only {pickles[0]}: weights are never from pickles" if pickles else ""
         raise ValueError(f"no model.safetensors, with or without an index{rule}")
     if absent := [name for name in names if not (path / name).is_file()]:
         raise ValueError(f"shard {absent[0]} is missing")
-    files = [safe_open(path / name, framework="pt") for name in names]
-    keys = [(key, file) for file in files for key in file.keys()]
-    # but for a buffer of older transformers
-    where = {key: (file, key) for key, file in keys if not key.endswith("rotary_emb.inv_freq")}
-
-    def read(name: str) -> torch.Tensor:
-        file, key = where[name]
-        return file.get_tensor(key)
-
-    embed, head = "model.embed_tokens.weight", "lm_head.weight"
-    if config.tie_embeddings and head in where:
-        where.setdefault(embed, where[head])  # the one matrix may stand under either name
-        if not torch.equal(read(head), read(embed)):  # a copy is harmless, a second matrix is not
-            raise ValueError(f"tie_word_embeddings is true, but {head} is not {embed}")
-        del where[head]
-    shapes = {name: tuple(file.get_slice(key).get_shape()) for name, (file, key) in where.items()}
-    tokenizer = vocabulary.from_folder(path, settings, config.vocab_size)
-    model = build(config, shapes, read, device, dtype)
-    model.exits = tuple(exits)
-    add_exit_heads(model, path / "exits.safetensors")
-    return model, tokenizer
+    return [path / name for name in names]
 
 
 def add_exit_heads(model: Llama, path: Path) -> None:
@@ -115,20 +136,21 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     texts |= dict.fromkeys(["tokenizer.model", "special_tokens_map.json"])
     texts |= dict.fromkeys(["chat_template.jinja", "generation_config.json"])  # said elsewhere then
     if tokenizer is not None:
-        texts |= vocabulary.to_files(tokenizer, model.config.vocab_size)
+        texts |= vocabulary.to_files(tokenizer)
     c, scaling = model.config, model.config.rope_scaling
     rope = scaling and {"rope_type": "llama3", **dict(zip(ROPE, astuple(scaling)))}
     if scaling and scaling == linear(scaling.factor, c.max_seq_len):
         rope = {"rope_type": "linear", "factor": scaling.factor}
     settings = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         **{key: getattr(c, ours) for ours, key in CONFIG.items()},
         "rope_scaling": rope,  # the older spelling, read before and since transformers 5
         "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
         "bos_token_id": tokenizer.bos[0] if tokenizer and tokenizer.bos else None,
-        "eos_token_id": list(tokenizer.stop) if tokenizer else None,
+        "eos_token_id": list(tokenizer.stop) if tokenizer and tokenizer.stop else None,
         "exits": list(model.exits),
-    }  # fmt: skip
+    }
     texts["config.json"] = json.dumps(settings, indent=1)
     for name, text in texts.items():
         write_whole(folder / name, text)

@@ -1,15 +1,13 @@
 """GGUF files: configuration, weights and vocabulary of a Llama, in one file or split into parts.
 
-Read here, since gguf's own reader takes three seconds for a vocabulary of 49 thousand tokens; what
-expands quantised weights is gguf's. Sources: docs/gguf.md of ggml-org/ggml; llama.cpp's Hugging
-Face converter, for the order of q's and k's rows and for rope_freqs.
+The gguf package reads the file and expands quantised weights. Sources: docs/gguf.md of
+ggml-org/ggml; llama.cpp's Hugging Face converter, for the order of q's and k's rows and for
+rope_freqs.
 """
 
 import re
-import struct
 from dataclasses import replace
 from functools import partial
-from math import gcd, prod
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,17 @@ from checkpoints.tokenizer import Tokenizer
 from checkpoints.weights import build, linear
 from model import Config, Llama, RopeScaling, rope_frequencies
 
-# by the number of a value's type, in struct's letters; 8 is a string, 9 an array
-NUMBERS = "BbHhIif?..QqdX"
-STRING, ARRAY = 8, 9
 CONFIG = dict(  # Config's name of a setting, and the metadata's behind "llama."
-    dim="embedding_length", n_layers="block_count", ffn_dim="feed_forward_length",
-    n_heads="attention.head_count", n_kv_heads="attention.head_count_kv",
-    head_dim="attention.key_length", norm_eps="attention.layer_norm_rms_epsilon",
-    rope_theta="rope.freq_base", max_seq_len="context_length",
-)  # fmt: skip
+    dim="embedding_length",
+    n_layers="block_count",
+    ffn_dim="feed_forward_length",
+    n_heads="attention.head_count",
+    n_kv_heads="attention.head_count_kv",
+    head_dim="attention.key_length",
+    norm_eps="attention.layer_norm_rms_epsilon",
+    rope_theta="rope.freq_base",
+    max_seq_len="context_length",
+)
 
 
 def load_gguf(
@@ -39,93 +39,51 @@ def load_gguf(
 ) -> tuple[Llama, Tokenizer | None]:
     """The model and tokenizer of a file, or of the split file that it is a part of."""
     meta: dict[str, Any] = {}
-    tensors: dict[str, tuple] = {}
-    split, files = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.gguf)", path.name), [path]
-    if split is not None:  # the first part has the metadata
-        files = [path.with_name(f"{split[1]}{i + 1:05}{split[2]}") for i in range(int(split[3]))]
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise ValueError(f"part {absent[0]} is missing")
-    try:
-        for file in files:
-            values, held = _read(file)
-            meta, tensors = values | meta, tensors | held
-    except (struct.error, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"truncated or corrupt GGUF file ({error})") from error
+    tensors: dict[str, gguf.gguf_reader.ReaderTensor] = {}
+    for file in _parts(path):
+        try:
+            reader = gguf.GGUFReader(file)
+            values = {key: field.contents() for key, field in reader.fields.items()}
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"truncated or corrupt GGUF file ({error})") from error
+        only("byte order", reader.byte_order, "I")  # the gguf package expands no other
+        meta = values | meta  # the first part has the metadata
+        tensors |= {tensor.name: tensor for tensor in reader.tensors}
     only("architecture", meta.get("general.architecture"), "llama")
-    shapes = {name: shape for name, (_, shape, _) in tensors.items()}
-    for name, (_, _, kind) in tensors.items():
-        try:  # one block
-            gguf.quants.dequantize(np.zeros(gguf.GGML_QUANT_SIZES[kind][1], np.uint8), kind)
-        except NotImplementedError:
-            raise ValueError(f"{name}: quantisation {kind.name} cannot be expanded") from None
+    shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}
 
     def read(name: str) -> torch.Tensor:
-        data, shape, kind = tensors[name]
-        few = data.reshape(gcd(len(data), 1024), -1)  # long rows: gguf expands sixteen at a time
-        values = np.require(gguf.quants.dequantize(few, kind), requirements="W")
-        t = torch.from_numpy(values).view(shape)
+        data, kind = tensors[name].data, tensors[name].tensor_type
+        try:
+            values = gguf.quants.dequantize(data, kind)
+        except NotImplementedError:
+            message = f"{name}: quantisation {kind.name} cannot be expanded"
+            raise ValueError(message) from None
+        t = torch.from_numpy(np.require(values, requirements="W"))
         if name.endswith(("attn_q.weight", "attn_k.weight")):
             # rows come in interleaved pairs (2i, 2i+1); `rotate` pairs (i, i + E/2)
-            t = t.view(-1, config.head_dim // 2, 2, config.dim).transpose(1, 2).reshape(shape)
+            pairs = t.view(-1, config.head_dim // 2, 2, config.dim)
+            t = pairs.transpose(1, 2).reshape(t.shape)
         return t
 
     config = _config(meta, shapes)
     if shapes.pop("rope_freqs.weight", None):
         config = replace(config, rope_scaling=_rope_scaling(config, read("rope_freqs.weight")))
     tokenizer = vocabulary.from_gguf(meta, config.vocab_size, str(path))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, min(config.n_layers, len(shapes)))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
     spell = partial(names.get_name, try_suffixes=(".weight",))
     return build(config, shapes, read, device, dtype, spell), tokenizer
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, tuple]]:
-    """A file's metadata, and each tensor's data, shape (rows, columns) and quantisation.
-
-    A count or length that goes past the end of the file fails there: nothing is made in advance.
-    """
-    data, at = np.memmap(path, mode="r"), 0
-    view = memoryview(data)  # type: ignore[arg-type]
-
-    def take(letters: str) -> tuple:
-        nonlocal at
-        values = struct.unpack_from(f"<{letters}", view, at)
-        at += struct.calcsize(f"<{letters}")
-        return values
-
-    def value(kind: int) -> Any:
-        if kind == STRING:
-            return take(f"{take('Q')[0]}s")[0].decode("utf-8")
-        if kind != ARRAY:
-            return take(NUMBERS[kind])[0]
-        kind, count = take("IQ")
-        if kind in (STRING, ARRAY):
-            return [value(kind) for _ in range(count)]
-        return list(take(f"{count}{NUMBERS[kind]}"))
-
-    magic, version, n_tensors, n_values = take("4sIQQ")
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError("not the magic and version of a little-endian GGUF file")
-    meta: dict[str, Any] = {}
-    for _ in range(n_values):
-        key = value(STRING)
-        if key in meta:
-            raise ValueError(f"{key} stands there twice")
-        meta[key] = value(*take("I"))
-    infos = []
-    for _ in range(n_tensors):
-        name, (dimensions,) = value(STRING), take("I")
-        infos.append((name, take(f"{dimensions}Q")[::-1], *take("IQ")))
-    start = at + -at % meta.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-    tensors: dict[str, tuple] = {}
-    for name, shape, number, offset in infos:
-        kind = gguf.GGMLQuantizationType(number)
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = prod(shape) // block * size
-        raw = data[start + offset : start + offset + nbytes]
-        if len(raw) < nbytes or not shape or shape[-1] % block or name in tensors:
-            raise ValueError(f"tensor {name} goes past the end, has an odd shape, or comes twice")
-        tensors[name] = (np.asarray(raw).reshape(prod(shape[:-1]), -1), shape, kind)
-    return meta, tensors
+def _parts(path: Path) -> list[Path]:
+    """All files of a split file, of which path is any; path alone if it is whole."""
+    split = re.fullmatch(r"(?i)(.*-)\d{5}(-of-(\d{5})\.gguf)", path.name)
+    if split is None:
+        return [path]
+    files = [path.with_name(f"{split[1]}{i + 1:05}{split[2]}") for i in range(int(split[3]))]
+    if absent := [file.name for file in files if not file.is_file()]:
+        raise ValueError(f"part {absent[0]} is missing")
+    return files
 
 
 def _config(meta: dict, shapes: dict[str, tuple[int, ...]]) -> Config:

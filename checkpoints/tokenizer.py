@@ -1,14 +1,14 @@
 """Text to token ids and back, as a checkpoint's files say.
 
-Two libraries do the work behind one face. `Library` is Hugging Face's tokenizers, which defines
-tokenizer.json and reads all of it. `Tiktoken` is byte-level BPE in the library of that name, the
-faster of the two. `vocabulary` chooses.
+Two libraries do the work, behind one face. `Library` is Hugging Face's tokenizers, which reads
+whatever vocabulary a file brings. `Tiktoken` is byte-level BPE in the library of that name: for the
+vocabularies that are learned here, and for Llama 3's tokenizer.model. `vocabulary` chooses.
 """
 
+import os.path
 import re
 import secrets
-from collections.abc import Collection, Iterable
-from functools import partial
+from collections.abc import Iterable
 from itertools import groupby
 
 import tiktoken
@@ -62,9 +62,16 @@ class Tokenizer:
         """Token ids of a text, BOS first if the files ask for it. It can spell no special token."""
         return [*self.bos, *self.engine.ids([text])]
 
-    def decode(self, ids: list[int]) -> str:
-        """The text; an id without a token, as padded vocabularies have them, adds nothing."""
-        return self.engine.decode(ids)
+    def decode(self, ids: list[int], after: list[int] | None = None) -> str:
+        """The text; an id without a token, as padded vocabularies have them, adds nothing.
+
+        after: what stands before the ids, such as the prompt of an answer. A sentencepiece
+        vocabulary drops the blank that begins a text, but not one that begins a continuation.
+        """
+        if after is None:
+            return self.engine.decode(ids)
+        before, whole = self.engine.decode(after), self.engine.decode([*after, *ids])
+        return whole[len(os.path.commonprefix([before, whole])) :]
 
     def spell(self, id: int) -> bytes:
         """The bytes of one token: a part of a character, maybe, or none at all."""
@@ -132,6 +139,10 @@ class Library:
         self._bytes = "ByteLevel" in str(self._engine.decoder)
         self._unknown = self.id_of(getattr(self._engine.model, "unk_token", None) or "")
 
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        self._engine.encode_special_tokens = True  # the library does not copy this
+
     def reserve(self, special: dict[str, int]) -> None:
         held, tokens = self._engine.get_added_tokens_decoder(), []
         self._names = {id: secrets.token_hex(12) for id in special.values()}
@@ -169,25 +180,21 @@ class Library:
 
 
 class Tiktoken:
-    """Byte-level BPE, by tiktoken. named: tokens no merges make; plain: those texts may spell."""
+    """Byte-level BPE by tiktoken. special: the ids of the tokens that no merges make."""
 
-    def __init__(
-        self, encoding: tiktoken.Encoding, named: dict[str, int], plain: Collection[str] = ()
-    ):
-        self.encoding, self.named, self.plain = encoding, named, set(plain)
-        self.n_vocab, self.id_of = encoding.n_vocab, named.get
-        self.added = {token: (id, token not in self.plain) for token, id in named.items()}
+    def __init__(self, encoding: tiktoken.Encoding, special: dict[str, int]):
+        self.encoding, self.n_vocab, self.id_of = encoding, encoding.n_vocab, special.get
+        self.added = {token: (id, True) for token, id in special.items()}
         self.opening: list[int] = []
 
     def reserve(self, special: dict[str, int]) -> None:
-        self.plain -= special.keys()
+        """All special tokens are reserved already."""
 
     def ids(self, parts: list[str | int]) -> list[int]:
         ids: list = []
-        read = partial(self.encoding.encode, allowed_special=self.plain, disallowed_special=())
         for kind, run in groupby(parts, type):
             stretch: list = list(run)
-            ids += read("".join(stretch)) if kind is str else stretch
+            ids += self.encoding.encode_ordinary("".join(stretch)) if kind is str else stretch
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -196,5 +203,5 @@ class Tiktoken:
     def spell(self, id: int) -> bytes:
         try:
             return self.encoding.decode_single_token_bytes(id)
-        except (KeyError, OverflowError):
+        except (KeyError, OverflowError):  # no token has this id
             return b""

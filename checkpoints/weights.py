@@ -31,9 +31,13 @@ def layout(config: Config) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
 
 
 def build(
-    config: Config, shapes: dict[str, tuple[int, ...]], read: Callable[[str], torch.Tensor],
-    device: torch.device, dtype: torch.dtype, spell: Callable = str,
-) -> Llama:  # fmt: skip
+    config: Config,
+    shapes: dict[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    spell: Callable = str,
+) -> Llama:
     """The model. read: fetches one of the tensors; spell: what a folder's is called in the file."""
     parameters: dict[str, list[str]] = {}
     shapes = dict(shapes)
@@ -51,7 +55,7 @@ def build(
     state = {}
     for ours, names in parameters.items():
         tensors = [read(name).to(device, dtype) for name in names]
-        state[ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        state[ours] = torch.cat(tensors)  # a copy also of one: it may be a page of the file
     model.load_state_dict(state, strict=False, assign=True)  # a tied head has no tensor of its own
     if config.tie_embeddings:
         model.head.weight = model.embed.weight

@@ -89,7 +89,7 @@ def installed_tokens(
             tokenizer = learn([documents[n] for n in names], args.vocab)
         text, held = encode_split(tokenizer, documents)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in to_files(tokenizer, tokenizer.n_vocab).items():
+        for name, content in to_files(tokenizer).items():
             write_whole(folder / name, content)
         tensors = {"text": text, "held": held}
         write_whole(file, lambda to: save_file(tensors, to, metadata={"kind": kind}))

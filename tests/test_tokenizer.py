@@ -1,161 +1,93 @@
-"""Vocabularies: tiktoken's ids are tokenizers', tokenizer.model, added tokens, ends, chat."""
+"""Vocabularies: learned ones, Llama 3's tokenizer.model, added tokens, ends, chat."""
 
 import base64
+import copy
 import json
+import pickle
 
 import pytest
 import tiktoken
+import tokenizers
+import torch
 from conftest import random_model
 from hypothesis import example, given
 from hypothesis import strategies as st
-from texts import CHATML, HOSTILE, PROSE, SPLITS, TRICKY, byte_bpe, llama_2
+from texts import CHATML, HOSTILE, PROSE, SPECIAL, SPLITS, byte_bpe, llama_2, write_family
 
 from checkpoints import load, save, vocabulary
-from checkpoints.tokenizer import BYTES, Tiktoken, Tokenizer
+from checkpoints.tokenizer import Tiktoken, Tokenizer
+from hispec import generate
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-
-def fast(theirs, split) -> Tokenizer:
-    """The tokenizers object's vocabulary by tiktoken."""
-    model = json.loads(theirs.to_str())["model"]
-    named = {t.content: id for id, t in theirs.get_added_tokens_decoder().items()}
-    vocab = {token: id for token, id in model["vocab"].items() if token not in named}
-    engine = vocabulary._fast(vocab, model["merges"], named, split, 400, model["ignore_merges"])
-    return engine and Tokenizer(engine, {})
+# ---- learned -------------------------------------------------------------------------------------
 
 
-PATTERNS = {"gpt2": vocabulary.GPT2, "smollm": vocabulary.SMOLLM, "llama3": vocabulary.LLAMA3}
+@pytest.fixture(scope="module")
+def learned():
+    code = "def f(x):\n    return x\n" * 20
+    other = "naïve café ½ _under__score '日本語' \U0001f600 aaaa\t\r\n" * 20
+    return vocabulary.learn([code, other], 400)
 
 
-@pytest.fixture(scope="module", params=PATTERNS)
-def pair(request):
-    theirs = byte_bpe(SPLITS[request.param], SPECIAL)
-    return fast(theirs, PATTERNS[request.param]), theirs
+@given(st.text())
+@example("aaaaaaa")
+@example("<|endoftext|> is text, not a mark")
+@example("\x00\x1c\u2028\u200d e\u0301 ½²٣ _a__b \ud7ff")
+def test_a_learned_vocabulary_gives_any_text_back(learned, text):
+    ids = learned.encode(text)
+    assert learned.decode(ids) == text == b"".join(map(learned.spell, ids)).decode()
 
 
-def test_tiktoken_gives_tokenizers_ids_on_hostile_text(pair):
-    ours, theirs = pair
-    for string in [PROSE, *HOSTILE]:
-        ids = ours.encode(string)
-        assert ids == theirs.encode(string).ids, repr(string)
-        assert ours.decode(ids) == string
+def test_a_learned_vocabulary_merges_what_is_common(learned):
+    assert len(learned.encode("    return x\n")) < 6 and learned.n_vocab <= 400
+    assert learned.special[vocabulary.END] == learned.n_vocab - 1
+    assert learned.stop == (learned.n_vocab - 1,) and learned.bos == []
 
 
-@given(
-    TRICKY.filter(lambda string: "<|" not in string)
-)  # they would read special tokens out of the text
-def test_tiktoken_gives_tokenizers_ids_on_any_text(pair, string):
-    ours, theirs = pair
-    assert ours.encode(string) == theirs.encode(string).ids
+def assert_the_same(ours, again, theirs):
+    for text in [PROSE, *HOSTILE]:
+        assert again.encode(text) == ours.encode(text), repr(text)
+        assert ours.encode(text) == theirs(text).input_ids, repr(text)
+    assert again.special == ours.special and again.stop == ours.stop and again.bos == ours.bos
+    assert theirs.decode(ours.encode(PROSE), skip_special_tokens=True) == PROSE
 
 
-@given(
-    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=12),
-    st.text("abc", max_size=14),
-)
-def test_accepted_merge_lists_give_tokenizers_ids(choices, string):
-    """Random merge lists, most of them never trained: what `_fast` accepts, tiktoken encodes the same."""
-    tokenizers = pytest.importorskip("tokenizers")
-    tokens, merges = list("abc"), []
-    for i, j in choices:
-        a, b = tokens[i % len(tokens)], tokens[j % len(tokens)]
-        if a + b not in tokens:
-            tokens.append(a + b)
-            merges.append((a, b))
-    vocab = {token: i for i, token in enumerate(tokens)}
-    ours = vocabulary._fast(vocab, merges, {}, vocabulary.GPT2, len(vocab), False)
-    if ours is not None:
-        theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
-        assert ours.ids([string]) == theirs.encode(string).ids
-
-
-def test_a_merge_that_can_never_happen_is_not_tiktokens():
-    """ "ab" comes before "bc", so a list whose "abc" is a + bc never makes abc; tiktoken would, from ab + c."""
-    vocab = {c: i for c, i in zip("abc", range(3))} | {"ab": 3, "bc": 4, "abc": 5}
-    merges = [("a", "b"), ("b", "c"), ("ab", "c")]
-    made = vocabulary._fast(vocab, merges, {}, vocabulary.GPT2, 6, False)
-    assert made.ids(["abc"]) == [5]
-    for others in ([*merges[:2], ("a", "bc")], merges[:2], [merges[1], merges[0], merges[2]]):
-        assert vocabulary._fast(vocab, others, {}, vocabulary.GPT2, 6, False) is None
-        assert vocabulary._fast(vocab, others, {}, vocabulary.GPT2, 6, True) is None
-
-
-def test_missing_bytes_get_ids_past_the_vocabulary():
-    spelled = {b: c for c, b in BYTES.items()}
-    vocab = {spelled[b]: b for b in range(255)}
-    ours = Tokenizer(vocabulary._fast(vocab, [], {}, vocabulary.GPT2, 300, False), {})
-    assert ours.spell(300) == b"\xff" and ours.n_vocab == 301 and ours.spell(299) == b""
-    assert "\\u00ff" not in vocabulary.to_files(ours, 300)["tokenizer.json"]
-
-
-def test_save_keeps_what_tiktoken_reads_fast(pair, tmp_path):
+def test_a_learned_vocabulary_is_saved_and_read_by_transformers(learned, tmp_path):
     transformers = pytest.importorskip("transformers")
-    ours, theirs = pair
-    ours.settings = {"chat_template": CHATML, "eos_token": "<|im_end|>"}
+    ours = learned
     for _ in range(2):  # a second round trip adds nothing
         save(random_model(vocab_size=400), ours, tmp_path)
-        again = load(tmp_path, "cpu")[1]
-        assert isinstance(again.engine, Tiktoken) and again.special == ours.special
-        assert again.engine.encoding._mergeable_ranks == ours.engine.encoding._mergeable_ranks
-        ours = again
-    read = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for string in [PROSE, *HOSTILE]:
-        assert read(string, add_special_tokens=False).input_ids == ours.encode(string)
-    assert read.decode(ours.encode(PROSE)) == PROSE
+        ours = load(tmp_path, "cpu")[1]
+        assert_the_same(learned, ours, transformers.AutoTokenizer.from_pretrained(tmp_path))
+        assert isinstance(ours.engine, Tiktoken)  # training reads a corpus with it
 
 
-# ---- Llama 3's tokenizer.model -------------------------------------------------------------------------
+# ---- Llama 3's tokenizer.model -------------------------------------------------------------------
 
 
 def llama3_model(folder):
-    tokens = [bytes([b]) for b in range(256)] + [
-        b"he",
-        b"ll",
-        b"hell",
-        b"hello",
-        b" w",
-        b"\n\n",
-        b"us",
-        b"user",
-    ]
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [b"he", b"ll", b"hell", b"hello", b" w", b"\n\n", b"us", b"user"]
     lines = [base64.b64encode(token) + b" %d" % i for i, token in enumerate(tokens)]
     (folder / "tokenizer.model").write_bytes(b"\n".join(lines) + b"\n")
     return len(tokens)
 
 
 def test_llama_3s_tokenizer_model(tmp_path):
+    transformers = pytest.importorskip("transformers")
     n = llama3_model(tmp_path)
     ours = vocabulary.from_folder(tmp_path, {"eos_token_id": [n + 1, n + 9]}, n + 256)
     assert ours.n_vocab == n + 256 and len(ours.special) == 256
-    places = {
-        "begin_of_text": 0,
-        "end_of_text": 1,
-        "finetune_right_pad_id": 4,
-        "start_header_id": 6,
-    }
-    places |= {
-        "end_header_id": 7,
-        "eom_id": 8,
-        "eot_id": 9,
-        "python_tag": 10,
-        "reserved_special_token_245": 255,
-    }
+    places = {"begin_of_text": 0, "end_of_text": 1, "finetune_right_pad_id": 4}
+    places |= {"start_header_id": 6, "end_header_id": 7, "eom_id": 8, "eot_id": 9}
+    places |= {"python_tag": 10, "reserved_special_token_245": 255}
     for name, place in places.items():
         assert ours.special[f"<|{name}|>"] == n + place
     assert ours.encode("hello world") == [n, 259, 260, *b"orld"]  # the reference puts BOS first
-    assert ours.chat(["hello", "hell", "12345"]) == [
-        n,
-        259,
-        10,
-        258,
-        10,
-        *b"12345",
-    ]  # no template: plain
+    assert ours.chat(["hello", "hell", "12345"]) == [n, 259, 10, 258, 10, *b"12345"]
     assert ours.stop == (n + 1, n + 9) and ours.prompt == "plain text with BOS"
-    assert (
-        vocabulary.from_folder(tmp_path, {}, 301).encode("hello")[0] == n
-    )  # special tokens past the vocabulary
+    save(random_model(vocab_size=n + 256), ours, tmp_path / "again")
+    again = load(tmp_path / "again", "cpu")[1]
+    assert_the_same(ours, again, transformers.AutoTokenizer.from_pretrained(tmp_path / "again"))
 
 
 def test_tokenizer_json_comes_first(tmp_path):
@@ -165,62 +97,52 @@ def test_tokenizer_json_comes_first(tmp_path):
 
 
 def test_a_sentencepiece_model_is_refused(tmp_path):
-    for content in (
-        b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n\n\n\x03<s>",
-        b"aGk= one\n",
-        b"aGk=\n",
-    ):
+    for content in (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n", b"aGk= one\n"):
         (tmp_path / "tokenizer.model").write_bytes(content)
-        with pytest.raises(
-            ValueError, match="not Llama 3's; for a sentencepiece one give tokenizer.json"
-        ):
+        with pytest.raises(ValueError, match="for a sentencepiece one give tokenizer.json"):
             vocabulary.from_folder(tmp_path, {}, 600)
 
 
-# ---- added tokens, BOS, ends ---------------------------------------------------------------------------
+# ---- added tokens, BOS, ends ---------------------------------------------------------------------
 
 
-def test_added_tokens_are_one_id_each(tmp_path):
-    """special: false in text, blanks taken in on either side, and tokens that only tokenizer_config.json has."""
+@pytest.mark.parametrize("kind", ["byte-level", "llama-2"])
+def test_added_tokens_are_one_id_each(tmp_path, kind):
+    """Not special, taking blanks in on either side, or only in tokenizer_config.json."""
     transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    for theirs in (byte_bpe(SPLITS["gpt2"], SPECIAL), llama_2()):
-        theirs.add_tokens([tokenizers.AddedToken("<tool>", special=False, normalized=False)])
-        theirs.add_tokens(
-            [tokenizers.AddedToken("<left>", special=False, normalized=False, lstrip=True)]
-        )
-        theirs.add_tokens([tokenizers.AddedToken("<right>", special=False, rstrip=True)])
-        theirs.add_special_tokens(
-            [tokenizers.AddedToken("<mask>", lstrip=True, rstrip=True, normalized=False)]
-        )
-        transformers.PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained(tmp_path)
-        last = theirs.get_vocab_size()
-        flags = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=False)
-        settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-        settings["added_tokens_decoder"] = {str(last): {"content": "<late>", **flags}}
-        settings["chat_template"] = (
-            "{% for m in messages %}a <mask> {{ m['content'] }} <mask>{% endfor %}"
-        )
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        ours = vocabulary.from_folder(tmp_path, {}, last)
-        for text in [
-            "a<tool>b <tool> c",
-            "a  <left>  b",
-            "a <right>  b",
-            "<late> <late>x",
-            " <late>",
-            "x<left><right>",
-        ]:
-            assert ours.encode(text) == theirs(text).input_ids, text
-            messages = [dict(role="user", content=text)]
-            assert ours.chat([text]) == theirs.apply_chat_template(messages, return_dict=False)
-        assert last in ours.encode("<late>") and ours.spell(last) == b"<late>"
+    theirs, added = llama_2() if kind == "llama-2" else byte_bpe(SPLITS["gpt2"], SPECIAL), []
+    for name, flags in {
+        "<tool>": dict(special=False),
+        "<left>": dict(special=False, lstrip=True),
+        "<right>": dict(special=False, rstrip=True, normalized=True),
+        "<mask>": dict(special=True, lstrip=True, rstrip=True),
+    }.items():
+        theirs.add_tokens([tokenizers.AddedToken(name, **{"normalized": False} | flags)])
+    transformers.PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained(tmp_path)
+    late = theirs.get_vocab_size()
+    flags = dict.fromkeys(["lstrip", "rstrip", "normalized", "single_word", "special"], False)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = {str(late): {"content": "<late>", **flags}}
+    template = "{% for m in messages %}a <mask> {{ m['content'] }} <mask>{% endfor %}"
+    settings["chat_template"] = template
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = vocabulary.from_folder(tmp_path, {}, late)
+    added = [
+        "a<tool>b <tool> c",
+        "a  <left>  b",
+        "a <right>  b",
+        "<late> <late>x",
+        "x<left><right>",
+    ]
+    for text in added:
+        assert ours.encode(text) == theirs(text).input_ids, text
+        messages = [dict(role="user", content=text)]
+        assert ours.chat([text]) == theirs.apply_chat_template(messages, return_dict=False)
+    assert late in ours.encode("<late>") and ours.spell(late) == b"<late>"
 
 
 def test_a_token_past_the_vocabulary_loads(tmp_path):
-    from hispec import generate
-
     theirs = byte_bpe(SPLITS["gpt2"], SPECIAL)
     size = theirs.get_vocab_size()
     theirs.add_special_tokens(["<pad>"])
@@ -234,12 +156,7 @@ def test_a_token_past_the_vocabulary_loads(tmp_path):
 
 BEGINNINGS = [
     (True, {}, [1]),
-    (True, {"add_bos_token": True}, [1]),
-    (
-        True,
-        {"add_bos_token": False},
-        [1],
-    ),  # so transformers 5, which reads the post-processor alone
+    (True, {"add_bos_token": False}, [1]),  # so transformers 5: the post-processor has the say
     (False, {}, []),
     (False, {"add_bos_token": False}, []),
     (False, {"add_bos_token": True}, [1]),  # transformers 4, and the llama.cpp converter
@@ -252,22 +169,14 @@ def test_bos_is_the_post_processors_or_the_configs(tmp_path, processor, settings
     content = json.loads(llama_2().to_str())
     content["post_processor"] = content["post_processor"] if processor else None
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": {"content": "<s>"},
-        **settings,
-    }
+    settings = {"bos_token": {"content": "<s>"}, **settings}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     ours = vocabulary.from_folder(tmp_path, {}, 600)
     assert ours.bos == bos and ours.prompt == ("plain text with BOS" if bos else "plain text")
     save(random_model(vocab_size=600), ours, tmp_path / "again")
-    assert vocabulary.from_folder(tmp_path / "again", {}, 600).encode("hello") == ours.encode(
-        "hello"
-    )
-    settings["bos_token"] = "<s>"
-    (tmp_path / "again" / "tokenizer_config.json").write_text(json.dumps(settings))
+    again = load(tmp_path / "again", "cpu")[1]
     read = transformers.AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert ours.encode("hello") == read("hello").input_ids
+    assert ours.encode("hello") == again.encode("hello") == read("hello").input_ids
 
 
 ENDS = [
@@ -276,7 +185,6 @@ ENDS = [
     ({}, {"eos_token_id": [7, 5]}, (7, 5)),
     ({"eos_token_id": None}, {"eos_token_id": 7}, (7,)),
     ({"eos_token_id": 5}, {"eos_token_id": [5, 9]}, (5, 9)),
-    ({}, None, (2,)),
     ({}, {}, (2,)),
 ]
 
@@ -297,54 +205,110 @@ def test_an_end_must_be_an_id(tmp_path):
             vocabulary.from_folder(tmp_path, {"eos_token_id": ends}, 600)
 
 
-@pytest.mark.parametrize("where", ["number", "list", "generation_config only"])
-def test_greedy_text_ends_where_transformers_ends(tmp_path, where):
-    import torch
-
-    from hispec import generate
-
-    transformers = pytest.importorskip("transformers")
-    model = random_model(5, vocab_size=600)
-    save(model, None, tmp_path)
-    llama_2().save(str(tmp_path / "tokenizer.json"))
-    free = generate(model, [1, 5, 9], 30).tokens
-    ends = {
-        "number": free[7],
-        "list": [599, free[7], free[11]],
-        "generation_config only": [free[4], 598],
-    }[where]
+def test_special_ids_must_be_in_the_vocabulary(tmp_path):
+    """An end in either file, BOS, or what the chat template writes: `load` refuses, not `generate`."""
+    theirs = llama_2(["<late>"])
+    late = theirs.token_to_id("<late>")
+    save(random_model(vocab_size=late), None, tmp_path)
+    theirs.post_processor = None
+    theirs.save(str(tmp_path / "tokenizer.json"))
     config = json.loads((tmp_path / "config.json").read_text())
-    name = "generation_config.json" if "only" in where else "config.json"
-    content = {"eos_token_id": ends} if "only" in where else config | {"eos_token_id": ends}
-    (tmp_path / name).write_text(json.dumps(content))
-    ours, tokenizer = load(tmp_path, "cpu", torch.float64)
+    outside = f"outside the vocabulary of {late}"
+    for file, settings, message in [
+        ("config.json", {"eos_token_id": late}, f"config.json: eos_token_id {late}"),
+        ("generation_config.json", {"eos_token_id": [2, late + 5]}, f"eos_token_id {late + 5}"),
+        ("tokenizer_config.json", {"eos_token": "<late>"}, f"eos_token '<late>' has id {late}"),
+        (
+            "tokenizer_config.json",
+            {"bos_token": "<late>", "add_bos_token": True},
+            f"bos_token '<late>' has id {late}",
+        ),
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{{ messages[0].content }}<late>"},
+            f"chat template's '<late>' has id {late}",
+        ),
+    ]:
+        written = {"config.json": config}
+        written[file] = written.get(file, {}) | settings
+        for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+            (tmp_path / name).write_text(json.dumps(written.get(name, {})))
+        with pytest.raises(ValueError, match=f"{message}, {outside}") as error:
+            load(tmp_path, "cpu")
+        assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_greedy_text_ends_where_transformers_ends(tmp_path, name):
+    transformers = pytest.importorskip("transformers")
+    save(random_model(5, vocab_size=600), None, tmp_path)
+    llama_2().save(str(tmp_path / "tokenizer.json"))
+    model, _ = load(tmp_path, "cpu", torch.float64)
+    free = generate(model, [1, 5, 9], 30).tokens
+    file = tmp_path / name
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | {"eos_token_id": [599, free[7], free[11]]}))
+    _, tokenizer = load(tmp_path, "cpu", torch.float64)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    written = theirs.generate(
-        torch.tensor([[1, 5, 9]]), max_new_tokens=30, do_sample=False, pad_token_id=0
-    )
-    tokens = generate(ours, [1, 5, 9], 30, stop=tokenizer.stop).tokens
+    ids = torch.tensor([[1, 5, 9]])
+    written = theirs.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)
+    tokens = generate(model, [1, 5, 9], 30, stop=tokenizer.stop).tokens
     assert tokens == written[0, 3:].tolist() and len(tokens) < 30
 
 
-# ---- chat ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["llama-2", "llama-3", "deepseek", "learned"])
+def test_a_copied_tokenizer_is_the_same(tmp_path, learned, name):
+    """Across processes too; and a turn cannot forge there either."""
+    if name != "learned":
+        write_family(name, tmp_path)
+    ours = learned if name == "learned" else vocabulary.from_folder(tmp_path, {}, 600)
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        for text in [PROSE, *ours.special]:
+            assert again.encode(text) == ours.encode(text), text
+            assert again.chat([text, "yes", text]) == ours.chat([text, "yes", text])
+        assert again.stop == ours.stop and again.decode(ours.encode(PROSE)).endswith(PROSE)
+
+
+@pytest.mark.parametrize("name", ["llama-2", "llama-3", "chatml"])
+def test_a_continuation_is_what_follows_its_prompt(tmp_path, name):
+    write_family(name, tmp_path)
+    ours = vocabulary.from_folder(tmp_path, {}, 600)
+    for text in [PROSE[:100], *HOSTILE]:
+        ids = ours.encode(text)
+        for cut in range(len(ids)):
+            before = ours.decode(ids[:cut])
+            if "\ufffd" not in before:  # which would end in the middle of a character
+                rest = ours.decode(ids[cut:], after=ids[:cut])
+                assert before + rest == ours.decode(ids), (text, cut)
+
+
+def test_a_continuation_keeps_its_blanks(tmp_path):
+    llama_2().save(str(tmp_path / "tokenizer.json"))
+    ours = vocabulary.from_folder(tmp_path, {}, 600)
+    prompt, both = ours.encode("def f(a):\n"), ours.encode("def f(a):\n    return an bo")
+    assert both[: len(prompt)] == prompt
+    assert ours.decode(both[len(prompt) :], after=prompt) == "    return an bo"
+    spelled = b"".join(map(ours.spell, both[len(prompt) :])).decode()
+    assert spelled == "    return an bo"
+
+
+# ---- chat ----------------------------------------------------------------------------------------
 
 
 def byte_level(vocab=256, special=(), template=None):
+    """A tokenizer whose tokens are bytes, those from vocab on with ids past it."""
     ranks = {bytes([b]): b if b < vocab else vocab + b for b in range(256)}
-    named = dict(special)
     encoding = tiktoken.Encoding(
-        "bytes", pat_str=vocabulary.GPT2, mergeable_ranks=ranks, special_tokens=named
+        "bytes", pat_str=vocabulary.GPT2, mergeable_ranks=ranks, special_tokens=dict(special)
     )
-    return Tokenizer(Tiktoken(encoding, named), {"chat_template": template}, where="template file")
+    engine = Tiktoken(encoding, dict(special))
+    return Tokenizer(engine, {"chat_template": template}, where="template file")
 
 
 def test_chat_without_a_template_is_plain_text():
-    plain = byte_level(special={"<|im_start|>": 256, "<|start_header_id|>": 257})
-    assert (
-        plain.chat(["a", "b", "c"]) == [*b"a\nb\nc"]
-        and plain.stop == ()
-        and plain.prompt == "plain text"
-    )
+    plain = byte_level(special={"<|im_start|>": 256})
+    assert plain.chat(["a", "b", "<|im_start|>"]) == [*b"a\nb\n<|im_start|>"]
+    assert plain.stop == () and plain.prompt == "plain text"
 
 
 def test_chat_ends_with_the_user():
@@ -353,6 +317,14 @@ def test_chat_ends_with_the_user():
             byte_level().chat(turns)
     with pytest.raises(ValueError, match="a list of turns, got a text"):
         byte_level().chat("abc")
+
+
+def test_a_template_trims_and_cuts_as_it_will():
+    """What the template makes of a turn is the turn's; what stands around it is the template's."""
+    each = "{{ '<e>' + m.content.split('#')[-1]|trim }}"
+    template = f"{{% for m in messages %}}{each}{{% endfor %}}<e>"
+    ours = byte_level(special={"<e>": 256}, template=template)
+    assert ours.chat([" a ", "x#\tb ", "<e>"]) == [256, *b"a", 256, *b"b", 256, *b"<e>", 256]
 
 
 def test_a_template_may_come_by_name_or_in_its_own_file(tmp_path):
@@ -366,32 +338,67 @@ def test_a_template_may_come_by_name_or_in_its_own_file(tmp_path):
     assert ours.decode(ours.chat(["hi"])) == "hi!"
 
 
-# ---- learned ------------------------------------------------------------------------------------------
+# ---- damaged files and templates end in one line ---------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def learned():
-    texts = [
-        "def f(x):\n    return x\n" * 20,
-        "naïve café ½ _under__score '日本語' \U0001f600 aaaa\t\r\n" * 20,
-    ]
-    return vocabulary.learn(texts, 400)
+def json_of(change):
+    content = json.loads(byte_bpe(SPLITS["gpt2"], SPECIAL).to_str())
+    change(content)
+    return json.dumps(content)
 
 
-@given(st.text())
-@example("aaaaaaa")
-@example("<|endoftext|> is text, not a mark")
-@example("\x00\x1c\u2028\u200d e\u0301 ½²٣ _a__b \ud7ff")
-def test_a_learned_vocabulary_gives_any_text_back(learned, text):
-    assert learned.decode(learned.encode(text)) == text
+def late(id):
+    return lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"content": "<n>", "id": id})
 
 
-def test_a_learned_vocabulary_merges_what_is_common(learned, tmp_path):
-    assert isinstance(learned.engine, Tiktoken) and len(learned.encode("    return x\n")) < 6
-    assert learned.n_vocab <= 400 and learned.special[vocabulary.END] == learned.n_vocab - 1
-    save(random_model(vocab_size=learned.n_vocab).float(), learned, tmp_path)
-    text = "def f(x):\n    return naïve_1\t\U0001f600\x00"
-    again = load(tmp_path, "cpu")[1]
-    assert again.encode(text) == learned.encode(text) and again.stop == learned.stop == (
-        learned.n_vocab - 1,
-    )
+JSON_REFUSED = {
+    "tokenizer.json is not JSON": "{",
+    "tokenizer.json is not a JSON object": "[]",
+    "tokenizer.json: Model missing": "{}",
+    "Token `zz` out of vocabulary": lambda t: t["model"]["merges"].append(["a", "zz"]),
+    "'<n>' cannot have id 999": late(999),
+    "'<n>' cannot have id 0": late(0),
+    "tokenizer.json: .*Normalizer": lambda t: t.update(normalizer={"type": "Unheard of"}),
+}
+
+
+@pytest.mark.parametrize("message", JSON_REFUSED)
+def test_damaged_tokenizers_end_in_one_line(tmp_path, message):
+    save(random_model(vocab_size=400), None, tmp_path)
+    change = JSON_REFUSED[message]
+    (tmp_path / "tokenizer.json").write_text(change if isinstance(change, str) else json_of(change))
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{message}") as error:
+        load(tmp_path, "cpu")
+    assert "\n" not in str(error.value)
+
+
+TEMPLATES_REFUSED = {
+    "is not valid Jinja": ["{% for %}", 7],
+    "refuses: Conversation roles": ["{{ raise_exception('Conversation\n roles') }}"],
+    "refuses: maximum recursion": ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"],
+    "refuses: access to attribute '__class__'": ["{{ ''.__class__.__mro__ }}"],
+    "refuses: access to attribute 'append'": ["{{ messages.append(1) }}"],
+    "refuses: access to attribute '__globals__'": ["{{ raise_exception.__globals__.os }}"],
+    "refuses: 'tool' is undefined": ["{{ tool.name }}"],
+    "drops, moves or repeats a turn": ["Hello", "{{ messages[0].content * 2 }}"],
+}
+
+
+@pytest.mark.parametrize("message", TEMPLATES_REFUSED)
+def test_bad_templates_end_in_one_line(message):
+    for template in TEMPLATES_REFUSED[message]:
+        with pytest.raises(
+            ValueError, match=f"template file: the chat template {message}"
+        ) as error:
+            byte_level(template=template).chat(["hi"])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja"])
+def test_a_template_that_refuses_names_its_file(tmp_path, file):
+    byte_bpe(SPLITS["gpt2"], SPECIAL).save(str(tmp_path / "tokenizer.json"))
+    refusing = "{{ raise_exception('no') }}"
+    text = refusing if file.endswith(".jinja") else json.dumps({"chat_template": refusing})
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}: the chat template refuses: no"):
+        vocabulary.from_folder(tmp_path, {}, 400).chat(["hi"])

@@ -25,6 +25,8 @@ TRICKY = st.text(
     | st.characters(exclude_categories=["Cs", "Cn"])
 )
 
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -95,7 +97,6 @@ SPLITS = {
         [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
     ),
     "llama3": split_then_bytes(vocabulary.LLAMA3),
-    "gaps": split_then_bytes(r"\p{L}+|\d"),  # matches neither white space nor punctuation
 }
 
 
@@ -145,61 +146,46 @@ def llama_2(extra=(), scheme="prepend"):
     return theirs
 
 
+FAMILIES = ["llama-2", "llama-2 first", "tinyllama", "llama-3", "deepseek", "chatml", "smollm 2"]
+
+
 def family(name):
     """The tokenizers object of a family and what its tokenizer_config.json adds: settings for transformers."""
     tokenizers = pytest.importorskip("tokenizers")
-    if name in ("llama-2", "llama-2 first", "tinyllama", "inst"):
+    if name in ("llama-2", "llama-2 first", "tinyllama"):
         theirs = llama_2(scheme="first" if name == "llama-2 first" else "prepend")
-        template = {"tinyllama": ZEPHYR, "inst": INST, "llama-2 first": INST}.get(name)
-        return theirs, dict(
-            bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
-        )
-    if name in ("llama-3", "llama-3 base"):
-        special = [
-            "<|begin_of_text|>",
-            "<|end_of_text|>",
-            "<|start_header_id|>",
-            "<|end_header_id|>",
-            "<|eot_id|>",
-        ]
+        settings = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        template = {"tinyllama": ZEPHYR, "llama-2 first": INST}.get(name)
+        return theirs, settings | ({"chat_template": template} if template else {})
+    if name == "llama-3":
+        names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
+        special = [f"<|{name}|>" for name in names]
         theirs = byte_bpe(SPLITS["llama3"], special, first=False, ignore_merges=True)
-        bos = ("<|begin_of_text|>", theirs.token_to_id("<|begin_of_text|>"))
-        frame = tokenizers.processors.TemplateProcessing(
-            "<|begin_of_text|> $A", "<|begin_of_text|> $A $B", [bos]
+        bos, processors = special[0], tokenizers.processors
+        frame = processors.TemplateProcessing(
+            f"{bos} $A", f"{bos} $A $B", [(bos, theirs.token_to_id(bos))]
         )
-        theirs.post_processor = tokenizers.processors.Sequence(
-            [tokenizers.processors.ByteLevel(), frame]
-        )
-        template = LLAMA_3 if name == "llama-3" else None
-        return theirs, dict(bos_token=special[0], eos_token=special[1], chat_template=template)
+        theirs.post_processor = processors.Sequence([processors.ByteLevel(), frame])
+        return theirs, dict(bos_token=bos, eos_token=special[1], chat_template=LLAMA_3)
     if name == "deepseek":
         special = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
         theirs = byte_bpe(SPLITS["llama3"], special, first=False, ignore_merges=True)
-        plain = ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<tool>"]
-        theirs.add_tokens(
-            [tokenizers.AddedToken(t, special=False, normalized=False) for t in plain]
-        )
+        for token in ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<tool>"]:
+            theirs.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False)])
         settings = dict(bos_token=special[0], eos_token=special[1], chat_template=DEEPSEEK)
         return theirs, settings | dict(add_bos_token=True, add_eos_token=False)
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    theirs = byte_bpe(SPLITS["gpt2" if name == "chatml" else "smollm"], special)
-    templates = {"chatml": "{{ bos_token }}" + CHATML, "smollm 1": CHATML, "smollm 2": SYSTEM}
-    settings = dict(
-        bos_token="<|endoftext|>", eos_token="<|im_end|>", chat_template=templates[name]
-    )
-    return theirs, settings | (dict(add_bos_token=True) if name == "chatml" else {})
-
-
-FAMILIES = [
-    "llama-2", "llama-2 first", "tinyllama", "inst", "llama-3", "llama-3 base", "deepseek", "chatml", "smollm 1", "smollm 2",
-]  # fmt: skip
+    settings = dict(bos_token="<|endoftext|>", eos_token="<|im_end|>")
+    if name == "chatml":
+        template = "{{ bos_token }}" + CHATML
+        settings |= dict(add_bos_token=True, chat_template=template)
+        return byte_bpe(SPLITS["gpt2"], SPECIAL), settings
+    return byte_bpe(SPLITS["smollm"], SPECIAL), settings | dict(chat_template=SYSTEM)
 
 
 def write_family(name, folder):
     """Let transformers write the family's tokenizer into the folder; return transformers' own tokenizer."""
     transformers = pytest.importorskip("transformers")
     theirs, settings = family(name)
-    settings = {key: value for key, value in settings.items() if value is not None}
     transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, **settings).save_pretrained(
         folder
     )
