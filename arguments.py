@@ -160,7 +160,7 @@ class LevelStats:
     calls: int = 0  # steps of this level: drafts for the first, verifications for the others
     proposed: int = 0  # tokens it handed to the level above; last level: tokens it generated
     accepted: int = 0  # how many of those the level above kept and wrote; last level: all
-    positions: int = 0  # that its segment processed; depth 0 has no layers and processes none
+    positions: int = 0  # that its segment processed; at depth 0, which has no layers: those it saw
 
 
 @dataclass

@@ -101,21 +101,21 @@ class Decoder:
             return self.draft(want)
         threshold = (*self.options.thresholds, 0.0)[k]  # the last level's word is final
         goal, sure = self.length + want, 1.0  # sure: level k's probability of what it appended
-        written: list[Tensor] = []
+        samples_of: list[Tensor] = []
         while self.length < min(goal, self.end) and sure >= threshold:
             base, q = self.length, None  # level k has yet to run position base - 1
             if k > 0:  # the level below drafts
                 q = self.propose(k - 1, min(self.options.windows[k - 1], goal - base))
             logits = self.run(k, base)
-            own, kept, p = self.judge(k, base, q, logits)
+            own, kept, written = self.judge(k, base, q, logits)
             self.settle(k, base, own, kept)
-            if p is not None and k < self.top:
-                written.append(p[: self.length - base])
+            if written is not None and k < self.top:
+                samples_of.append(written[: self.length - base])
             if threshold > 0:
                 sure *= probability(
                     self.tokens[base : self.length], self.options.distribution(logits)
                 )
-        return torch.cat(written) if written else None
+        return torch.cat(samples_of) if samples_of else None
 
     def run(self, k: int, base: int) -> Tensor:
         """Level k's logits (n+1, V) for the n drafts from `base` on and one token more."""
@@ -129,15 +129,15 @@ class Decoder:
         drafts = self.tokens[base : self.length]  # (n,), none for level 0
         if self.options.temperature == 0:
             best, choice = logits.max(dim=-1)  # (n+1,)
-            own, kept, p = *accept_equal(drafts, choice), None
+            own, kept, written = *accept_equal(drafts, choice), None
         else:
-            p_all = self.options.distribution(logits)  # (n+1, V)
-            q = p_all[:0] if q is None else q
-            own, kept, p = self.accept(k, drafts, q, p_all)
-            best = torch.cat([p_all[:, 0], q[:, 0]])  # a row of logits with a NaN is all NaN here
-        if self.reads(k):
+            p = self.options.distribution(logits)  # (n+1, V)
+            q = p[:0] if q is None else q
+            own, kept, written = self.accept(k, drafts, q, p)
+            best = torch.cat([p[:, 0], q[:, 0]])  # of logits with a NaN the whole row is NaN
+        if self.reads(k):  # -1 is what `settle` finds an error by: no further read for it
             own = torch.where(best.isfinite().all(), own, -1)
-        return own, kept, p
+        return own, kept, written
 
     def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
         """The acceptance rule for sampled text: override it to try another."""
@@ -174,19 +174,18 @@ class Decoder:
         want = min(want, self.end - self.length)
         drafts, q = self.drafter.draft(self, want)
         if not isinstance(drafts, Tensor):
-            drafts = list(drafts)[:want]
             check_tokens(self.step.model.config, drafts, "the drafter's text")
             drafts = torch.tensor(drafts, dtype=torch.long, device=self.tokens.device)
-        drafts, n = drafts[:want], len(drafts[:want])
-        self.tokens[self.length : self.length + n] = drafts
-        self.length += n
+        drafts = drafts[:want]
+        self.tokens[self.length : self.length + len(drafts)] = drafts
+        self.length += len(drafts)
         self.unchanged = self.length
         self.stats[0].calls += 1
         if self.options.temperature == 0:
             return None
         if q is None:  # not drawn: all the probability is on each draft
             q = F.one_hot(drafts, self.step.model.config.vocab_size).double()
-        return q[:n]
+        return q[: len(drafts)]
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """A drafter's token (1,) by its logits (1, V), and the distribution it was drawn from."""
