@@ -216,7 +216,7 @@ class Decoder:
 
 
 class TokenByToken(Decoder):
-    """Decides on each draft by itself when sampling, as speculative sampling was first published."""
+    """Decides on each sampled draft by itself, as speculative sampling was first published."""
 
     def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
         return accept_tokens(drafts, q, p, self.rng)
