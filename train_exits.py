@@ -51,6 +51,11 @@ from checkpoints.tokenizer import Tokenizer
 from checkpoints.vocabulary import END, learn
 from model import Config, ExitHead, Llama
 
+try:
+    import fast
+except ModuleNotFoundError:  # the wing is not there: training on a CPU is slower
+    fast = None  # type: ignore[assignment]
+
 # ---- settings -----------------------------------------------------------------------------------
 
 DRAFT_WEIGHT = 0.3  # loss weight of the first exit; the last layer's is 1
@@ -163,8 +168,8 @@ def read_corpus(path: str | Path | None) -> dict[str, str]:
     documents = {}
     for file in sorted(root.rglob("*" if path else "*.py")):
         name = file.relative_to(root)
-        if not skip & set(name.parts) and (text := read_file(file)) is not None:
-            documents[name.as_posix()] = text
+        if not skip & set(name.parts) and (found := read_file(file)) is not None:
+            documents[name.as_posix()] = found
     if not any(documents.values()):
         raise ValueError(f"the corpus is empty: {root} has no UTF-8 text")
     return documents
@@ -298,7 +303,7 @@ class LayerSkip:
         self, h: Tensor, exit: int, full: Tensor, target: Tensor, share: float
     ) -> tuple[Tensor, Tensor]:
         """An exit's loss and agreement, from its h (R, N, D) and the last logits (R*N, V)."""
-        logits = self.model.logits(self.model.read(h, exit), exit).flatten(0, 1)  # (R*N, V)
+        logits = self.model.logits(self.model.exit_block(h, exit), exit).flatten(0, 1)  # (R*N, V)
         text, soft = self.cross_entropies(logits, full.softmax(-1), target)
         agrees = (logits.detach().argmax(-1) == full.argmax(-1)).float().mean()
         return (1 - share) * text + share * soft, agrees
@@ -365,7 +370,7 @@ class FrozenTrunk:
             weight = model.head.weight if vocab is None else model.head.weight[vocab]
             goal = F.linear(model.norm(last), weight).float().softmax(-1)  # (R, N, known)
         for exit, h in zip(model.exits, hidden, strict=True):
-            logits = heads[str(exit)].known(model.read(h, exit), model.head).float()
+            logits = heads[str(exit)].known(model.exit_block(h, exit), model.head).float()
             best = logits.detach().argmax(-1)
             agrees = ((best if vocab is None else vocab[best]) == choices).float().mean()
             losses.append(F.cross_entropy(logits.flatten(0, 1), goal.flatten(0, 1)))
@@ -446,6 +451,8 @@ class Run:
         self.args, self.model, self.tokenizer = args, model, tokenizer
         # bfloat16 has too few bits to add up small steps: it computes, in a copy, float32 adds up
         self.work = copy.deepcopy(model).bfloat16() if args.bf16 else model
+        if fast:
+            fast.for_training(self.work)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.params = list(trained.values())
         self.working = [p for p in self.work.parameters() if p.requires_grad]
@@ -603,7 +610,7 @@ def measure(
         full = model.logits(h[:, start:], depth).float()  # (B, N-start, V)
         total += share * F.cross_entropy(full.flatten(0, 1), target.to(full.device)).item()
         for exit in agreement:
-            logits = model.logits(model.read(states[exit], exit)[:, start:], exit)
+            logits = model.logits(model.exit_block(states[exit], exit)[:, start:], exit)
             same = logits.argmax(-1) == full.argmax(-1)
             agreement[exit] += share * same.double().mean().item()
     return total, agreement
@@ -666,7 +673,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     texts, held_out = split(read_corpus(args.corpus))
     if args.model:
-        model, tokenizer = checkpoints.load(args.model, args.device, torch.float32)
+        model, tokenizer = checkpoints.load(args.model, args.device, torch.float32, plain=True)
         if tokenizer is None:
             raise ValueError(f"{args.model} has no tokenizer, so that it cannot read a text")
     else:

@@ -128,14 +128,13 @@ def sample(
     """
     (B, P), device = openings.shape, model.embed.weight.device
     cache, first = KVCache(model, (), length, batch=B), 0
-    cache.pad = 1  # rows enough
     rows = torch.zeros(B, length, dtype=torch.long, device=device)
     rows[:, :P] = openings
     warm, asking = warm.to(device), torch.full((B,), bool(until), device=device)
     last = torch.tensor(until, dtype=torch.long, device=device)
     for at in range(P, length):
-        cache.place(first, at)
-        h = model.run(model.embed(rows[:, first:at]), 0, model.config.n_layers, cache)
+        plan = cache.plan(first, at)
+        h = model.run(model.embed(rows[:, first:at]), 0, model.config.n_layers, plan)
         first = at
         logits = model.logits(h[:, -1], model.config.n_layers).float()  # (B, V)
         below = logits.softmax(-1).cumsum(-1)

@@ -127,7 +127,9 @@ class WholeModel(LayerSkip):
         if str(exit) not in heads or heads[str(exit)].vocab is None:
             return super().exit_loss(h, exit, full, target, share)
         vocab = heads[str(exit)].vocab
-        logits = heads[str(exit)].known(self.model.read(h, exit), self.model.head).flatten(0, 1)
+        logits = (
+            heads[str(exit)].known(self.model.exit_block(h, exit), self.model.head).flatten(0, 1)
+        )
         agrees = (vocab[logits.detach().argmax(-1)] == full.argmax(-1)).float().mean()
         return F.cross_entropy(logits.float(), full[:, vocab].softmax(-1)), agrees
 
@@ -179,7 +181,7 @@ def read(args: argparse.Namespace) -> tuple[Llama, Tokenizer | None, Tensor, Ten
     """The model with its exits, its tokenizer, tokens (T,) to train on and held out."""
     model, tokenizer = None, None
     if args.model:
-        model, tokenizer = checkpoints.load(args.model, args.device, torch.float32)
+        model, tokenizer = checkpoints.load(args.model, args.device, torch.float32, plain=True)
         if tokenizer is None and not args.self_distill:
             raise ValueError(f"{args.model} has no tokenizer: only --self-distill can train it")
         choose_exits(model, args)
