@@ -76,7 +76,7 @@ def choices(model: Llama, exits: set[int], requests: list[Request]) -> dict[int,
         h, first = model.embed(ids[:, :-1]), 0
         for depth in (*sorted(exits), model.config.n_layers):
             h, first = model.run(h, first, depth), depth
-            read = model.read(h, depth)[0, len(request.prompt) - 1 :]
+            read = model.exit_block(h, depth)[0, len(request.prompt) - 1 :]
             predicted[depth].append(model.logits(read, depth).argmax(-1))
     return {depth: torch.cat(parts) for depth, parts in predicted.items()}
 
