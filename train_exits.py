@@ -585,8 +585,9 @@ def loop(args: argparse.Namespace, run: Run, recipe: Any, held: Tensor) -> None:
         bar.update(max(0.0, done - bar.n))
         if run.writes and (time.time() - saved_at > SAVE_EVERY or done >= 1):
             run.save()
-            loss, agreement = measure(run.work, held_rows(held, 2 * args.context), run.model.exits)
-            shown = " ".join(f"{exit}: {a:.1%}" for exit, a in agreement.items())
+            rows, exits = held_rows(held, 2 * args.context), run.model.exits
+            loss, agreement = measure(run.work, rows, depths=exits)
+            shown = " ".join(f"{exit}: {a:.1%}" for exit, a in zip(exits, agreement))
             bar.write(f"step {run.step}: held-out loss {loss:.4f}, agreement {shown}")
             saved_at = time.time()
     bar.close()
@@ -594,43 +595,42 @@ def loop(args: argparse.Namespace, run: Run, recipe: Any, held: Tensor) -> None:
 
 @torch.no_grad()
 def measure(
-    model: Llama, rows: Tensor, exits=None, start: int = 0
-) -> tuple[float, dict[int, float]]:
-    """On rows (B, N+1): the full model's loss, and how often exits (all layers) pick its token.
-
-    Positions before `start` are read, not counted.
+    model: Llama, rows: Tensor, start: int = 0, depths: tuple[int, ...] | None = None
+) -> tuple[float, list[float]]:
+    """On rows (B, N+1), from position `start` on: the full model's loss, and how often exits after
+    these depths pick its token; by default after every layer.
     """
-    depth, total = model.config.n_layers, 0.0
-    agreement = dict.fromkeys(range(1, depth) if exits is None else exits, 0.0)
+    L, total = model.config.n_layers, 0.0
+    depths = tuple(range(1, L)) if depths is None else depths
+    agreement = torch.zeros(len(depths), dtype=torch.float64)
     for piece in rows.split(4):
         ids, target = piece[:, :-1].to(model.embed.weight.device), piece[:, start + 1 :].flatten()
         h, states, share = model.embed(ids), {}, len(piece) / len(rows)
-        for i in range(depth):
+        for i in range(L):
             h = states[i + 1] = model.run(h, i, i + 1)
-        full = model.logits(h[:, start:], depth).float()  # (B, N-start, V)
+        full = model.logits(h[:, start:], L).float()  # (B, N-start, V)
         total += share * F.cross_entropy(full.flatten(0, 1), target.to(full.device)).item()
-        for exit in agreement:
+        for i, exit in enumerate(depths):
             logits = model.logits(model.exit_block(states[exit], exit)[:, start:], exit)
-            same = logits.argmax(-1) == full.argmax(-1)
-            agreement[exit] += share * same.double().mean().item()
-    return total, agreement
+            agreement[i] += share * (logits.argmax(-1) == full.argmax(-1)).double().mean().item()
+    return total, agreement.tolist()
 
 
 def report(
-    folder: Path, header: dict, exits: tuple, loss: float, columns: dict[str, dict[int, float]]
+    folder: Path, header: dict, exits: tuple, loss: float, columns: dict[str, list[float]]
 ) -> None:
     """agreement.csv, and the same to read. columns: by its name, the agreement of every layer."""
-    layers = list(next(iter(columns.values())))
+    layers = list(enumerate(zip(*columns.values()), 1))
     names = [name.replace("-", "_").replace(" ", "_") for name in columns]
     lines = [f"# {in_words(header)}", f"# {header['command']}", ",".join(["layer", *names])]
-    lines += [",".join(map(str, [i, *(c[i] for c in columns.values())])) for i in layers]
+    lines += [",".join(map(str, [layer, *shares])) for layer, shares in layers]
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "agreement.csv", "\n".join(lines) + "\n")
     print(f"\nheld-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
     print("agreement with the full model", "   ".join(["layer", *columns]), sep="\n")
-    for i in layers:
-        shares = [f"{column[i]:{len(name)}.1%}" for name, column in columns.items()]
-        print("   ".join([f"{i:5}", *shares, "<- exit" if i in exits else ""]).rstrip())
+    for layer, shares in layers:
+        said = [f"{share:{len(name)}.1%}" for name, share in zip(columns, shares)]
+        print("   ".join([f"{layer:5}", *said, "<- exit" if layer in exits else ""]).rstrip())
 
 
 # ---- main ---------------------------------------------------------------------------------------

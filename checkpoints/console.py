@@ -1,6 +1,7 @@
-"""What the commands share: they look at what was asked first, and say what is wrong in one line."""
+"""What the commands share: they refuse early, say what is wrong in one line, and print safely."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +29,16 @@ def command(main: Callable[[], None], stopped: str) -> None:
         sys.exit(f"\n{stopped}")
 
 
+def say(*words: object, sep: str = " ", keep_going: bool = False) -> None:
+    """Print a line at once. If nobody reads any more: end quietly, or keep_going in silence."""
+    try:
+        print(*words, sep=sep, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not keep_going:
+            raise SystemExit(0) from None
+
+
 def check_exits(exits: Sequence[int], shallowest: int, depth: int | None = None) -> None:
     """ValueError unless the exits ascend within a model of `depth` layers, if that is known yet."""
     ascend = all(a < b for a, b in zip((shallowest - 1, *exits), exits))
@@ -51,3 +62,16 @@ def must_take_files(folder: Path) -> None:
         for each in made:
             if each.exists():
                 each.rmdir()
+
+
+def table(rows: list[list[str]], first: int = 100) -> str:
+    """Columns side by side. A first cell of more than `first` characters has its line to itself."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths[0] = max(len(row[0]) for row in rows if len(row[0]) <= first)
+    lines = []
+    for head, *cells in rows:
+        if len(head) > widths[0]:
+            lines, head = [*lines, head], ""
+        padded = [cell.ljust(width) for cell, width in zip((head, *cells), widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)

@@ -16,9 +16,7 @@ from model import Llama
 from train_exits import held_rows, measure
 
 
-def agreement(
-    model: Llama, held: Tensor, context: int
-) -> tuple[float, dict[str, dict[int, float]]]:
+def agreement(model: Llama, held: Tensor, context: int) -> tuple[float, dict[str, list[float]]]:
     """The loss on held-out tokens (T,); each layer's agreement there and on what greedy adds."""
     rows, start = held_rows(held, 2 * context), max(1, context // 2)
     cold = torch.zeros(len(rows), dtype=torch.bool)
@@ -48,13 +46,13 @@ def log_probabilities(model: Llama, rows: Tensor) -> Tensor:
 
 
 def write_figure(
-    folder: Path, header: dict, exits: tuple[int, ...], columns: dict[str, dict[int, float]]
+    folder: Path, header: dict, exits: tuple[int, ...], columns: dict[str, list[float]]
 ) -> None:
     """agreement.png: the columns of agreement.csv by layer, and the setting in which."""
     figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
     for name, column in columns.items():
-        axes.plot(list(column), list(column.values()), label=name)
+        axes.plot(range(1, len(column) + 1), column, label=name)
     for exit in exits:
         axes.axvline(exit, color="grey", linestyle=":")
     axes.set(xlabel="exit after layer", ylabel="agreement with the full model", ylim=(0, 1))

@@ -87,7 +87,7 @@ def test_from_scratch_learns_text_and_exits(tmp_path, corpus, capsys):
     loss, agreement = train_exits.measure(model, rows)
     untrained, _ = train_exits.measure(Llama(model.config), rows)
     assert loss < untrained / 2
-    assert model.exits == (1, 2) and min(agreement[1], agreement[2]) > 0.6
+    assert model.exits == (1, 2) and min(agreement[:2]) > 0.6
     setting, command, title, *table = (tmp_path / "run/agreement.csv").read_text().splitlines()
     assert f"torch {torch.__version__}" in setting and command.startswith("# ")
     assert title == "layer,held_out_text" and [row.split(",")[0] for row in table] == [
