@@ -127,11 +127,10 @@ def check(args: argparse.Namespace, writes: bool = True) -> None:
         raise ValueError(f"{args.out} holds a run already: --resume continues it")
     if args.resume and not file.exists():
         raise ValueError(f"nothing to resume: {file} does not exist")
-    if not writes:
-        return
-    must_take_files(args.out)
-    if args.bf16 and args.device.type == "cpu" and (times := bfloat16_takes()) > 2:
-        print(f"--bf16: products in bfloat16 take {times:.0f} times as long on this processor")
+    if writes:
+        must_take_files(args.out)
+        if args.bf16 and args.device.type == "cpu" and (times := bfloat16_takes()) > 2:
+            print(f"--bf16: products in bfloat16 take {times:.0f} times as long on this processor")
 
 
 def bfloat16_takes() -> float:
@@ -668,7 +667,7 @@ def main(argv: list[str] | None = None) -> None:
     if bool(args.model) != args.freeze_trunk:
         raise ValueError("--freeze-trunk and --model M go together; lab/train.py trains all of M")
     if "WORLD_SIZE" in os.environ:
-        raise ValueError("several processes share a run as torchrun ... -m lab.train")
+        raise ValueError("processes share a run as torchrun ... -m lab.train")
     check(args)
     torch.manual_seed(args.seed)
     texts, held_out = split(read_corpus(args.corpus))
