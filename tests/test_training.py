@@ -29,7 +29,7 @@ import lab.train
 from checkpoints.vocabulary import from_folder
 from hispec import generate
 from lab.agreement import write_figure
-from lab.corpus import SIDE_BY_SIDE, make_openings, openers, own_loops, sample, write_samples
+from lab.corpus import make_openings, openers, own_loops, sample
 from lab.installed import INSTALLED, everything, is_held_out
 from lab.variety import looped
 from model import ExitHead, Llama
@@ -83,24 +83,15 @@ def whole_model(model, text=None, **asked):
 
 
 def test_tokens_of_loops_are_made_unlikely():
-    """The loss against its formula; its gradient lowers their probability."""
+    """The loss against its formula."""
     model, rows = random_model(), torch.randint(11, (3, 9))
     inside = torch.zeros(3, 9, dtype=torch.long)
     inside[:, 5:7] = 1
     total, stats = whole_model(model, unlikelihood=4.0).loop_loss(torch.stack([rows, inside], 1))
-
-    def probable():
-        return model(rows[:, :-1]).softmax(-1).gather(2, rows[:, 1:, None])[:, 4:6]
-
-    before = probable().detach()
-    unlikely = -torch.log1p(-before).sum().item() / (3 * 8)
+    p = model(rows[:, :-1]).softmax(-1).gather(2, rows[:, 1:, None])[:, 4:6]
+    unlikely = -torch.log1p(-p).sum().item() / (3 * 8)
     assert stats.flatten().tolist() == pytest.approx([unlikely, 6 / 24])
     assert total.item() == pytest.approx(lab.train.OWN * 4.0 * unlikely)
-    total.backward()
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight -= 1e-3 * weight.grad / weight.grad.norm()
-    assert (-torch.log1p(-probable())).sum() < (-torch.log1p(-before)).sum()
 
 
 def test_a_model_is_taught_to_leave_its_loops(tmp_path, corpus, trunk):
@@ -223,16 +214,8 @@ def test_a_random_folder_without_tokenizer_learns_from_its_own_samples(tmp_path,
     assert trained > untrained + 0.1, (untrained, trained)
 
 
-def test_sampling_side_by_side_is_greedy_decoding():
-    model, openings = random_model().float(), torch.randint(11, (3, 4))
-    rows = sample(model, openings, 20, torch.tensor([False, True, False])).tolist()
-    for i in (0, 2):
-        start = openings[i].tolist()
-        assert rows[i] == start + generate(model, start, 16).tokens
-
-
 @pytest.mark.parametrize(
-    "name, chats", [("llama-3", True), ("inst", True), ("llama-3 base", False), ("llama-2", False)]
+    "name, chats", [("llama-3", True), ("llama-2 first", True), ("llama-2", False)]
 )
 def test_openings_are_the_templates(tmp_path, name, chats):
     """A question is left to the model only where a template says what a user's turn is: BOS alone is no chat."""
@@ -248,16 +231,6 @@ def test_openings_are_the_templates(tmp_path, name, chats):
     turn = tokenizer.chat(["a"])
     assert (openings.tolist()[0] == turn[: openings.shape[1]]) == chats
     assert framed.shape[1] == len(turn) + 11 and (framed[:, 0] == tokenizer.bos[0]).all()
-
-
-def test_a_loaded_model_writes_in_bfloat16(tmp_path):
-    """As `load` prepares it on a CPU: its samples are written by a copy."""
-    checkpoints.save(random_model(vocab_size=2**15, tie_embeddings=False).float(), None, tmp_path)
-    model, _ = checkpoints.load(tmp_path, "cpu", torch.float32)
-    args = Namespace(
-        bf16=True, context=4, self_distill=1, seed=0, device=torch.device("cpu"), rank=0, world=1
-    )
-    assert write_samples(model, None, args).shape == (SIDE_BY_SIDE["cpu"], 16)
 
 
 # ---- installed packages, measuring --------------------------------------------------------------
