@@ -1,262 +1,325 @@
 """Train exits that can see: give a Llama early exits good enough to draft and to filter.
 
-    python train_exits.py --out DIR                             1. a small model, from scratch
-    python train_exits.py --out DIR --model M --freeze-trunk    2. exit heads for M, all else kept
-    python train_exits.py --out DIR --model M                   3. all of M, held close to itself
+    python train_exits.py --out DIR                              1. a small model, from scratch
+    python train_exits.py --out DIR --model M --freeze-trunk     2. exit heads for a model M
 
-1 is LayerSkip's recipe (arXiv 2404.16710): layers are skipped at random, deep ones more often, and
-the exits are read through the shared norm and output matrix. An exit learns the text and, in a
-share that grows to 4/5 by half-way, the last layer's distribution; the first exit weighs 0.3 in the
-loss, the others as much as the last layer. Two more changes: skipping fades out instead of in,
-which is cheap while the deep layers know little, and matrices are trained with Muon. The text is
-Python's own standard library, or that and all packages installed beside it; its vocabulary is
-learned, and whole files are held out to measure on.
-2 distils the full model into ExitHeads: one light block, a norm, the output rows of the tokens M
-uses most. The trunk never changes, so while there is room for what it makes of a row, it reads it
-once; after that only the heads are computed.
-3 trains the trunk as 1 does, but the last layer learns the original's distribution and the exits
-the last layer's, the first with full weight too.
+Recipe 1 is LayerSkip's (arXiv 2404.16710): layers are skipped at random, deep ones more often, and
+every exit is read through the final norm and output matrix. An exit learns the text and, in a share
+that grows to 4/5 by half-way, the last layer's distribution. The first exit weighs 0.3 in the loss,
+the others as much as the last layer. Two things differ from the paper: skipping fades out instead
+of in, which is cheap while the deep layers know little, and matrices are trained with Muon.
 
-With --unlikelihood recipe 3 also lets the model go on, greedily, with what it reads, and makes the
-tokens of its loops unlikely (arXiv 1908.04319).
+Recipe 2 distils the full model into one ExitHead for each exit: a light block, a norm, and the
+output rows of the tokens that M uses most. The trunk never changes. So it reads each row of text
+once, and its hidden states are kept while there is room; after that only the heads are computed.
 
---self-distill trains 2 and 3 on M's own writing, which is what decoding will meet: a chat model is
-shown the mark that begins a user's turn and writes the question too (Magpie, arXiv 2406.08464).
-torchrun --nproc_per_node=N shares each step among N processes. DIR gets model/ (for
-checkpoints.load), training.safetensors (for --resume), samples.safetensors with --self-distill,
-corpus/ with installed packages, and at the end agreement.csv and agreement.png: how often each exit
-picks the full model's token.
+The text is Python's standard library, or any file or folder that --corpus names. Recipe 1 learns
+its vocabulary from it. A twenty-eighth is held out to measure on. DIR gets model/, which
+checkpoints.load reads, training.safetensors, from which --resume goes on, and at the end
+agreement.csv: how often the exit after each layer picks the full model's token.
 
-The file knows nothing of drafting or verifying: it makes exits agree, hispec.py turns agreement
-into speed.
+This file knows nothing of drafting or verifying: it makes exits agree, and hispec.py turns
+agreement into speed. lab/train.py builds on it: all of a given model is trained, by several
+processes, on a larger corpus or on the model's own writing, and the table becomes a figure.
 """
 
 import argparse
 import copy
-import datetime
+import dataclasses
+import functools
+import hashlib
+import json
 import math
 import os
+import sysconfig
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import checkpoints
+from checkpoints.console import Parser, check_exits, command, must_take_files
+from checkpoints.files import describe, in_words, open_tensors, write_whole
 from checkpoints.tokenizer import Tokenizer
-from checkpoints.vocabulary import learn
-from lab.agreement import measure, report
-from lab.commands import command
-from lab.corpus import (
-    LONG,
-    WHOLE,
-    batch,
-    encode_split,
-    equal_parts,
-    held_rows,
-    own_loops,
-    own_samples,
-    read_corpus,
-    shuffled,
-)
-from lab.installed import INSTALLED, installed_tokens, is_held_out
-from lab.options import arguments, check_arguments
-from lab.training import Run, add_heads, choose_exits
-from model import Config, Llama
+from checkpoints.vocabulary import END, learn
+from model import Config, ExitHead, Llama
 
-KEPT = 4 * 2**30  # bytes of a frozen trunk's hidden states that are kept for the next epoch
-DRAFT_WEIGHT = 0.3  # loss weight of a new model's first exit; the last layer's is 1
-EXIT_WEIGHT = 1.0  # of other exits
-MAX_DROP, MAX_DROP_GIVEN = 0.6, 0.1  # how often the last layer is skipped at first: a new one, M's
+try:
+    import fast
+except ModuleNotFoundError:  # the wing is not there: training on a CPU is slower
+    fast = None  # type: ignore[assignment]
+
+# ---- settings -----------------------------------------------------------------------------------
+
+DRAFT_WEIGHT = 0.3  # loss weight of the first exit; the last layer's is 1
+EXIT_WEIGHT = 1.0  # of the other exits
+MAX_DROP = 0.6  # how often the last layer is skipped at first
 MAX_SHARE = 0.8  # of the last layer's distribution, against the text, in what an exit learns
-WARM_UP, DECAY = 60, 0.45  # steps in which the rate rises; share of the run in which it falls to 0
+WARM_UP = 60  # steps in which the learning rate rises
+DECAY = 0.45  # share of the run in which it falls to 0
+DIVERGED = 2.0  # a run ends in an error at so many times the loss of uniform guessing
+LONG = 8  # recipe 1: every sixth step reads rows so many times as long, to train far positions
+WHOLE = 4  # recipe 2: all rows are so many times --context
+KEPT = 4 * 2**30  # recipe 2: bytes of the trunk's hidden states that are kept for the next epoch
+HELD_OUT = 28  # one document in so many is never trained on
+FEW = 400  # documents; of fewer the ends are held out, since chance might take none, or too many
 SAVE_EVERY = 180  # seconds
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The whole run. Raises ValueError, before anything is written, for what cannot be trained."""
-    args = arguments(argv, __doc__)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    place = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    args.device = torch.device(place)
-    check_arguments(args, rank, world)
-    if world > 1:
-        patience = datetime.timedelta(hours=12)  # a run may be paused
-        dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=patience)
+def options(description: str | None = __doc__) -> Parser:
+    p = Parser(description=description)
+    add = p.add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
+    add("--model", metavar="M", help="a name, .gguf file or folder to start from")
+    add("--freeze-trunk", action="store_true", help="recipe 2: train only heads at the exits of M")
+    add("--corpus", metavar="PATH", help="a text file or a folder (default: Python's library)")
+    own = "default: M's own, or 1/16 and 1/4 of the depth; none: no exit losses at all"
+    add("--exits", type=int, nargs="*", metavar="E", help=f"shallow to deep ({own})")
+    add("--steps", type=int, help="default: 1000 without --minutes")
+    add("--minutes", type=float, help="a budget: the schedule fits itself to it, so reruns differ")
+    add("--batch", type=int, default=8192, help="tokens a step")
+    add("--micro", type=int, default=2048, help="tokens a pass, for less memory or more speed")
+    rows = f"tokens a row; every sixth step has rows {LONG} times as long, heads all {WHOLE} times"
+    add("--context", type=int, default=128, help=rows)
+    add("--lr", type=float, help="peak learning rate (default: 3e-3, 2e-3 for heads)")
+    add("--seed", type=int, default=0)
+    where = "pays on GPUs, and on CPUs with AVX-512 BF16 or AMX"
+    add("--bf16", action="store_true", help=f"compute in bfloat16; {where}")
+    add("--compile", action="store_true", help="fuse each layer's operations; needs a C++ compiler")
+    add("--resume", action="store_true", help="continue DIR/training.safetensors")
+    shape = p.add_argument_group("the model made by recipe 1")
+    for name, default in dict(layers=32, dim=128, heads=2, kv_heads=1, ffn=384, vocab=2048).items():
+        shape.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    heads = p.add_argument_group("the heads made by recipe 2")
+    heads.add_argument("--width", type=int, help="of the SwiGLU (default: M's), 0 for no block")
+    heads.add_argument("--draft-vocab", type=int, default=8192, help="tokens an exit may draft")
+    return p
+
+
+def check(args: argparse.Namespace, writes: bool = True) -> None:
+    """Fill in what was left open. ValueError for what is wrong, before a model or text is read.
+
+    writes: whether this process will write to --out.
+    """
+    args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.steps is None and args.minutes is None:
+        args.steps = 1000
+    if args.lr is None:
+        args.lr = 2e-3 if args.freeze_trunk else 3e-3
+    for name in ("steps", "minutes", "batch", "micro", "context", "lr", "draft_vocab"):
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {value}")
+    if args.exits is not None:
+        check_exits(args.exits, 1, None if args.model else args.layers)
+    if args.freeze_trunk and args.exits == []:
+        raise ValueError("--freeze-trunk trains exits only, and --exits names none")
+    if args.batch < LONG * args.context:
+        raise ValueError(f"--batch must hold {LONG} x --context tokens, got {args.batch}")
+    file = args.out / "training.safetensors"
+    if file.exists() and not args.resume:
+        raise ValueError(f"{args.out} holds a run already: --resume continues it")
+    if args.resume and not file.exists():
+        raise ValueError(f"nothing to resume: {file} does not exist")
+    if writes:
+        must_take_files(args.out)
+        if args.bf16 and args.device.type == "cpu" and (times := bfloat16_takes()) > 2:
+            print(f"--bf16: products in bfloat16 take {times:.0f} times as long on this processor")
+
+
+def bfloat16_takes() -> float:
+    """How many times as long as in float32 a product takes in bfloat16 on this processor."""
+    fastest = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, times = torch.ones(256, 256, dtype=dtype), []
+        for _ in range(4):
+            began = time.perf_counter()
+            x @ x
+            times.append(time.perf_counter() - began)
+        fastest[dtype] = min(times)
+    return fastest[torch.bfloat16] / fastest[torch.float32]
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+# folders of the standard library that hold no text worth learning
+NO_TEXT = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
+
+
+def read_corpus(path: str | Path | None) -> dict[str, str]:
+    """Name -> text of every UTF-8 file under path, or of each 32,768 characters of one file.
+
+    None: the standard library's modules, without tests and tables of characters: about 11 MB.
+    Raises ValueError if there is no text.
+    """
+    if path is not None and not Path(path).exists():
+        raise ValueError(f"no corpus at {path}")
+    root, skip = Path(path or sysconfig.get_paths()["stdlib"]), set() if path else NO_TEXT
+    if root.is_file():
+        text = root.read_text("utf-8", errors="replace")
+        return {f"{root.name}:{i}": text[i : i + 2**15] for i in range(0, len(text), 2**15)}
+    documents = {}
+    for file in sorted(root.rglob("*" if path else "*.py")):
+        name = file.relative_to(root)
+        if not skip & set(name.parts) and (found := read_file(file)) is not None:
+            documents[name.as_posix()] = found
+    if not any(documents.values()):
+        raise ValueError(f"the corpus is empty: {root} has no UTF-8 text")
+    return documents
+
+
+def read_file(file: Path) -> str | None:
+    """A file's text; None if it has none, or cannot be read, which is said."""
     try:
-        train(args, rank, world)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        return file.read_text("utf-8") if file.is_file() else None
+    except UnicodeDecodeError:  # a test of bad encodings, or no text at all
+        return None
+    except OSError as error:
+        print(f"left out of the corpus: {error}")
+        return None
 
 
-def train(args: argparse.Namespace, rank: int, world: int) -> None:
-    torch.manual_seed(args.seed)
-    model, tokenizer, text, held = prepare(args, rank, world)
-    if args.steps == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        return report(args, model.eval(), held, None)
-    # bfloat16 computes in a copy: steps are too small for its 8 bits, float32 weights add them up
-    work = copy.deepcopy(model).bfloat16() if args.bf16 else model
-    given = args.model and not args.freeze_trunk
-    original = copy.deepcopy(work).requires_grad_(False) if given else None
-    run = Run(args, model, work, tokenizer)
-    if args.resume:
-        run.load()
-    if rank == 0:
-        print(
-            f"{sum(p.numel() for p in run.params):,} parameters to train, "
-            f"{len(text):,} tokens to train on, {len(held):,} held out, "
-            f"exits {', '.join(map(str, model.exits)) or 'none'}",
-            flush=True,
-        )
-    if args.compile:
-        for layer in work.layers:
-            layer.compile(dynamic=False)  # rows of two lengths: two programs
-    reads: LayerSkip | FrozenTrunk
-    losses: nn.Module
-    if args.freeze_trunk:
-        losses, reads = HeadLosses(work), FrozenTrunk(work, text, args, rank, world)
-    else:
-        losses = LayerSkipLosses(work, original, args.compile)
-        reads = LayerSkip(work, text, args, rank, world)
-    if world > 1:  # unused parameters: of skipped layers
-        losses = DistributedDataParallel(losses, find_unused_parameters=not args.freeze_trunk)
-    loop(args, run, losses, reads.pieces, held, rank, world)
-    if rank == 0:
-        written, _ = checkpoints.load(args.out / "model", args.device, work.embed.weight.dtype)
-        report(args, written, held, original)
+def split(documents: dict[str, str]) -> tuple[list[str], list[str]]:
+    """The texts to train on, and those held out: whole documents, or the ends of a few."""
+    if len(documents) < FEW:
+        cuts = [(text, len(text) - len(text) // HELD_OUT) for text in documents.values()]
+        return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
+    held = {name for name in documents if is_held_out(name)}
+    return [documents[n] for n in documents if n not in held], [documents[n] for n in held]
 
 
-def loop(args, run: Run, losses, pieces, held: Tensor, rank: int, world: int) -> None:
-    exits, first, began, saved_at = run.model.exits, run.step, time.time(), time.time()
-    layout = "{percentage:3.0f} % |{bar:20}| {elapsed} < {remaining}{postfix}"
-    bar = tqdm(total=1.0, disable=rank > 0, bar_format=layout)
-    done = bar.n = bar.initial = run.progress(world)
-    while done < 1:
-        total: Any = 0
-        step_pieces = pieces(run.step, done)
-        for i, piece in enumerate(step_pieces):
-            # DDP averages once a step
-            losses.require_backward_grad_sync = i == len(step_pieces) - 1
-            loss, stats = losses(*piece)
-            (loss / len(step_pieces)).backward()
-            total += stats / len(step_pieces)
-        if world > 1:
-            dist.all_reduce(total)
-        loss, *agreement = (total / world).tolist()
-        run.update(loss, rate=args.lr * min(1.0, (run.step + 1) / WARM_UP, (1 - done) / DECAY))
-        done = run.progress(world)
-
-        speed = args.batch * (run.step - first) / (time.time() - began)
-        shown = " ".join(f"{exit}: {a:.0%}" for exit, a in zip(exits, agreement))
-        said = f"step {run.step}, loss {loss:.3f}, agreement {shown}, {speed:,.0f} tokens/s"
-        bar.set_postfix_str(said, False)
-        bar.update(max(0.0, done - bar.n))
-        if rank == 0 and (time.time() - saved_at > SAVE_EVERY or done >= 1):
-            run.save()
-            loss, agreement = measure(run.work, held_rows(held, 2 * args.context), depths=exits)
-            shown = " ".join(f"{exit}: {agreement[exit - 1]:.1%}" for exit in exits)
-            bar.write(f"step {run.step}: held-out loss {loss:.4f}, agreement {shown}")
-            saved_at = time.time()
-    bar.close()
+def is_held_out(name: str) -> bool:
+    """By a hash of the name: the same file stays held out when others come and go."""
+    return digest(name) % HELD_OUT == 0
 
 
-# ---- recipes 1 and 3: every layer learns --------------------------------------------------------
+def digest(name: str) -> int:
+    return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
+
+
+def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
+    """All texts as one row of token ids (T,), each ended by END where the tokenizer has one."""
+    end = [tokenizer.special[END]] if END in tokenizer.special else []
+    ids = [tokenizer.encode(text) + end for text in texts]
+    return torch.cat([torch.tensor(row, dtype=torch.int32) for row in ids or [[]]])
+
+
+def shuffled(i: int, n: int, seed: int) -> int:
+    """The i-th of n windows in an order shuffled anew each epoch."""
+    return int(permutation(n, seed * 1_000_003 + i // n)[i % n])
+
+
+@functools.lru_cache(2)  # a step may end one epoch and begin the next
+def permutation(n: int, seed: int) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+
+
+def batch(text: Tensor, step: int, rows: int, context: int, seed: int) -> Tensor:
+    """Rows (rows, context+1) of a step: shuffled windows, at an offset drawn anew each epoch."""
+    windows = (len(text) - 1) // context - 1
+    out = []
+    for i in range(step * rows, (step + 1) * rows):
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + i // windows)
+        offset = int(torch.randint(context, (1,), generator=rng))
+        start = shuffled(i, windows, seed) * context + offset
+        out.append(text[start : start + context + 1])
+    return torch.stack(out).long()
+
+
+def held_rows(text: Tensor, context: int, n: int = 16) -> Tensor:
+    """n rows (n, context+1), evenly spread over the text."""
+    starts = torch.linspace(0, len(text) - context - 1, n).long().tolist()
+    return torch.stack([text[s : s + context + 1] for s in starts]).long()
+
+
+# ---- recipe 1: every layer learns ---------------------------------------------------------------
 
 
 class LayerSkip:
-    """What each step of recipes 1 and 3 reads: rows of text, layers to skip, exits to train."""
+    """One pass through the layers, some of them skipped, read at every exit."""
 
-    def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace, rank: int, world: int):
-        self.model, self.text, self.args, self.rank, self.world = model, text, args, rank, world
+    def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace):
+        self.model, self.text, self.args = model, text, args
+        self.depth, self.names = model.config.n_layers, ["last layer", *exit_names(model)]
+        self.weights = {e: EXIT_WEIGHT if i else DRAFT_WEIGHT for i, e in enumerate(model.exits)}
+        self.max_drop = MAX_DROP
+        self.cross_entropies = cross_entropies
+        if args.compile:
+            self.cross_entropies = torch.compile(cross_entropies, dynamic=False)
 
-    def pieces(self, step: int, done: float) -> list[tuple]:
-        """The arguments of LayerSkipLosses, a tuple for each pass; the model's own text in one."""
-        args, exits = self.args, self.model.exits
-        context = args.context * (LONG if step % 6 == 5 else 1)
-        local = max(1, args.batch // context // self.world)  # rows a step for each process
-        rows = batch(self.text, step, local * self.world, context, args.seed)
-        rows = rows[self.rank * local : (self.rank + 1) * local].to(args.device)
-        drop = (MAX_DROP_GIVEN if args.model else MAX_DROP) * (1 - done)
-        skipped = draw_skips(self.model.config.n_layers, drop, step, args.seed)
-        # a given model knows its text already: its first exit may weigh as much as the others
-        weights = {
-            exit: EXIT_WEIGHT if i or args.model else DRAFT_WEIGHT for i, exit in enumerate(exits)
-        }
-        share = 1.0 if args.model else MAX_SHARE * min(1.0, 2 * done)
-        parts = rows.chunk(equal_parts(local, args.micro // context))
-        pieces: list[tuple] = [(piece, skipped, weights, share) for piece in parts]
-        if args.unlikelihood:
-            own, inside = own_loops(self.model, rows[:, : args.context + 1])
-            loops = args.unlikelihood * inside.to(args.device)
-            pieces.append((own.to(args.device), frozenset(), weights, share, loops))
-        return pieces
+    def gradients(self, run: "Run", done: float) -> Tensor:
+        """Add up the gradients of one step, and say what it was like: a line for each of `names`.
 
+        (1 + exits, 2): the last layer's loss, and how often it picks the text's token; each exit's
+        loss, and how often it picks the last layer's.
+        """
+        rows = self.rows(run.step)
+        skipped = draw_skips(self.depth, self.max_drop * (1 - done), run.step, self.args.seed)
+        loss = functools.partial(self.loss, skipped=skipped, share=self.share(done))
+        return run.backward(loss, run.mine(rows), len(rows), self.args.micro // (rows.shape[1] - 1))
 
-class LayerSkipLosses(nn.Module):
-    """One pass through the layers, read at every exit asked for.
+    def rows(self, step: int) -> Tensor:
+        context = self.args.context * (LONG if step % 6 == 5 else 1)
+        return batch(self.text, step, self.args.batch // context, context, self.args.seed)
 
-    forward(rows, skipped, weights, share, loops): rows (B, N+1) of token ids; the layers to skip;
-    the loss weight of each exit; how much of an exit's goal is the last layer's distribution, the
-    rest being the text; weights (B, N+1) of tokens that shall be unlikely, if that is all the last
-    layer learns. Returns the loss, and without gradient (1 + len(weights),): the last layer's loss,
-    then each exit's agreement with it.
-    """
+    def share(self, done: float) -> float:
+        """How much of an exit's goal is the last layer's distribution; the rest is the text."""
+        return MAX_SHARE * min(1.0, 2 * done)
 
-    def __init__(self, model: Llama, original: Llama | None = None, compiled: bool = False):
-        super().__init__()
-        self.model = model
-        self.exit_losses = torch.compile(exit_losses, dynamic=False) if compiled else exit_losses
-        # in a list, so that it is no submodule: nothing to train or to share
-        self.original = [original]
+    def loss(self, rows: Tensor, skipped: frozenset[int], share: float) -> tuple[Tensor, Tensor]:
+        """The mean loss of rows (R, N+1) of token ids, and what `gradients` returns for them."""
+        rows = rows.to(self.args.device)
+        ids, target = rows[:, :-1], rows[:, 1:].flatten()  # (R, N), (R*N,)
+        logits, states = self.run(ids, skipped)
+        total = self.last_loss(logits, ids, target)
+        stats = [total.detach(), (logits.detach().argmax(-1) == target).float().mean()]
+        for exit, weight in self.weights.items():
+            loss, agrees = self.exit_loss(states[exit], exit, logits.detach(), target, share)
+            total = total + weight * loss
+            stats += [loss.detach(), agrees]
+        return total, torch.stack(stats).view(-1, 2)
 
-    def forward(
-        self, rows: Tensor, skipped: frozenset[int], weights: dict[int, float], share: float,
-        loops: Tensor | None = None,
-    ):  # fmt: skip
-        model, ids, target = self.model, rows[:, :-1], rows[:, 1:].flatten()  # (B, N), (B*N,)
-        depth = model.config.n_layers
-        h, hidden = model.embed(ids), {}  # (B, N, D)
-        for i in range(depth):
+    def run(self, ids: Tensor, skipped: frozenset[int]) -> tuple[Tensor, dict[int, Tensor]]:
+        """The last layer's logits (R*N, V) for ids (R, N), and the exits' states (R, N, D)."""
+        h, states = self.model.embed(ids), {}
+        for i in range(self.depth):
             if i not in skipped:
-                h = model.run(h, i, i + 1)
-            if i + 1 in weights:
-                hidden[i + 1] = h
-        logits = model.logits(h, depth).flatten(0, 1).float()  # (B*N, V)
-        with torch.no_grad():
-            goal, choice = logits.softmax(-1), logits.argmax(-1)
-        if loops is not None:
-            chosen = logits.softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
-            last = -(loops[:, 1:].flatten() * torch.log1p(-chosen.clamp(max=0.999))).mean()
-        elif self.original[0] is None:
-            last = F.cross_entropy(logits, target)
-        else:
-            with torch.no_grad():
-                kept = self.original[0](ids).flatten(0, 1).float().softmax(-1)
-            last = F.cross_entropy(logits, kept)
-        total, stats = last, [last.detach()]
-        for exit, weight in weights.items():
-            read = model.logits(model.read(hidden[exit], exit), exit).flatten(0, 1)  # (B*N, V)
-            stats.append((read.detach().argmax(-1) == choice).float().mean())
-            text, soft = self.exit_losses(read, goal, target)
-            total = total + weight * ((1 - share) * text + share * soft)
-        return total, torch.stack(stats)
+                h = self.model.run(h, i, i + 1)
+            if i + 1 in self.weights:
+                states[i + 1] = h
+        return self.model.logits(h, self.depth).flatten(0, 1).float(), states
+
+    def last_loss(self, logits: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target)
+
+    def exit_loss(
+        self, h: Tensor, exit: int, full: Tensor, target: Tensor, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """An exit's loss and agreement, from its h (R, N, D) and the last logits (R*N, V)."""
+        logits = self.model.logits(self.model.exit_block(h, exit), exit).flatten(0, 1)  # (R*N, V)
+        text, soft = self.cross_entropies(logits, full.softmax(-1), target)
+        agrees = (logits.detach().argmax(-1) == full.argmax(-1)).float().mean()
+        return (1 - share) * text + share * soft, agrees
 
 
-def exit_losses(logits: Tensor, goal: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropies of logits (M, V): with the text's tokens (M,), with laws goal (M, V)."""
+def cross_entropies(logits: Tensor, goal: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits (M, V): with the text's tokens (M,), with distributions goal (M, V)."""
     logp = logits.float().log_softmax(-1)
     return F.nll_loss(logp, target), -(goal * logp).sum(-1).mean()
 
 
+def exit_names(model: Llama) -> list[str]:
+    return [f"exit {exit}" for exit in model.exits]
+
+
 def draw_skips(n_layers: int, drop: float, step: int, seed: int) -> frozenset[int]:
-    """The layers this step skips: the same in every process.
+    """The layers this step skips.
 
     Layer l of L is skipped with probability drop * (2^(l / (L-1)) - 1) (LayerSkip, equation 2).
     """
@@ -272,32 +335,51 @@ def draw_skips(n_layers: int, drop: float, step: int, seed: int) -> frozenset[in
 class FrozenTrunk:
     """What a frozen trunk makes of the text: computed once a row, kept while there is room."""
 
-    def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace, rank: int, world: int):
-        self.model, self.args, self.rank, self.world = model, args, rank, world
+    def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace):
+        self.model, self.args, self.names = model, args, ["mean", *exit_names(model)]
         length = WHOLE * args.context
-        # samples are as long: each is one row
         self.rows = text[: len(text) // length * length].view(-1, length)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.room = KEPT
 
-    def pieces(self, step: int, done: float) -> list[tuple[Tensor, Tensor]]:
-        """The arguments of HeadLosses, a tuple for each pass, equally many rows in each."""
+    def gradients(self, run: "Run", done: float) -> Tensor:
+        """Add up the gradients of one step, and say what it was like: a line for each of `names`.
+
+        (1 + exits, 2): the mean loss and agreement, then each exit's with the full model.
+        """
         length = self.rows.shape[1]
-        local = max(1, self.args.batch // length // self.world)
-        drawn = range(
-            step * local * self.world + self.rank, (step + 1) * local * self.world, self.world
-        )
-        states, choices = zip(
-            *(self.read(shuffled(i, len(self.rows), self.args.seed)) for i in drawn)
-        )
-        n = equal_parts(local, self.args.micro // length)
-        pairs = zip(torch.stack(states).chunk(n), torch.stack(choices).chunk(n), strict=True)
-        return [(s.to(self.args.device), c.to(self.args.device)) for s, c in pairs]
+        n = self.args.batch // length
+        numbers = range(run.step * n, (run.step + 1) * n)
+        rows = torch.tensor([shuffled(i, len(self.rows), self.args.seed) for i in numbers])
+        return run.backward(self.loss, run.mine(rows), n, self.args.micro // length)
+
+    def loss(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss of rows (R,), by number, and what `gradients` returns for them.
+
+        It is the cross-entropy of the exit's distribution with the full model's, among the tokens
+        the exit knows: what it cannot say is not held against it.
+        """
+        model, losses, stats = self.model, [], []
+        read = zip(*map(self.read, rows.tolist()))
+        states, choices = (torch.stack(each).to(self.args.device) for each in read)
+        *hidden, last = states.unbind(2)  # (R, N, D) each
+        heads: Any = model.exit_heads
+        vocab = heads[str(model.exits[0])].vocab  # one for all exits
+        with torch.no_grad():
+            weight = model.head.weight if vocab is None else model.head.weight[vocab]
+            goal = F.linear(model.norm(last), weight).float().softmax(-1)  # (R, N, known)
+        for exit, h in zip(model.exits, hidden, strict=True):
+            logits = heads[str(exit)].known(model.exit_block(h, exit), model.head).float()
+            best = logits.detach().argmax(-1)
+            agrees = ((best if vocab is None else vocab[best]) == choices).float().mean()
+            losses.append(F.cross_entropy(logits.flatten(0, 1), goal.flatten(0, 1)))
+            stats.append(torch.stack([losses[-1].detach(), agrees]))
+        table = torch.stack(stats)
+        return torch.stack(losses).mean(), torch.cat([table.mean(0, keepdim=True), table])
 
     @torch.no_grad()
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """Hidden states (N, K+1, D) at the exits and the last layer, and the full model's choices
-        (N,).
+        """States (N, K+1, D) at the exits and the last layer, the full model's choices (N,).
 
         One row at a time, so that its last bits do not depend on its neighbours.
         """
@@ -316,84 +398,298 @@ class FrozenTrunk:
         return made
 
 
-class HeadLosses(nn.Module):
-    """forward(states, choices), from FrozenTrunk, in rows: (B, N, K+1, D) and (B, N).
+def add_heads(model: Llama, text: Tensor, args: argparse.Namespace) -> None:
+    """Give the model a fresh head at each exit, for the tokens (T,) it will be trained on."""
+    vocab = None
+    if model.config.vocab_size > args.draft_vocab:
+        vocab = common_choices(model, text, args)
+    width = model.config.dim if args.width is None else args.width
+    h = model.embed(held_rows(text, WHOLE * args.context, 8).to(args.device))
+    for first, exit in zip((0, *model.exits), model.exits):
+        h = model.run(h, first, exit)
+        head = ExitHead(model.config, width, vocab).to(args.device)
+        equalise_norms(head, h, model.head)
+        model.exit_heads[str(exit)] = head
 
-    Returns the mean over the exits of the cross-entropy between the full model's distribution and
-    the exit's, and without gradient (1 + K,): the same, then each exit's agreement with the full
-    model. What an exit cannot say is not held against it: the distributions are those among the
-    tokens it knows.
+
+@torch.no_grad()
+def common_choices(model: Llama, text: Tensor, args: argparse.Namespace) -> list[int]:
+    """The token ids the model picks most often on the text, and those the text holds most often."""
+    counts = torch.bincount(text.long(), minlength=model.config.vocab_size)
+    for row in held_rows(text, args.context, 128).split(8):
+        choice = model(row[:, :-1].to(args.device)).argmax(-1).cpu().flatten()
+        counts += torch.bincount(choice, minlength=len(counts))
+    order = counts.argsort(descending=True, stable=True)[: args.draft_vocab]
+    return sorted(order[counts[order] > 0].tolist())
+
+
+@torch.no_grad()
+def equalise_norms(head: ExitHead, h: Tensor, output: nn.Linear) -> None:
+    """Start a head's norms so that all coordinates of h (B, N, D) leave them equally large.
+
+    Logits have size 1 then. A few coordinates of a trunk's hidden states are tens of times larger
+    than the rest, and would drown them.
     """
+    scale = F.rms_norm(h, h.shape[-1:]).square().mean((0, 1)).clamp(min=1e-6).rsqrt()  # (D,)
+    head.norm.weight.copy_(scale)
+    if head.block is not None:
+        head.block.attn_norm.weight.copy_(scale)
+        head.block.mlp_norm.weight.copy_(scale)
+    head.norm.weight.div_(head.known(h, output).std())
 
-    def __init__(self, model: Llama):
-        super().__init__()
-        self.heads: Any = model.exit_heads
-        self.model = [model]  # in a list, so that only the heads are trained and shared
 
-    def forward(self, states: Tensor, choices: Tensor):
-        (model,) = self.model
-        exits, losses, stats = model.exits, [], []
-        *hidden, last = states.unbind(2)  # (B, N, D) each
-        # one vocabulary for all exits
-        matrix, vocab = model.head.weight, self.heads[str(exits[0])].vocab
+# ---- a step, a checkpoint -----------------------------------------------------------------------
+
+
+class Run:
+    """What a step changes and a checkpoint holds. All chance follows from the seed and the step."""
+
+    writes = True  # files, and to the terminal
+
+    def __init__(self, args: argparse.Namespace, model: Llama, tokenizer: Tokenizer | None):
+        self.args, self.model, self.tokenizer = args, model, tokenizer
+        # bfloat16 has too few bits to add up small steps: it computes, in a copy, float32 adds up
+        self.work = copy.deepcopy(model).bfloat16() if args.bf16 else model
+        if fast:
+            fast.for_training(self.work)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.params = list(trained.values())
+        self.working = [p for p in self.work.parameters() if p.requires_grad]
+        self.optimizers = make_optimizers(trained)
+        if args.freeze_trunk:  # heads ship as they were computed with, the trunk as it came
+            model.exit_heads = self.work.exit_heads
+        self.step, self.spent, self.began = 0, 0.0, time.time()
+        asked = ["model", "freeze_trunk", "bf16", "batch", "context", "seed", "draft_vocab"]
+        asked += ["self_distill", "unlikelihood"]  # of lab/train.py
+        vocabulary = [tokenizer.spell(id) for id in range(tokenizer.n_vocab)] if tokenizer else []
+        self.kind = {  # what a checkpoint must share to be continued
+            **{key: getattr(args, key, 0) for key in asked},
+            "corpus": args.corpus and str(Path(args.corpus)),
+            "config": dataclasses.asdict(model.config),
+            "exits": list(model.exits),
+            "trained": [list(p.shape) for p in self.params],
+            "vocabulary": hashlib.sha256(repr(vocabulary).encode()).hexdigest(),
+        }
+        if args.compile:
+            for layer in self.work.layers:
+                layer.compile(dynamic=False)  # rows of two lengths: two programs
+
+    def progress(self) -> float:
+        """How much of the steps, or of the minutes, is done, 0 to 1."""
+        done = self.step / self.args.steps if self.args.steps else 0.0
+        if self.args.minutes:
+            done = max(done, (self.spent + time.time() - self.began) / 60 / self.args.minutes)
+        return min(1.0, done)
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """Those rows of a step that this process computes: all, but in lab/train.py."""
+        return rows
+
+    def backward(self, loss: Callable, rows: Tensor, of: int, most: int) -> Tensor:
+        """Add up the gradients of the mean loss over `of` rows, these among them; mean its stats.
+
+        loss: what a piece of rows has as its mean loss and stats. most: rows in a piece.
+        """
+        total: Any = 0
+        for piece in rows.split(max(1, most)):
+            value, stats = loss(piece)
+            share = len(piece) / of
+            (share * value).backward()
+            total = total + share * stats
+        return total
+
+    def update(self, loss: float, rate: float) -> None:
+        """One step of the optimizers. ValueError, with nothing changed, if training diverges."""
+        for p, w in zip(self.params, self.working):
+            # skipped layers have none, and stay
+            p.grad = None if w.grad is None else w.grad.to(p.dtype)
+        norm = nn.utils.clip_grad_norm_(self.params, 1.0).item()
+        if not (math.isfinite(norm) and loss < DIVERGED * math.log(self.model.config.vocab_size)):
+            said = f"loss {loss:.3g}, gradient norm {norm:.3g}"
+            raise ValueError(f"diverged at step {self.step}: {said}; lower --lr")
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
         with torch.no_grad():
-            rows = matrix if vocab is None else matrix[vocab]
-            # (B*N, len(vocab))
-            goal = F.linear(model.norm(last), rows).float().softmax(-1).flatten(0, 1)
-        for exit, h in zip(exits, hidden, strict=True):
-            known = self.heads[str(exit)].known(model.read(h, exit), model.head)
-            logits = known.float().flatten(0, 1)
-            best = logits.detach().argmax(-1)
-            stats.append(
-                ((best if vocab is None else vocab[best]) == choices.flatten()).float().mean()
-            )
-            losses.append(F.cross_entropy(logits, goal))
-        loss = torch.stack(losses).mean()
-        return loss, torch.stack([loss.detach(), *stats])
+            for p, w in zip(self.params, self.working):
+                p.grad = w.grad = None
+                if p is not w:
+                    w.copy_(p)
+        self.step += 1
+
+    def save(self) -> None:
+        """Each file appears whole; training.safetensors last, since it is what --resume trusts."""
+        shipped = self.model if self.args.freeze_trunk else self.work
+        checkpoints.save(shipped, self.tokenizer, self.args.out / "model")
+        tensors = {f"weights.{i}": p.detach() for i, p in enumerate(self.params)}
+        for o, optimizer in enumerate(self.optimizers):
+            for i, p in enumerate(optimizer.param_groups[0]["params"]):
+                for key, value in optimizer.state[p].items():
+                    tensors[f"optimizer.{o}.{i}.{key}"] = value
+        elapsed = self.spent + time.time() - self.began
+        about = {"run": json.dumps({"kind": self.kind, "step": self.step, "elapsed": elapsed})}
+        file = self.args.out / "training.safetensors"
+        write_whole(file, lambda to: save_file(tensors, to, metadata=about))
+
+    def load(self) -> None:
+        """Go on where `save` left off. ValueError for a run of another kind."""
+        with open_tensors(self.args.out / "training.safetensors") as file:
+            saved = json.loads(file.metadata()["run"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        for key, now in json.loads(json.dumps(self.kind)).items():
+            if (was := saved["kind"].get(key)) != now:
+                said = f"its {key} is {was}, asked is {now}"
+                raise ValueError(f"{self.args.out} holds a run of another kind: {said}")
+        with torch.no_grad():
+            for i, (p, w) in enumerate(zip(self.params, self.working)):
+                p.copy_(tensors[f"weights.{i}"])
+                w.copy_(p)
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, o, i, key = name.split(".")
+                optimizer = self.optimizers[int(o)]
+                p = optimizer.param_groups[0]["params"][int(i)]
+                optimizer.state[p][key] = value if key == "step" else value.to(p.device)
+        self.step, self.spent = saved["step"], saved["elapsed"]
 
 
-# ---- model and text -----------------------------------------------------------------------------
+def make_optimizers(trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
+    """Muon for matrices inside a trunk's layers, AdamW for all else: embeddings, norms, heads."""
+    matrices = [p for name, p in trained.items() if p.ndim == 2 and name.startswith("layers.")]
+    others = [p for name, p in trained.items() if p.ndim != 2 or not name.startswith("layers.")]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
+    if not matrices:
+        return [adamw]
+    return [torch.optim.Muon(matrices, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), adamw]
 
 
-def prepare(args, rank: int, world: int) -> tuple[Llama, Tokenizer | None, Tensor, Tensor]:
-    """The model, marked what to train; its tokenizer; tokens (T,) to train on and held out."""
-    documents: dict[str, str] = {}
-    installed = args.corpus == INSTALLED and not args.self_distill
-    if not installed and not args.self_distill:
-        documents = read_corpus(args.corpus)
-    model: Llama | None = None
-    tokenizer: Any = None
-    if args.model:
-        model, tokenizer = checkpoints.load(args.model, args.device, torch.float32)
-        if tokenizer is None and not args.self_distill:
-            raise ValueError(f"{args.model} has no tokenizer: only --self-distill can train it")
-    if installed:
-        tokenizer, text, held = installed_tokens(
-            args, tokenizer, read_corpus, encode_split, rank, world
-        )
-    elif not args.model:
-        texts = [text for name, text in documents.items() if not is_held_out(name)]
-        tokenizer = learn(texts, args.vocab)
-    if model is None:
-        shape = (tokenizer.n_vocab, args.dim, args.layers, args.heads, args.kv_heads, args.ffn)
-        model = Llama(Config(*shape)).to(args.device)
-    choose_exits(model, args)
-    if LONG * args.context > (longest := model.config.max_seq_len):
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+def loop(args: argparse.Namespace, run: Run, recipe: Any, held: Tensor) -> None:
+    """Steps until the last, or until the minutes are over; saves and measures now and then."""
+    first, began, saved_at = run.step, time.time(), time.time()
+    layout = "{percentage:3.0f} % |{bar:20}| {elapsed} < {remaining}{postfix}"
+    bar = tqdm(total=1.0, disable=not run.writes, bar_format=layout)
+    done = bar.n = bar.initial = run.progress()
+    while done < 1:
+        stats = recipe.gradients(run, done).tolist()
+        rate = args.lr * min(1.0, (run.step + 1) / WARM_UP, (1 - done) / DECAY)
+        run.update(stats[0][0], rate)
+        done = run.progress()
+        speed = args.batch * (run.step - first) / (time.time() - began)
+        losses = [f"{name} {loss:.3f} ({a:.0%})" for name, (loss, a) in zip(recipe.names, stats)]
+        bar.set_postfix_str(f"step {run.step}, {', '.join(losses)}, {speed:,.0f} tokens/s", False)
+        bar.update(max(0.0, done - bar.n))
+        if run.writes and (time.time() - saved_at > SAVE_EVERY or done >= 1):
+            run.save()
+            rows, exits = held_rows(held, 2 * args.context), run.model.exits
+            loss, agreement = measure(run.work, rows, depths=exits)
+            shown = " ".join(f"{exit}: {a:.1%}" for exit, a in zip(exits, agreement))
+            bar.write(f"step {run.step}: held-out loss {loss:.4f}, agreement {shown}")
+            saved_at = time.time()
+    bar.close()
+
+
+@torch.no_grad()
+def measure(
+    model: Llama, rows: Tensor, start: int = 0, depths: tuple[int, ...] | None = None
+) -> tuple[float, list[float]]:
+    """On rows (B, N+1), from position `start` on: the full model's loss, and how often exits after
+    these depths pick its token; by default after every layer.
+    """
+    L, total = model.config.n_layers, 0.0
+    depths = tuple(range(1, L)) if depths is None else depths
+    agreement = torch.zeros(len(depths), dtype=torch.float64)
+    for piece in rows.split(4):
+        ids, target = piece[:, :-1].to(model.embed.weight.device), piece[:, start + 1 :].flatten()
+        h, states, share = model.embed(ids), {}, len(piece) / len(rows)
+        for i in range(L):
+            h = states[i + 1] = model.run(h, i, i + 1)
+        full = model.logits(h[:, start:], L).float()  # (B, N-start, V)
+        total += share * F.cross_entropy(full.flatten(0, 1), target.to(full.device)).item()
+        for i, exit in enumerate(depths):
+            logits = model.logits(model.exit_block(states[exit], exit)[:, start:], exit)
+            agreement[i] += share * (logits.argmax(-1) == full.argmax(-1)).double().mean().item()
+    return total, agreement.tolist()
+
+
+def report(
+    folder: Path, header: dict, exits: tuple, loss: float, columns: dict[str, list[float]]
+) -> None:
+    """agreement.csv, and the same to read. columns: by its name, the agreement of every layer."""
+    layers = list(enumerate(zip(*columns.values()), 1))
+    names = [name.replace("-", "_").replace(" ", "_") for name in columns]
+    lines = [f"# {in_words(header)}", f"# {header['command']}", ",".join(["layer", *names])]
+    lines += [",".join(map(str, [layer, *shares])) for layer, shares in layers]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "agreement.csv", "\n".join(lines) + "\n")
+    print(f"\nheld-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
+    print("agreement with the full model", "   ".join(["layer", *columns]), sep="\n")
+    for layer, shares in layers:
+        said = [f"{share:{len(name)}.1%}" for name, share in zip(columns, shares)]
+        print("   ".join([f"{layer:5}", *said, "<- exit" if layer in exits else ""]).rstrip())
+
+
+# ---- main ---------------------------------------------------------------------------------------
+
+
+def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Llama:
+    shape = (tokenizer.n_vocab, args.dim, args.layers, args.heads, args.kv_heads, args.ffn)
+    return Llama(Config(*shape)).to(args.device)
+
+
+def choose_exits(model: Llama, args: argparse.Namespace) -> None:
+    """Give the model the exits asked for, else leave its own, else 1/16 and 1/4 of its depth."""
+    depth, longest = model.config.n_layers, model.config.max_seq_len
+    if LONG * args.context > longest:
         raise ValueError(f"{LONG} x --context must fit the model's {longest}, got {args.context}")
-    if args.self_distill:
-        text, held = own_samples(model, tokenizer, args, rank, world)
-    elif not installed:
-        text, held = encode_split(tokenizer, documents)
+    own = model.exits or sorted({-(-depth // 16), -(-depth // 4)})
+    model.exits = tuple(own if args.exits is None else args.exits)
+    check_exits(model.exits, 1, depth)
+
+
+def prepare(model: Llama, text: Tensor, held: Tensor, args: argparse.Namespace) -> None:
+    """Mark the parameters to train, new heads among them. ValueError if the text is short."""
     need, kept = 2 * LONG * args.context + 2, 2 * args.context + 1
     if len(text) < need or len(held) < kept:
-        raise ValueError(
-            f"the corpus is too short: {len(text)} tokens to train on and {len(held)} held out, "
-            f"at least {need} and {kept} are needed"
-        )
+        found = f"{len(text)} tokens to train on and {len(held)} held out"
+        raise ValueError(f"the corpus is too short: {found}, at least {need} and {kept} are needed")
     model.train().requires_grad_(not args.freeze_trunk)
     if args.freeze_trunk:
         add_heads(model, text, args)
-    return model, tokenizer, text, held
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole run. Raises ValueError, before anything is written, for what cannot be trained."""
+    args = options().parse_args(argv)
+    if bool(args.model) != args.freeze_trunk:
+        raise ValueError("--freeze-trunk and --model M go together; lab/train.py trains all of M")
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("processes share a run as torchrun ... -m lab.train")
+    check(args)
+    torch.manual_seed(args.seed)
+    texts, held_out = split(read_corpus(args.corpus))
+    if args.model:
+        model, tokenizer = checkpoints.load(args.model, args.device, torch.float32, plain=True)
+        if tokenizer is None:
+            raise ValueError(f"{args.model} has no tokenizer, so that it cannot read a text")
+    else:
+        tokenizer = learn(texts, args.vocab)
+        model = new_model(args, tokenizer)
+    choose_exits(model, args)
+    text, held = encode(tokenizer, texts), encode(tokenizer, held_out)
+    prepare(model, text, held, args)
+    run = Run(args, model, tokenizer)
+    if args.resume:
+        run.load()
+    recipe = (FrozenTrunk if args.freeze_trunk else LayerSkip)(run.work, text, args)
+    loop(args, run, recipe, held)
+    written, _ = checkpoints.load(args.out / "model", args.device, run.work.embed.weight.dtype)
+    loss, agreement = measure(written, held_rows(held, 2 * args.context))
+    header = describe(args.model or "a new model", args.device, written.embed.weight.dtype)
+    report(args.out, header, written.exits, loss, {"held-out text": agreement})
 
 
 if __name__ == "__main__":

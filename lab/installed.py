@@ -4,10 +4,9 @@ Some 7,000 files, 140 million characters. Nothing is imported, no link is follow
 are held out is decided here too, so that no copy of one is ever trained on.
 """
 
-import hashlib
 import json
 import re
-from collections.abc import Callable
+import sysconfig
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,11 +16,17 @@ from torch import Tensor
 from checkpoints.files import open_tensors, write_whole
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.vocabulary import from_folder, learn, to_files
+from train_exits import digest, encode, read_corpus, read_file
+from train_exits import is_held_out as by_name
 
 INSTALLED = "installed"  # the corpus of that name; its documents are site-packages/PACKAGE/...
-HELD_OUT = 28  # one document in so many is never trained on
-HELD_OUT_PACKAGES = ("mpmath", "networkx", "rich")  # nor is any file of these, whatever its hash
+HELD_OUT_PACKAGES = ("mpmath", "networkx", "rich")  # held out as a whole
 VOCABULARY_SAMPLE = 8  # one of its documents in so many is read to learn the vocabulary
+
+
+def everything() -> dict[str, str]:
+    """Name -> text of the standard library and of the packages beside it."""
+    return read_installed(read_corpus(None), Path(sysconfig.get_paths()["purelib"]))
 
 
 def read_installed(
@@ -36,14 +41,12 @@ def read_installed(
     for file in sorted(site.rglob("*.py")):
         place = Path("site-packages") / file.relative_to(site)
         wanted = not held_out_only or is_held_out(place.as_posix())
-        if not {"test", "tests"} & set(place.parts) and not file.is_symlink() and file.is_file():
-            if wanted:
-                found[place.as_posix()] = file
+        if wanted and not {"test", "tests"} & set(place.parts) and not file.is_symlink():
+            found[place.as_posix()] = file
     seen = {hash(line) for text in documents.values() for line in long_lines(text)}
     for name in sorted(found, key=lambda name: (not is_held_out(name), name)):
-        try:
-            text = found[name].read_text("utf-8")
-        except UnicodeDecodeError:
+        text = read_file(found[name])
+        if text is None:
             continue
         lines = {hash(line) for line in long_lines(text)}
         # a vendored module, or one that differs from another in a few lines, teaches little
@@ -70,9 +73,7 @@ def is_table(text: str) -> bool:
     return letters < 0.65 * visible or widest > 400 or generated is not None
 
 
-def installed_tokens(
-    args, tokenizer: Tokenizer | None, read: Callable, encode_split: Callable, rank: int, world: int
-) -> tuple[Tokenizer, Tensor, Tensor]:
+def installed_tokens(args, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Tensor, Tensor]:
     """The tokenizer, learned unless given, and tokens (T,) to train on and held out.
 
     They are kept in DIR/corpus, so that a resumed run starts at once and with the same text,
@@ -81,19 +82,20 @@ def installed_tokens(
     folder = args.out / "corpus"
     file = folder / "tokens.safetensors"
     kind = json.dumps({"model": args.model, "vocab": None if tokenizer else args.vocab})
-    if rank == 0 and not file.exists():
-        documents = read(INSTALLED)
+    if args.rank == 0 and not file.exists():
+        documents = everything()
+        rest = [name for name in documents if not is_held_out(name)]
         if tokenizer is None:
-            names = [n for n in documents if not is_held_out(n)]
-            names = [n for n in names if digest(n) % VOCABULARY_SAMPLE == 1]
+            names = [n for n in rest if digest(n) % VOCABULARY_SAMPLE == 1]
             tokenizer = learn([documents[n] for n in names], args.vocab)
-        text, held = encode_split(tokenizer, documents)
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in to_files(tokenizer).items():
             write_whole(folder / name, content)
-        tensors = {"text": text, "held": held}
+        held = [text for name, text in documents.items() if is_held_out(name)]
+        tensors = {"text": encode(tokenizer, [documents[n] for n in rest])}
+        tensors["held"] = encode(tokenizer, held)
         write_whole(file, lambda to: save_file(tensors, to, metadata={"kind": kind}))
-    if world > 1:
+    if args.world > 1:
         dist.barrier()
     with open_tensors(file) as saved:
         if (was := saved.metadata()["kind"]) != kind:
@@ -105,15 +107,8 @@ def installed_tokens(
     return tokenizer, text, held
 
 
-def digest(name: str) -> int:
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
-
-
 def is_held_out(name: str) -> bool:
-    """By a hash of the name: the same file stays held out when others come and go.
-
-    A few packages are as a whole.
-    """
+    """By a hash of the name, so that the same file stays held out; a few packages as a whole."""
     if name.startswith("site-packages/") and Path(name).parts[1] in HELD_OUT_PACKAGES:
         return True
-    return digest(name) % HELD_OUT == 0
+    return by_name(name)

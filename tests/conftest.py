@@ -110,7 +110,6 @@ def module(name, lines=30):
 @pytest.fixture
 def site(tmp_path, monkeypatch):
     """A folder of packages, beside a standard library of three files of which one is held out."""
-    from lab import corpus
     from lab.installed import is_held_out
 
     library, site = tmp_path / "lib", tmp_path / "site-packages"
@@ -137,7 +136,6 @@ def site(tmp_path, monkeypatch):
     (site / "plain" / "bad.py").write_bytes(b"name = '\xff\xfe'  # not UTF-8")
     (tmp_path / "outside.py").write_text(module("outside"), "utf-8")
     (site / "plain" / "link.py").symlink_to(tmp_path / "outside.py")
-    monkeypatch.setattr(
-        corpus.sysconfig, "get_paths", lambda: {"stdlib": str(library), "purelib": str(site)}
-    )
+    paths = {"stdlib": str(library), "purelib": str(site)}
+    monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
     return site

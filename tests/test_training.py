@@ -1,57 +1,303 @@
-"""What --resume refuses: a checkpoint of another run, another vocabulary, a damaged file."""
+"""lab/train.py: a given model is kept, a model leaves its loops, processes share a step, a model's own writing."""
+
+import re
+import subprocess
+import sys
+from argparse import Namespace
 
 import pytest
+import test_train_exits
 import torch
-from safetensors.torch import save
+from conftest import module, random_model
+from safetensors import safe_open
+from test_train_exits import (
+    ROOT,
+    SHAPE,
+    SPEED,
+    assert_same,
+    held,
+    one_thread,
+    steps_of,
+    train,
+    trunk_of,
+    weights,
+)
+from texts import PROSE, write_family
 
-import train_exits
+import checkpoints
+import lab.train
+from checkpoints.vocabulary import from_folder
+from hispec import generate
+from lab.agreement import write_figure
+from lab.corpus import make_openings, openers, own_loops, sample
+from lab.installed import INSTALLED, everything, is_held_out
+from lab.variety import looped
+from model import ExitHead, Llama
+from train_exits import Run, measure, read_corpus
 
-OPTIONS = "--layers 2 --dim 16 --heads 2 --ffn 16 --vocab 260 --exits 1 --batch 64 --context 8"
-
-
-def train(folder, corpus, options=""):
-    asked = [*OPTIONS.split(), "--steps", "1", *options.split()]
-    train_exits.main(["--out", str(folder / "run"), "--corpus", str(folder / corpus), *asked])
-
-
-@pytest.fixture
-def run(tmp_path):
-    """A folder with two corpora of the same size, and a run of one step over the first."""
-    for corpus, line in (("one", "if x:\n    y = 1\n"), ("two", "for i in range(3):\n    f(i)\n")):
-        (tmp_path / corpus).mkdir()
-        for i in range(60):
-            (tmp_path / corpus / f"part{i:02}.txt").write_text(line * 20, "utf-8")
-    train(tmp_path, "one")
-    return tmp_path
-
-
-def files(folder):
-    return {f: f.read_bytes() for f in (folder / "run").rglob("*") if f.is_file()}
-
-
-def test_another_corpus_or_vocabulary_is_another_run(run):
-    before = files(run)
-    with pytest.raises(ValueError, match="its corpus is .*one, asked is .*two"):
-        train(run, "two", "--resume")
-    (run / "one").rename(run / "gone")  # the same place, another text
-    (run / "two").rename(run / "one")
-    with pytest.raises(ValueError, match="its vocabulary is"):
-        train(run, "one", "--resume")
-    assert files(run) == before
+corpus, trunk = test_train_exits.corpus, test_train_exits.trunk  # the fixtures
 
 
-def test_another_way_to_train_is_another_run(run):
-    before = files(run)
-    for options in ("--draft-vocab 5", "--batch 128"):
-        name = options.split()[0].removeprefix("--").replace("-", "_")
-        with pytest.raises(ValueError, match=f"its {name} is"):
-            train(run, "one", f"{options} --resume")
-    assert files(run) == before
+def lab_train(out, text, options):
+    return train(out, text, options, lab.train.main)
 
 
-def test_a_checkpoint_that_was_cut_is_named(run):
-    file = run / "run" / "training.safetensors"
-    for damaged in (file.read_bytes()[:-100], save({"a": torch.zeros(1)})):
-        file.write_bytes(damaged)
-        with pytest.raises(ValueError, match="training.safetensors is damaged, or of another kind"):
-            train(run, "one", "--resume")
+# ---- recipe 3 -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["", "--self-distill 8000"])
+def test_all_of_a_model_learns_and_the_original_is_kept(tmp_path, corpus, trunk, capsys, text):
+    before, tokenizer = checkpoints.load(trunk, "cpu", torch.float32)
+    options = f"--model {trunk} --exits 1 2 {SPEED} --steps 60 --lr 1e-3 {text}"
+    after, _ = lab_train(tmp_path / "$run$", corpus, options)
+    rows = held(tokenizer, corpus)
+    (was, _), (now, _) = (measure(m, rows) for m in (before, after))
+    said = re.search(r"kept of the original: agreement .*, KL (.*) nats", capsys.readouterr().out)
+    assert now < was * 1.1 and float(said[1]) < 0.05  # what learns the text instead has 0.1 or more
+
+
+def test_an_exit_learns_among_the_tokens_it_knows():
+    """The loss against its formula: cross-entropy between the two distributions over its vocabulary."""
+    model, rows = random_model().float(), torch.randint(11, (3, 9))
+    model.exit_heads["2"], model.exits = ExitHead(model.config, 8, [1, 4, 7]), (2,)
+    losses = whole_model(model)
+    total, stats = losses.loss(rows, frozenset(), 1.0)
+    known = [1, 4, 7]
+    full, exit = (model(rows[:, :-1], at)[..., known] for at in (None, 2))
+    wanted = -(full.softmax(-1) * exit.log_softmax(-1)).sum(-1).mean().item()
+    assert stats[1, 0].item() == pytest.approx(wanted, rel=1e-4)
+    choices = model(rows[:, :-1]).argmax(-1), model(rows[:, :-1], 2).argmax(-1)
+    assert stats[1, 1].item() == pytest.approx((choices[0] == choices[1]).float().mean().item())
+    assert total.item() == pytest.approx(stats[:, 0].sum().item(), rel=1e-4)
+
+
+def whole_model(model, text=None, **asked):
+    defaults = dict(
+        batch=7 * 64, micro=1000, context=8, seed=0, device=torch.device("cpu"), compile=False,
+        unlikelihood=0.0, rank=0, world=1, bf16=False, freeze_trunk=False, model="m", corpus=None,
+    )  # fmt: skip
+    return lab.train.WholeModel(model, text, Namespace(**(defaults | asked)), model)
+
+
+# ---- unlikelihood -------------------------------------------------------------------------------
+
+
+def test_tokens_of_loops_are_made_unlikely():
+    """The loss against its formula."""
+    model, rows = random_model(), torch.randint(11, (3, 9))
+    inside = torch.zeros(3, 9, dtype=torch.long)
+    inside[:, 5:7] = 1
+    total, stats = whole_model(model, unlikelihood=4.0).loop_loss(torch.stack([rows, inside], 1))
+    p = model(rows[:, :-1]).softmax(-1).gather(2, rows[:, 1:, None])[:, 4:6]
+    unlikely = -torch.log1p(-p).sum().item() / (3 * 8)
+    assert stats.flatten().tolist() == pytest.approx([unlikely, 6 / 24])
+    assert total.item() == pytest.approx(lab.train.OWN * 4.0 * unlikely)
+
+
+def test_a_model_is_taught_to_leave_its_loops(tmp_path, corpus, trunk):
+    """On the loops it began with, against the same training without."""
+    before, tokenizer = checkpoints.load(trunk, "cpu", torch.float32)
+    own, inside = own_loops(before, held(tokenizer, corpus).repeat(1, 2)[:, :65])
+    probable = []
+    for weight in (0, 10):
+        options = f"--model {trunk} --exits 1 2 {SPEED} --context 32 --steps 40 --lr 2e-3"
+        model, _ = lab_train(tmp_path / str(weight), corpus, f"{options} --unlikelihood {weight}")
+        with torch.no_grad():
+            p = model(own[:, :-1]).softmax(-1).gather(2, own[:, 1:, None]).squeeze(2)
+        probable.append(p[inside[:, 1:]].mean().item())
+    assert probable[1] < 0.8 * probable[0]
+
+
+def test_own_loops_are_marked_where_a_model_repeats_itself():
+    model, rows = random_model().float(), torch.randint(11, (6, 41))
+    own, inside = own_loops(model, rows)
+    for row, made, mark in zip(rows.tolist(), own.tolist(), inside):
+        assert made == row[:20] + generate(model, row[:20], 21).tokens
+        assert set(mark.nonzero().flatten().tolist()) == {i for i in looped(made, 4) if i >= 20}
+    assert inside.any() and not inside.all(0)[20:].any()
+
+
+# ---- processes and passes -----------------------------------------------------------------------
+
+
+class Share(Run):
+    """The part of a step that one of several processes computes, without the others."""
+
+    def mine(self, rows):
+        return rows.tensor_split(self.args.world)[self.args.rank]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+@pytest.mark.parametrize("micro", [16, 48, 4096])
+def test_processes_and_passes_add_up_to_the_same_gradients(world, micro):
+    """With unlikelihood: rows of text and the model's own weigh the same however they are cut."""
+    found = []
+    for n, most in ((1, 4096), (world, micro)):
+        total = 0
+        for rank in range(n):
+            model, text = random_model().float(), torch.arange(5000) * 7 % 11
+            model.exits = (1, 3)
+            asked = dict(unlikelihood=4.0, context=16, micro=most, world=n, rank=rank)
+            recipe = whole_model(model, text, **asked, draft_vocab=20)
+            stats = recipe.gradients(Share(recipe.args, model, None), 0.3)
+            grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            total = total + torch.cat([*grads, stats.flatten()])
+        found.append(total)
+    assert recipe.names == ["last layer", "exit 1", "exit 3", "own loops"] and stats[3, 1] > 0
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+def test_three_processes_take_the_same_step_as_one(tmp_path, corpus, monkeypatch):
+    """Of 32 rows each has ten or eleven. Muon rounds to bfloat16: equal means to 2 % of the step."""
+    if torch.cuda.device_count() < 3:  # each process would want a GPU of its own
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = f"{SHAPE} --micro 128 --context 16 --steps 4"
+    lab_train(tmp_path / "one", corpus, f"{options} --batch 512")
+    lab_train(tmp_path / "half", corpus, f"{options} --batch 384")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    command += ["-m", "lab.train", "--out", str(tmp_path / "three"), "--corpus", str(corpus)]
+    command += [*options.split(), "--batch", "512"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, three, half = (weights(tmp_path / name) for name in ("one", "three", "half"))
+    torch.manual_seed(0)  # as train_exits.main does before it makes the model
+    start = Llama(checkpoints.load(tmp_path / "one" / "model")[0].config).state_dict()
+
+    def distance(a, b):
+        return sum((a[name] - b[name]).square().sum() for name in a).sqrt()
+
+    assert distance(one, three) < 0.02 * distance(one, start) < 0.2 * distance(one, half)
+    lab_train(tmp_path / "three", corpus, f"{options} --batch 512 --steps 6 --resume")
+    assert steps_of(tmp_path / "three") == 6  # by one process
+
+
+def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    """Set before anything is gathered; more processes than GPUs are refused."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
+    monkeypatch.setattr(lab.train.dist, "init_process_group", lambda *_, **__: seen.append("init"))
+    monkeypatch.setattr(lab.train.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(lab.train, "train", lambda args: seen.append(str(args.device)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "2"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        if rank == "1":
+            lab.train.main(["--out", str(tmp_path / "run")])
+    assert seen == ["cuda:1", "init", "cuda:1"]
+    with pytest.raises(ValueError, match="a GPU each: at most 2 here"):
+        lab.train.main(["--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+# ---- a model's own writing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["--freeze-trunk --width 512", "--lr 5e-3"])
+def test_a_random_folder_without_tokenizer_learns_from_its_own_samples(tmp_path, corpus, recipe):
+    random = random_model(scale=20, vocab_size=50).float()
+    checkpoints.save(random, None, tmp_path / "random")
+    options = f"--model {tmp_path / 'random'} --exits 2 --self-distill 20000 --steps 150 {recipe}"
+    model, tokenizer = lab_train(
+        tmp_path / "run", corpus, f"{options} --batch 256 --micro 256 --context 8"
+    )
+    assert tokenizer is None and model.exits == (2,)
+    if "freeze" in recipe:
+        assert_same(trunk_of(model), random.state_dict())
+    rows = sample(random, torch.randint(50, (64, 4)), 32, torch.arange(64) % 2 == 1)
+    untrained, trained = (measure(m, rows)[1][1] for m in (random, model))
+    assert trained > untrained + 0.1, (untrained, trained)
+
+
+@pytest.mark.parametrize(
+    "name, chats", [("llama-3", True), ("llama-2 first", True), ("llama-2", False)]
+)
+def test_openings_are_the_templates(tmp_path, name, chats):
+    """A question is left to the model only where a template says what a user's turn is: BOS alone is no chat."""
+    write_family(name, tmp_path)
+    (tmp_path / "words").write_text(PROSE * 60, "utf-8")
+    tokenizer = from_folder(tmp_path, {"eos_token_id": 2}, 600)
+    model = random_model(vocab_size=600)
+    words = openers(model, tokenizer, Namespace(corpus=tmp_path / "words"))
+    openings, until = make_openings(tokenizer, words, 1, 5, torch.Generator().manual_seed(0))
+    framed, others = make_openings(tokenizer, words, 4, 5, torch.Generator().manual_seed(0))
+    assert until == (tokenizer.stop if chats else ()) and others == ()
+    assert len(openings) == len(framed) == 5
+    turn = tokenizer.chat(["a"])
+    assert (openings.tolist()[0] == turn[: openings.shape[1]]) == chats
+    assert framed.shape[1] == len(turn) + 11 and (framed[:, 0] == tokenizer.bos[0]).all()
+
+
+# ---- installed packages, measuring --------------------------------------------------------------
+
+
+def test_installed_packages_without_tables_copies_and_links(site):
+    documents, library = everything(), read_corpus(None)
+    packages = {name for name in documents if name.startswith("site-packages/")}
+    assert documents.keys() - packages == library.keys() and len(library) == 3
+    names = ("plain/code.py", "plain/deep/code.py", "networkx/graph.py")
+    assert packages == {f"site-packages/{name}" for name in names}
+    held_out = {name for name in documents if is_held_out(name)}
+    assert "site-packages/networkx/graph.py" in held_out and held_out & library.keys()
+    assert not is_held_out("networkx/graph.py")  # such a folder of one's own is not that package
+
+
+def test_training_on_installed_packages_keeps_their_tokens(site, tmp_path):
+    options = f"{SHAPE} {SPEED} --vocab 400"
+    _, first = lab_train(tmp_path / "run", INSTALLED, f"{options} --steps 3")
+    for file in site.rglob("*.py"):
+        file.unlink()
+    _, again = lab_train(tmp_path / "run", INSTALLED, f"{options} --steps 6 --resume")
+    assert again.encode(module("new")) == first.encode(module("new"))
+    with safe_open(tmp_path / "run" / "corpus" / "tokens.safetensors", "pt") as saved:
+        text, ends = (first.decode(saved.get_tensor(name).tolist()) for name in ("text", "held"))
+    assert "plain_code" in text and "networkx" not in text and "networkx_graph" in ends
+    with pytest.raises(ValueError, match="another --out reads the text afresh"):
+        lab_train(tmp_path / "run", INSTALLED, f"{options} --vocab 300 --steps 6 --resume")
+
+
+def test_no_steps_only_measure(tmp_path, corpus, trunk):
+    asked = f"--out {tmp_path / 'run'} --corpus {corpus} --model {trunk} --steps 0 --context 16"
+    lab.train.main(asked.split())
+    assert {f.name for f in (tmp_path / "run").iterdir()} == {"agreement.csv", "agreement.png"}
+    setting, command, title, *rows = (tmp_path / "run/agreement.csv").read_text().splitlines()
+    assert setting.startswith(f"# {trunk}, float32, ") and command.startswith("# python ")
+    assert title == "layer,held_out_text,greedy_continuations" and len(rows) == 3
+
+
+def test_a_dollar_sign_in_a_path_is_no_formula(tmp_path):
+    header = dict(model="$a^{$", dtype="float32", device="x", threads=1, versions={})
+    columns = {"held-out text": [0.5, 0.6]}
+    write_figure(tmp_path, header | {"command": "python $x^{"}, (1,), columns)
+    assert (tmp_path / "agreement.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--self-distill 100", "need a --model"),
+        ("--unlikelihood 1", "changes the trunk of a --model"),
+        ("--model tiny --unlikelihood nan", "must be 0 or above"),
+        ("--steps 0", "--steps must be above 0"),
+        ("--model tiny --freeze-trunk --steps 0", "--steps must be above 0"),
+        ("--model tiny --exits 8 2", "from 1 on, got"),
+    ],
+)
+def test_errors_are_named_and_write_nothing(tmp_path, monkeypatch, corpus, options, message):
+    monkeypatch.setattr(checkpoints, "load", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(ValueError, match=message):
+        lab_train(tmp_path / "run", corpus, options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_way_to_train_is_another_run(tmp_path, corpus, trunk):
+    options = f"--model {trunk} --exits 1 2 {SPEED} --steps"
+    lab_train(tmp_path / "run", corpus, f"{options} 1")
+    for more, key in (("--unlikelihood 1", "unlikelihood"), ("--self-distill 500", "self_distill")):
+        with pytest.raises(ValueError, match=f"its {key} is 0"):
+            lab_train(tmp_path / "run", corpus, f"{options} 2 --resume {more}")

@@ -1,0 +1,250 @@
+"""Training beyond the two recipes of train_exits.py, which this file builds on.
+
+    python -m lab.train --out DIR --model M              3. all of M, held close to itself
+    torchrun --nproc_per_node=N -m lab.train ...         any recipe, its rows shared by N processes
+    python -m lab.train --out DIR --model M --steps 0    only measures and draws M
+
+Recipe 3 trains the trunk as recipe 1 does, but the last layer learns the original's distribution,
+the exits the last layer's, and the first exit weighs as much as the others. With --unlikelihood it
+also lets the model go on, greedily, with what it reads, and makes the tokens of its loops unlikely
+(arXiv 1908.04319).
+
+--corpus installed reads Python's library and every package installed beside it; its tokens are kept
+in DIR/corpus. --self-distill trains recipes 2 and 3 on M's own writing, which is what decoding will
+meet; it is kept in DIR/samples.safetensors. A chat model is shown the mark that begins a user's
+turn, and writes the question too (Magpie, arXiv 2406.08464).
+
+At the end agreement.csv has a second column, on greedy continuations, and agreement.png shows both.
+"""
+
+import argparse
+import copy
+import datetime
+import math
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoints
+from checkpoints.console import command
+from checkpoints.files import describe
+from checkpoints.tokenizer import Tokenizer
+from checkpoints.vocabulary import learn
+from lab.agreement import agreement, kept, write_figure
+from lab.corpus import own_loops, own_samples
+from lab.installed import INSTALLED, installed_tokens
+from model import Llama
+from train_exits import (
+    EXIT_WEIGHT,
+    LONG,
+    FrozenTrunk,
+    LayerSkip,
+    Run,
+    check,
+    choose_exits,
+    encode,
+    loop,
+    new_model,
+    options,
+    prepare,
+    read_corpus,
+    report,
+    split,
+)
+
+MAX_DROP = 0.1  # how often recipe 3 skips the last layer at first
+OWN = 0.5  # loss weight of the rows a model has written itself; the text's is 1
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The options, checked. Raises ValueError for what can be seen to be wrong before any work."""
+    p = options(__doc__)
+    own = "recipes 2 and 3: train M on so many tokens of its own writing"
+    p.add_argument("--self-distill", type=int, default=0, metavar="TOKENS", help=own)
+    leave = "recipe 3: what weight the model's own loops have, which are to be unlikely"
+    p.add_argument("--unlikelihood", type=float, default=0.0, metavar="W", help=leave)
+    args = p.parse_args(argv)
+    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    recipe_3 = args.model and not args.freeze_trunk
+    if (args.freeze_trunk or args.self_distill) and not args.model:
+        raise ValueError("--freeze-trunk and --self-distill need a --model to start from")
+    if args.unlikelihood and not recipe_3:
+        raise ValueError("--unlikelihood changes the trunk of a --model, as recipe 3 does")
+    if not 0 <= args.unlikelihood < math.inf or args.self_distill < 0:
+        raise ValueError("--unlikelihood and --self-distill must be 0 or above")
+    args.only_measure = args.steps == 0 and recipe_3
+    args.steps = None if args.only_measure else args.steps
+    if recipe_3 and args.lr is None:
+        args.lr = 3e-4
+    check(args, args.rank == 0)
+    if args.batch < LONG * args.context * args.world:
+        raise ValueError(f"--batch must hold {LONG} x --context tokens for each process")
+    if args.device.type == "cuda":
+        args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if args.device.index >= (gpus := torch.cuda.device_count()):
+            raise ValueError(f"processes take a GPU each: at most {gpus} here")
+    return args
+
+
+class WholeModel(LayerSkip):
+    """Recipe 3: every layer of a given model learns, and it is held close to what it was."""
+
+    def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace, original: Llama):
+        super().__init__(model, text, args)
+        self.original, self.max_drop = original, MAX_DROP
+        self.weights = dict.fromkeys(model.exits, EXIT_WEIGHT)
+        if args.unlikelihood:
+            self.names.append("own loops")
+
+    def gradients(self, run: Run, done: float) -> Tensor:
+        """With --unlikelihood one line more: the loops' loss, and how many tokens are in one."""
+        stats, args = super().gradients(run, done), self.args
+        if not args.unlikelihood:
+            return stats
+        rows = self.rows(run.step)
+        own, inside = own_loops(self.model, run.mine(rows)[:, : args.context + 1])
+        both = torch.stack([own, inside.long()], 1)  # (R, 2, N+1)
+        made = run.backward(self.loop_loss, both, len(rows), args.micro // args.context)
+        return torch.cat([stats, made])
+
+    def share(self, done: float) -> float:
+        return 1.0
+
+    def last_loss(self, logits: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+        with torch.no_grad():
+            goal = self.original(ids).flatten(0, 1).float().softmax(-1)
+        return F.cross_entropy(logits, goal)
+
+    def exit_loss(
+        self, h: Tensor, exit: int, full: Tensor, target: Tensor, share: float
+    ) -> tuple[Tensor, Tensor]:
+        """As in recipe 2: among the tokens that the exit knows."""
+        heads: Any = self.model.exit_heads
+        if str(exit) not in heads or heads[str(exit)].vocab is None:
+            return super().exit_loss(h, exit, full, target, share)
+        vocab = heads[str(exit)].vocab
+        logits = (
+            heads[str(exit)].known(self.model.exit_block(h, exit), self.model.head).flatten(0, 1)
+        )
+        agrees = (vocab[logits.detach().argmax(-1)] == full.argmax(-1)).float().mean()
+        return F.cross_entropy(logits.float(), full[:, vocab].softmax(-1)), agrees
+
+    def loop_loss(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows the model has written; both: their ids, and whether in a loop (R, 2, N+1)."""
+        rows, inside = both.to(self.args.device).unbind(1)
+        target, loops = rows[:, 1:].flatten(), inside[:, 1:].flatten().float()
+        logits, states = self.run(rows[:, :-1], frozenset())
+        chosen = logits.softmax(-1).gather(1, target.unsqueeze(1)).squeeze(1)
+        unlikely = -(loops * torch.log1p(-chosen.clamp(max=0.999))).mean()
+        total = self.args.unlikelihood * unlikely
+        for exit, weight in self.weights.items():
+            total = (
+                total + weight * self.exit_loss(states[exit], exit, logits.detach(), target, 1)[0]
+            )
+        return OWN * total, torch.stack([unlikely.detach(), loops.mean()]).view(1, 2)
+
+
+class SharedRun(Run):
+    """A run whose rows are shared among processes, all of which hold the same weights."""
+
+    def __init__(self, args: argparse.Namespace, model: Llama, tokenizer: Tokenizer | None):
+        super().__init__(args, model, tokenizer)
+        self.writes = args.rank == 0
+
+    def progress(self) -> float:
+        done = torch.tensor(super().progress(), dtype=torch.float64, device=self.args.device)
+        dist.all_reduce(done, dist.ReduceOp.MAX)  # clocks differ
+        return done.item()
+
+    def mine(self, rows: Tensor) -> Tensor:
+        return rows.tensor_split(self.args.world)[self.args.rank]
+
+    def backward(self, *asked) -> Tensor:
+        stats = super().backward(*asked)
+        dist.all_reduce(stats)
+        return stats
+
+    def update(self, loss: float, rate: float) -> None:
+        grads = [w.grad for w in self.working if w.grad is not None]  # skipped layers have none
+        sums = torch.cat([grad.flatten().float() for grad in grads])
+        dist.all_reduce(sums)
+        for grad, part in zip(grads, sums.split([grad.numel() for grad in grads])):
+            grad.copy_(part.view_as(grad))
+        super().update(loss, rate)
+
+
+def read(args: argparse.Namespace) -> tuple[Llama, Tokenizer | None, Tensor, Tensor]:
+    """The model with its exits, its tokenizer, tokens (T,) to train on and held out."""
+    model, tokenizer = None, None
+    if args.model:
+        model, tokenizer = checkpoints.load(args.model, args.device, torch.float32, plain=True)
+        if tokenizer is None and not args.self_distill:
+            raise ValueError(f"{args.model} has no tokenizer: only --self-distill can train it")
+        choose_exits(model, args)
+    if model is not None and args.self_distill:
+        return model, tokenizer, *own_samples(model, tokenizer, args)
+    if args.corpus == INSTALLED:
+        tokenizer, text, held = installed_tokens(args, tokenizer)
+    else:
+        texts, held_out = split(read_corpus(args.corpus))
+        tokenizer = tokenizer or learn(texts, args.vocab)
+        text, held = encode(tokenizer, texts), encode(tokenizer, held_out)
+    if model is None:
+        model = new_model(args, tokenizer)
+        choose_exits(model, args)
+    return model, tokenizer, text, held
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    model, tokenizer, text, held = read(args)
+    if args.only_measure:
+        return draw(args, model, held, None)
+    prepare(model, text, held, args)
+    run = (SharedRun if args.world > 1 else Run)(args, model, tokenizer)
+    recipe: LayerSkip | FrozenTrunk
+    original = None
+    if args.model and not args.freeze_trunk:
+        original = copy.deepcopy(run.work).requires_grad_(False)
+        recipe = WholeModel(run.work, text, args, original)
+    else:
+        recipe = (FrozenTrunk if args.freeze_trunk else LayerSkip)(run.work, text, args)
+    if args.resume:
+        run.load()
+    loop(args, run, recipe, held)
+    if run.writes:
+        dtype = run.work.embed.weight.dtype
+        draw(args, checkpoints.load(args.out / "model", args.device, dtype)[0], held, original)
+
+
+def draw(args: argparse.Namespace, model: Llama, held: Tensor, original: Llama | None) -> None:
+    """Every layer's agreement, as a table and a figure, and what was kept of the original."""
+    loss, columns = agreement(model, held, args.context)
+    header = describe(args.model or "a new model", args.device, model.embed.weight.dtype)
+    report(args.out, header, model.exits, loss, columns)
+    if original is not None:
+        print(kept(original, model, held, args.context))
+    write_figure(args.out, header, model.exits, columns)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole run. Raises ValueError, before anything is written, for what cannot be trained."""
+    args = arguments(argv)
+    if args.world == 1:
+        return train(args)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)  # whatever is gathered goes through this one
+    patience = datetime.timedelta(hours=12)  # a run may be paused
+    dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=patience)
+    try:
+        train(args)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    command(main, "stopped: --resume continues from the last checkpoint, if there is one yet")
