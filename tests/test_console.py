@@ -1,10 +1,8 @@
 """What the commands refuse before any work, and how they say it."""
 
 import pytest
-import torch
 
-import train_exits
-from lab.commands import Parser, check_exits, command, must_take_files
+from checkpoints.console import Parser, check_exits, command, must_take_files
 
 
 @pytest.mark.parametrize("error", [ValueError("two\n  lines"), OSError("two\nlines")])
@@ -64,12 +62,3 @@ def test_a_folder_that_cannot_be(tmp_path, folder):
     with pytest.raises(ValueError, match=f"^cannot write to '{tmp_path / folder}': [A-Z][a-z ]*$"):
         must_take_files(tmp_path / folder)
     assert [path.name for path in tmp_path.rglob("*")] == ["file"]
-
-
-def test_more_processes_than_gpus_are_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ValueError, match="a GPU each: at most 2 here"):
-        train_exits.main(["--out", str(tmp_path / "run"), "--steps", "3"])
-    assert not (tmp_path / "run").exists()
