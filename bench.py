@@ -41,6 +41,7 @@ from checkpoints.ladders import (
     kept_dtype,
     kept_ladders,
     kept_threads,
+    must_be_keepable,
     save_ladders,
 )
 from checkpoints.machine import Notes, limits, ratio, watch, what_was_seen
@@ -89,6 +90,9 @@ def main() -> None:
     args = parse_arguments()
     tell = partial(say, keep_going=bool(args.json or args.figures))
     model, tokenizer, header = load_model(args, tell)
+    own = [parse_ladder(text) for text in args.ladder]
+    for ladder in own:
+        ladder.check_model(model.config)
     questions = choose_questions(args, tokenizer)
     limit = args.max_new_tokens, tokenizer.stop
     room = most_tokens(model, tokenizer, questions, args.max_new_tokens)
@@ -99,13 +103,13 @@ def main() -> None:
     if args.tune:
         from lab.tune import tune, tuning_table
 
+        tell("tuning: thousands of ladders are predicted and dozens run, which takes minutes")
         firsts = {q["category"]: tokenizer.chat(q["turns"][:1]) for q in reversed(questions)}
         prompts = [p for p in firsts.values() if len(p) + args.max_new_tokens <= room]
         ran = tune(step, prompts, *limit, decoder)
         save_ladders(header, ran, ship=args.ship)
         tell(tuning_table(ran) + "\n")
         tuned, where = {name: as_ladder(best) for name, best in ran.items()}, "this machine, now"
-    own = [parse_ladder(text) for text in args.ladder]
     methods = choose_methods(model, tuned, own, decoder, every_kind=args.tune)
     header["ladders"] = f"tuned on {where}" if where else "not tuned: the paper's windows"
     tell("ladders:", header["ladders"])
@@ -224,7 +228,6 @@ def choose_methods(
     }
     ladders |= {name: x for name, x in tuned.items() if every_kind and name not in ladders}
     for x in own:
-        x.check_model(model.config)
         ladders[ladder_text(x.exits, x.windows, x.thresholds)] = x.exits, x.windows, x.thresholds
     for ladder in [*ladders.values()]:
         if (single := alone(ladder)) is not None and single not in ladders.values():
@@ -643,10 +646,12 @@ def check(args: argparse.Namespace) -> None:
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
+        dtype = getattr(torch, args.dtype or "float32")
+        torch.zeros(1, device=args.device, dtype=dtype).item()
+    except (RuntimeError, AssertionError, TypeError) as error:  # some devices have no float64
         why = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used here: {why}") from None
+        asked = f"--device {args.device}" + f" --dtype {args.dtype}" * (args.dtype is not None)
+        raise ValueError(f"{asked} cannot be used here: {why}") from None
     if args.step == "packed" and args.device != "cpu":
         raise ValueError("--step packed is for a CPU")
     if args.step != "plain" and find_spec("fast") is None:
@@ -656,12 +661,18 @@ def check(args: argparse.Namespace) -> None:
     if any(of_lab.values()) and find_spec("lab") is None:
         asked = ", ".join(option for option, given in of_lab.items() if given)
         raise ValueError(f"{asked}: needs lab/, which is not here")
+    if args.prompts not in (None, HELD_OUT):
+        read_prompts(args.prompts)  # what is wrong is said now, not when everything is measured
+    if args.tune:
+        must_be_keepable(args.ship)
     if args.json:
-        must_be_writable(args.json)  # said now, not when everything is measured
+        must_be_writable(args.json)
     if args.figures:
         must_take_files(args.figures)
-    if args.peers and find_spec("transformers") is None:
-        raise ValueError("--peers needs transformers: pip install -r requirements-dev.txt")
+    for option, package in ("peers", "transformers"), ("figures", "matplotlib"):
+        if getattr(args, option) and find_spec(package) is None:
+            why = f"needs {package}: pip install -r requirements-dev.txt"
+            raise ValueError(f"--{option} {why}")
 
 
 if __name__ == "__main__":

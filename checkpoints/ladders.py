@@ -11,12 +11,19 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from arguments import Options
-from checkpoints.files import read_json, write_whole
+from checkpoints.console import must_take_files
+from checkpoints.files import must_be_writable, read_json, write_whole
 from checkpoints.machine import best_threads, cores, seconds_of_few
 from model import Llama
 
@@ -117,19 +124,41 @@ def own_folder() -> Path:
     return Path(cache) / "hispec" / "ladders"
 
 
+def must_be_keepable(ship: bool) -> None:
+    """ValueError if `save_ladders` could not write: to be said before long work."""
+    must_be_writable(SHIPPED) if ship else must_take_files(own_folder())
+
+
 def save_ladders(header: dict, ladders: dict[str, dict], ship: bool = False) -> Path:
     """Keep what tuning found on this machine; ship: in results/ladders.json. Returns the file."""
-    entry = {**ladders, **{key: header[key] for key in ("threads", "versions", "command")}}
-    return _ship(_key(header), entry) if ship else _keep(header, entry)
+    about = {key: header[key] for key in ("threads", "versions", "command")}
+    return _keep(header, {**ladders, **about}, ship)
 
 
-def _keep(header: dict, entry: dict) -> Path:
-    """Add to this machine's own file for the setting."""
-    key, file = _key(header), _own_file(_key(header))
+def _keep(header: dict, entry: dict, ship: bool = False) -> Path:
+    """Add to what is kept for the setting; shipped: in place of it."""
+    key = _key(header)
+    file = SHIPPED if ship else _own_file(key)
     file.parent.mkdir(parents=True, exist_ok=True)
-    found = _read(file).get(key, {}) | entry
-    write_whole(file, json.dumps({key: found}, indent=1) + "\n")
+    with _alone(file.parent):
+        found = _read(file)
+        new = entry if ship else found.get(key, {}) | entry
+        write_whole(file, json.dumps(found | {key: new}, indent=1) + "\n")
     return file
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While open, no other process that asks for the same writes there (where a system can)."""
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _try_to_keep(header: dict, entry: dict) -> None:
@@ -137,11 +166,6 @@ def _try_to_keep(header: dict, entry: dict) -> None:
         _keep(header, entry)
     except OSError:
         pass  # where nothing can be kept it is found anew each time
-
-
-def _ship(key: str, entry: dict) -> Path:
-    write_whole(SHIPPED, json.dumps(_read(SHIPPED) | {key: entry}, indent=1) + "\n")
-    return SHIPPED
 
 
 def _key(header: dict) -> str:

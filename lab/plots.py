@@ -297,7 +297,8 @@ def save(folder: Path, data: Data, header: dict) -> None:
             figure = Figure(figsize=(9.6, 5.6), layout="constrained")
             below = (plot(figure, data), in_words(header), header["command"])
             lines = [x for text in below for x in textwrap.wrap(text, 125, break_on_hyphens=False)]
-            figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color="0.3")
+            at: dict[str, Any] = dict(x=0.01, ha="left", fontsize=9, color="0.3")
+            figure.supxlabel("\n".join(lines), parse_math=False, **at)  # a path may hold a $
             for kind, about in (("png", None), ("svg", {"Date": None})):
                 options: dict[str, Any] = dict(format=kind, dpi=150, metadata=about)
                 write_whole(folder / f"{name}.{kind}", partial(figure.savefig, **options))

@@ -12,8 +12,6 @@ where that loses; where none was kept, two of the model's exits.
 """
 
 import argparse
-import os
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -24,7 +22,7 @@ import torch
 
 from arguments import Event, Options, ladder_text
 from checkpoints import load
-from checkpoints.console import Parser, check_exits, command
+from checkpoints.console import Parser, check_exits, coloured, command
 from checkpoints.files import describe, must_be_writable
 from checkpoints.ladders import default_exits, kept_dtype, kept_ladder, kept_threads
 from checkpoints.tokenizer import Tokenizer
@@ -165,10 +163,6 @@ def parse_arguments() -> argparse.Namespace:
     if args.html:
         must_be_writable(args.html)  # said now, not when everything is generated
     return args
-
-
-def coloured() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 import tiktoken
 import torch
 from conftest import random_model
+from test_console import nobody_reads
 
 import bench
 from arguments import parse_ladder
@@ -33,6 +34,8 @@ def small_bench(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
     monkeypatch.setattr(machine, "memory_speed", lambda model: 1e9)  # takes seconds
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ladders, "best_threads", lambda model: 1)
     monkeypatch.setattr(ladders, "SHIPPED", tmp_path / "shipped.json")
     monkeypatch.setattr(bench, "load", lambda name, device, dtype, plain: (model, tokenizer))
     prompts = [
@@ -100,7 +103,6 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
     assert methods["paper windows"]["tokens_per_second"] == hispec["tokens_per_second"]
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
-    assert [line.split()[0] for line in printed.splitlines() if "7.jsonl" in line] == []
     # no half-written file, and nothing where results are shipped
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json", "cache"}
 
@@ -282,7 +284,8 @@ def test_it_runs_without_the_wings(tmp_path):
             command, cwd=tmp_path, capture_output=True, text=True, env=environment
         )
 
-    brief = ["--quick", "--max-new-tokens", "8", "--temperature", "0", "--json", "out.json"]
+    (tmp_path / "one.jsonl").write_text('{"category": "x", "turns": ["def f("]}')
+    brief = ["--quick", "--max-new-tokens", "8", "--json", "out.json", "--prompts", "one.jsonl"]
     ran = run(*brief)
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "out.json").read_text())
@@ -326,6 +329,44 @@ def test_figures_that_cannot_be_written_end_at_once(monkeypatch, tmp_path, folde
     test_bad_options_end_at_once(monkeypatch, ["--figures", str(tmp_path / folder)],
                                  f"cannot write to '{tmp_path / folder}'")  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"file"}
+
+
+def test_results_are_written_though_nobody_reads_the_lines(small_bench):
+    """As with `bench.py --json F | head -4`."""
+    with nobody_reads():
+        _, result = small_bench("--quick", "--max-new-tokens", "2", "--temperature", "0")
+    assert len(result["methods"]) == 7
+
+
+def test_what_a_model_writes_cannot_move_the_cursor(small_bench, monkeypatch, capsys):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens: "\x1b[2Jgone\x08")
+    small_bench("--quick", "--max-new-tokens", "2", "--temperature", "0")
+    assert "Sample (chat): ␛[2Jgone␈" in capsys.readouterr().out
+
+
+def test_a_dtype_that_the_device_lacks_is_refused(monkeypatch):
+    def zeros(*shape, device, dtype):
+        if dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype\nas MPS has none")
+        return torch.ones(1)
+
+    monkeypatch.setattr(bench.torch, "zeros", zeros)
+    message = "--device mps --dtype float64 cannot be used here: Cannot convert a MPS Tensor"
+    test_bad_options_end_at_once(monkeypatch, ["--device", "mps", "--dtype", "float64"], message)
+
+
+@pytest.mark.parametrize("ship", [[], ["--ship"]])
+def test_tuning_that_could_not_be_kept_ends_at_once(monkeypatch, tmp_path, ship):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(ladders, "SHIPPED", tmp_path / "file" / "ladders.json")
+    asked = ["--device", "cpu", "--tune", *ship]
+    test_bad_options_end_at_once(monkeypatch, asked, f"cannot write to '{tmp_path / 'file'}")
+
+
+def test_prompts_that_cannot_be_read_end_at_once(monkeypatch):
+    asked = ["--device", "cpu", "--prompts", "none.jsonl"]
+    test_bad_options_end_at_once(monkeypatch, asked, "cannot read the prompts none.jsonl")
 
 
 # ---- which ladders ------------------------------------------------------------------------------
@@ -496,7 +537,7 @@ def test_methods_take_turns_in_a_rotating_order_and_the_same_ladder_once():
         )
 
     methods = [Method(name, ((i,), (1,), ()), decode(name)) for i, name in enumerate("abc")]
-    methods.append(Method("c again", methods[2].ladder, decode("never")))
+    methods.append(Method("c again", methods[2].ladder, decode("c")))
     requests = []
     for category in "xxxy":
         request = Request(category, [1], [5], watched={m.ladder: None for m in methods})

@@ -1,6 +1,7 @@
 """What tuning found is kept and found again: ladders, threads, the dtype."""
 
 import json
+import multiprocessing
 
 import pytest
 import torch
@@ -174,3 +175,28 @@ def test_the_faster_dtype_is_found_once_and_again_when_tuning(searches, monkeypa
     ladders._keep(HEADER | {"dtype": "either dtype"}, {"dtype": "int8"})
     with pytest.raises(ValueError, match="dtype kept for m, either dtype.* must be one of"):
         ladders.kept_dtype(HEADER, never)
+
+
+@pytest.mark.parametrize("ship", [True, False])
+def test_two_that_write_at_once_lose_nothing(places, ship):
+    """Four processes, ten settings each; and all of them what they know of one setting."""
+
+    def write(process):
+        for i in range(10):
+            header = HEADER | {"device": f"CPU {process}, {i} cores"}
+            ladders.save_ladders(header, {"hispec": HISPEC}, ship)
+            ladders._keep(HEADER, {f"{process} {i}": i})
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=write, args=(p,)) for p in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    folder = places / "cache" / "hispec" / "ladders"
+    files = [places / "ladders.json"] if ship else folder.glob("*.json")
+    kept = [key for file in files for key in json.loads(file.read_text())]
+    assert (
+        len([key for key in kept if "CPU" in key and "cores" in key and "a CPU" not in key]) == 40
+    )
+    assert len(ladders._of_this_machine(HEADER)) == 40
