@@ -67,11 +67,13 @@ class Method:
     decode: Callable[..., Generation]  # decode(prompt, max_new_tokens, stop=..., temperature=...)
     draft: Ladder | None = None  # its own draft alone: its first exit straight below the full model
     ours: bool = True
+    draft_head: int = 0
 
     @property
-    def key(self) -> Ladder | str:
+    def key(self) -> object:
         """Methods of the same ladder are measured once."""
-        return self.ladder if self.ours else self.name
+        ours = (self.ladder, self.draft_head) if self.draft_head else self.ladder
+        return ours if self.ours else self.name
 
 
 @dataclass
@@ -83,7 +85,7 @@ class Request:
     greedy: list[int]  # the reference answer
     repeats: list[list[Generation]] = field(default_factory=list)  # [repeat][method]
     sampled: list[Generation] = field(default_factory=list)  # [method], or empty
-    watched: dict[Ladder, Notes] = field(default_factory=dict)  # by ladder, or empty
+    watched: dict[object, Notes] = field(default_factory=dict)  # by Method.key, or empty
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ def main() -> None:
     model, tokenizer, header = load_model(args, tell)
     own = [parse_ladder(text) for text in args.ladder]
     for ladder in own:
-        ladder.check_model(model.config)
+        ladder.check_model(model.config, [int(exit) for exit in model.draft_heads])
     questions = choose_questions(args, tokenizer)
     limit = args.max_new_tokens, tokenizer.stop
     room = most_tokens(model, tokenizer, questions, args.max_new_tokens)
@@ -113,7 +115,8 @@ def main() -> None:
     methods = choose_methods(model, tuned, own, decoder, every_kind=args.tune)
     header["ladders"] = f"tuned on {where}" if where else "not tuned: the paper's windows"
     tell("ladders:", header["ladders"])
-    for draft in {m.draft for m in methods if len(m.ladder[0]) > 1} - {*tuned.values()}:
+    drafts = {method.draft for method in methods if method.draft and len(method.ladder[0]) > 1}
+    for draft in sorted(drafts - {*tuned.values()}):
         tell(f"  {ladder_text(*draft)}, exit {draft[0][0]} alone, was not tuned")
     if args.peers:
         from lab.peers import peers
@@ -193,10 +196,11 @@ def make_step(model: Llama, args: argparse.Namespace, room: int) -> Step:
     return fast.FixedStep(model, room, args.compile and args.device != "cpu")
 
 
-def decode_with(model: Llama, step: Step, exits=(), windows=(), thresholds=()) -> Callable:
-    """generate with this ladder and step."""
-    ladder = {"exits": exits, "windows": windows, "thresholds": thresholds}
-    return partial(generate, model, fast=step, **ladder)
+def decode_with(model: Llama, step: Step, *ladder: tuple, draft_head: int = 0) -> Callable:
+    """generate with this step and ladder: exits, windows, thresholds."""
+    options: dict = dict(zip(("exits", "windows", "thresholds"), ladder))
+    options |= {"draft_head": draft_head} if draft_head else {}
+    return partial(generate, model, fast=step, **options)
 
 
 def choose_methods(
@@ -227,12 +231,19 @@ def choose_methods(
         "look-up, exit": tuned.get("look-up, exit", ((0, middle), (4, 4), (0.0, 0.0))),
     }
     ladders |= {name: x for name, x in tuned.items() if every_kind and name not in ladders}
+    heads = []
     for x in own:
-        ladders[ladder_text(x.exits, x.windows, x.thresholds)] = x.exits, x.windows, x.thresholds
+        ladder = x.exits, x.windows, x.thresholds
+        name = ladder_text(*ladder, x.draft_head)
+        if x.draft_head:  # it cannot draft without the exit that it reads
+            decode = decoder(*ladder, draft_head=x.draft_head)
+            heads.append(Method(name, ladder, decode, draft_head=x.draft_head))
+        else:
+            ladders[name] = ladder
     for ladder in [*ladders.values()]:
         if (single := alone(ladder)) is not None and single not in ladders.values():
             ladders[f"exit {single[0][0]} alone"] = single
-    return [Method(name, x, decoder(*x), alone(x)) for name, x in ladders.items()]
+    return [Method(name, x, decoder(*x), alone(x)) for name, x in ladders.items()] + heads
 
 
 def as_ladder(result: dict) -> Ladder:
@@ -330,7 +341,7 @@ def measure(request: Request, before: list[Request], methods, limit, law: dict, 
     if len(before) % 3 == 0:  # which says enough, and nobody waits for it
         for method in methods:
             if method.ours and method.key not in request.watched:
-                request.watched[method.ladder] = watch(method.decode, request.prompt, new, stop)
+                request.watched[method.key] = watch(method.decode, request.prompt, new, stop)
 
 
 def take_turn(
@@ -359,10 +370,12 @@ def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> l
         exits, windows, thresholds = method.ladder
         result: dict = {"name": method.name, "exits": exits, "windows": windows}
         result |= {"thresholds": thresholds} | by_category(methods, requests, m, figures)
+        if method.draft_head:
+            result["draft_head"] = method.draft_head
         if drawn:
             result["sampled"] = by_category(methods, drawn, m, partial(figures, sampled=True))
         if method.ours:
-            result |= what_was_seen([r.watched[method.ladder] for r in requests if r.watched])
+            result |= what_was_seen([r.watched[method.key] for r in requests if r.watched])
         if any(exits):
             result |= level_agreement(said, exits)
         results.append(result)
@@ -390,7 +403,7 @@ def figures(methods: list[Method], requests: list[Request], m: int, sampled=Fals
     def rate(repeat, method: int) -> float:
         return sum(len(g.tokens) for g in repeat[method]) / sum(g.seconds for g in repeat[method])
 
-    def speedup_over(key: Ladder | str | None) -> float | None:
+    def speedup_over(key: object) -> float | None:
         if key not in keys:
             return None
         return statistics.median(rate(r, m) / rate(r, keys.index(key)) for r in runs)
@@ -527,7 +540,7 @@ def summary_rows(results: list[dict], title: str, identical: bool = False) -> li
     rows = [[title, "tokens/s", "x greedy", "x draft", "x single", "a pass", "accepted"]]
     rows[0] += ["identical"] * identical
     for r in results:
-        ladder = ladder_text(r["exits"], r["windows"], r["thresholds"])
+        ladder = ladder_text(r["exits"], r["windows"], r["thresholds"], r.get("draft_head", 0))
         name = r["name"] if r["name"] == ladder else f"{r['name']}  {ladder}".rstrip()
         speeds = [r[f"speedup_vs_{other}"] for other in ("greedy", "draft_alone", "single_layer")]
         cells = [number(r["tokens_per_second"], 1), *map(number, speeds)]

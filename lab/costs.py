@@ -14,7 +14,7 @@ import torch
 from arguments import Options
 from checkpoints.ladders import Ladder
 from checkpoints.machine import pass_seconds, timed
-from drafters import look_up
+from drafters import LookUp
 from hispec import Generation, Step, probability
 from model import Llama
 
@@ -110,11 +110,14 @@ def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
     depths, thresholds = (*exits, n_layers), (*thresholds, 0.0)
     text, end, seconds = trace.choices[n_layers][:1], len(trace.choices[n_layers]), 0.0
     seen = [-1] * len(depths)  # the prompt's pass has written the first token
+    drafter, prompt, unchanged = LookUp(), trace.prompt, 0  # unchanged: since it last drafted
 
     def propose(k: int, want: int) -> None:
-        nonlocal seconds
+        nonlocal seconds, unchanged
         if depths[k] == 0:
-            return text.extend(look_up(trace.prompt + text, min(want, end - len(text))))
+            drafts = drafter.look_up(prompt + text, unchanged, min(want, end - len(text)))
+            unchanged = len(prompt) + len(text)
+            return text.extend(drafts)
         depth, goal, probability = depths[k], len(text) + want, 1.0
         choices, sure = trace.choices[depth], trace.sure[depth]
         while len(text) < min(goal, end) and probability >= thresholds[k]:
@@ -133,6 +136,7 @@ def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
                 kept += 1
             probability *= math.prod(sure[base : kept + 1])
             text[kept:] = [choices[kept]]
+            unchanged = min(unchanged, len(prompt) + kept)
             seen[:] = [min(s, kept - 1) for s in seen]
 
     propose(len(exits), end - 1)

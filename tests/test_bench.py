@@ -20,6 +20,7 @@ from bench import GREEDY, Method, Request, differing_tokens, figures
 from checkpoints import ladders, machine
 from checkpoints.tokenizer import Tiktoken, Tokenizer
 from hispec import Generation, LevelStats, generate
+from model import DraftHead
 
 
 @pytest.fixture
@@ -145,6 +146,15 @@ def test_ladders_of_ones_own_and_their_drafts_alone(small_bench, capsys):
     )  # a median, the other not
     assert methods["exit 3 alone"]["speedup_vs_draft_alone"] == 1
     assert "3(4), exit 3 alone, was not tuned" in capsys.readouterr().out
+
+
+def test_a_ladder_with_a_draft_head(small_bench):
+    model = bench.load(None, None, None, None)[0]
+    model.draft_heads["2"] = DraftHead(model.config)
+    _, result = small_bench("--quick", "--max-new-tokens", "6", "--ladder", "2'(3) 2(4)")
+    method = result["methods"][-1]
+    assert (method["name"], method["draft_head"], method["exits"]) == ("2'(3) 2(4)", 2, [0, 2])
+    assert method["identical"] == 3 and method["speedup_vs_draft_alone"] is None
 
 
 def test_a_ladder_that_is_too_deep_is_refused_before_anything_is_decoded(small_bench, monkeypatch):
