@@ -127,16 +127,15 @@ def main() -> None:
 
     requests: list[Request] = []
     columns = shown(methods)
-    tell("\n" + row_line("x greedy, by prompt", "tokens/s", [heading for heading, _ in columns]))
-    began, turns = time.perf_counter(), sum(len(question["turns"]) for question in questions)
+    tell("\n" + row_line("over greedy, by prompt", "tokens/s", [name for name, _ in columns]))
+    began = time.perf_counter()
     for request in ask(decoder(*GREEDY), tokenizer, questions, *limit, room, tell):
+        if not requests:
+            tell(how_long(questions, methods, time.perf_counter() - began))
         with tqdm(total=1, desc=request.category, leave=False, disable=None) as bar:
             measure(request, requests, methods, limit, sampling(args), bar)
         requests.append(request)
         tell(row(methods, request, columns))
-        if len(requests) == 1 and turns > 1:
-            minutes = (time.perf_counter() - began) * (turns - 1) / 60
-            tell(f"({turns - 1} more: about {minutes:.1f} minutes)")
     if not requests:
         raise ValueError(f"no prompt fits the model's context of {model.config.max_seq_len} tokens")
 
@@ -503,13 +502,21 @@ def number(value: float | None, digits: int = 2) -> str:
 
 def shown(methods: list[Method]) -> list[tuple[str, int]]:
     """Headings and indices of the methods that a line has room for, after greedy's speed."""
-    columns, room = [], WIDE - 32
+    columns, room = [], WIDE - 34
     for m, method in enumerate(methods[1:], 1):
         heading = SHORT.get(method.name, method.name).rjust(4)
         room -= len(heading) + 2
         if room >= 0:
             columns.append((heading, m))
     return columns
+
+
+def how_long(questions: list[dict], methods: list[Method], seconds: float) -> str:
+    """seconds: what one text took."""
+    turns = sum(len(question["turns"]) for question in questions)
+    texts = turns * (1 + len({method.key for method in methods}) * (REPEATS + 1))
+    minutes = texts * seconds / 60
+    return f"(up to {texts} texts, the first took {seconds:.1f} s: {minutes:.1f} minutes or less)"
 
 
 def row(methods: list[Method], request: Request, columns: list[tuple[str, int]]) -> str:
@@ -523,7 +530,7 @@ def row(methods: list[Method], request: Request, columns: list[tuple[str, int]])
 
 
 def row_line(prompt: str, speed: str, ratios: list[str]) -> str:
-    return "  ".join([f"{prompt:20.20}", f"{speed:>8}", *ratios])
+    return "  ".join([f"{prompt:22.22}", f"{speed:>8}", *ratios])
 
 
 def report(results: list[dict], limit: dict, temperature: float) -> str:

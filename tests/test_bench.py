@@ -127,6 +127,15 @@ def test_a_row_is_printed_after_each_prompt(small_bench, monkeypatch):
     assert [len(some) for some in prompts] == [1] * 4 and len(set.union(*prompts)) == 4
 
 
+def test_how_long_it_takes_is_said_once_one_text_is_written():
+    methods = [
+        Method(name, ladder, None)
+        for name, ladder in (("a", ((1,),)), ("b", ((2,),)), ("c", ((2,),)))
+    ]
+    said = bench.how_long([{"turns": ["x", "y"]}, {"turns": ["z"]}], methods, 2.0)
+    assert said == "(up to 21 texts, the first took 2.0 s: 0.7 minutes or less)"  # 3 x (1 + 2 x 3)
+
+
 def test_ladders_of_ones_own_and_their_drafts_alone(small_bench, capsys):
     own = ["--ladder", "1(1) 2(2 <0.2) 4(4)", "--ladder", "3(2)4(4)"]
     _, result = small_bench("--quick", "--temperature", "0", "--max-new-tokens", "6", *own)
