@@ -1,28 +1,29 @@
-"""Measure greedy decoding, single-layer speculation and HiSpec: one loop, the same prompts.
+"""Measure greedy decoding, single exits, HiSpec and look-ups: one loop, the same prompts.
 
     python bench.py --quick
+    python bench.py --ladder "1(1) 2(2) 8(4)"
 
-Each prompt is decoded once to warm up and to record the greedy text; then the methods take turns on
-it, twice, and every speed-up is the median over those repeats of a ratio within one repeat. Times
-are wall-clock seconds of whole generations, prompt included. Then they take turns on every second
-prompt of a category, sampling: there every method writes another text of the same distribution,
-which tests prove and no comparison of texts could. Last, outside the speeds, the parts of a
-generation are timed, what was kept of the drafts is counted, and the levels' predictions on the
-greedy text are compared.
+For each prompt greedy decoding writes the reference text; then the methods take turns, twice, and
+every speed-up is the median over those two of a ratio within one. Times are wall-clock seconds of
+whole generations, prompt included. On every second prompt of a category each method also samples,
+once: another text of the same distribution, which tests prove and no comparison of texts could. On
+every third prompt, outside the speeds, steps are timed and what becomes of drafts is counted. A
+line is printed after each prompt, all else after the last.
 
-Exits and windows are those that --tune last found for the model, device, dtype and step
-(results/ladders.json); where it has not been run, the model's own exits, or the paper's, and the
-paper's windows. On a CPU, so are the number of threads and, unless --dtype says it, the faster of
-float32 and bfloat16; where they are not known yet, they are found first.
+Each method is compared with greedy decoding, with its own draft alone (its first exit straight
+below the full model) and with the best single exit. Ladders are those that --tune last found for
+the model, dtype, step and processor; where it has not been run, those found elsewhere for this
+model, for every method alike; and where there are none, the model's exits and the paper's windows.
+On a CPU the number of threads and the faster of float32 and bfloat16 are found once and kept.
 """
 
 import argparse
 import json
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,30 +31,31 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from arguments import checked_sampling
-from checkpoints import load, save
+from arguments import Options, ladder_text, parse_ladder
+from checkpoints import load
+from checkpoints.console import Parser, command, must_take_files, say, table
 from checkpoints.files import describe, must_be_writable, write_whole
-from faststep import FixedStep
-from hispec import Generation, generate
-from lab import figures as gathered
-from lab import plots
-from lab.acceptance import draft_acceptance
-from lab.agreement import choices, level_agreement, ratio
-from lab.commands import Parser, command, must_take_files
-from lab.costs import ROOM, Rungs, memory_limit, pass_times, peak_memory, time_shares
-from lab.prompts import (
-    DRAWN,
-    Request,
-    default_prompts,
-    draw_held_out,
-    most_tokens,
-    open_requests,
-    read_prompts,
+from checkpoints.ladders import (
+    Ladder,
+    default_exits,
+    kept_dtype,
+    kept_ladders,
+    kept_threads,
+    must_be_keepable,
+    save_ladders,
 )
-from lab.report import print_divergence, print_limit, print_samples, print_tables, print_tuning
-from lab.tune import default_exits, kept_dtype, kept_threads, save_ladders, saved_ladders, tune
-from lab.variety import distinct, looping
+from checkpoints.machine import Notes, limits, ratio, watch, what_was_seen
+from checkpoints.tokenizer import Tokenizer
+from checkpoints.variety import distinct, looping
+from hispec import Generation, Step, generate
 from model import Llama
+
+PROMPTS = Path(__file__).parent / "prompts"
+HELD_OUT = Path("held-out")  # in place of a file: beginnings of installed files, drawn by lab/
+REPEATS = 2  # of the greedy part
+WARM_UP = 8  # tokens before it: a process's first passes are slower than all that follow
+ROOM = 288  # positions that a step must have room for, so that passes can be timed by themselves
+GREEDY: Ladder = ((), (), ())
 
 
 @dataclass(frozen=True)
@@ -61,144 +63,190 @@ class Method:
     """One way to decode. Ours differ only in the ladder; peers bring a decoder of their own."""
 
     name: str
-    exits: tuple[int, ...]
-    windows: tuple[int, ...]
+    ladder: Ladder
     decode: Callable[..., Generation]  # decode(prompt, max_new_tokens, stop=..., temperature=...)
-    thresholds: tuple[float, ...] = ()
+    draft: Ladder | None = None  # its own draft alone: its first exit straight below the full model
+    ours: bool = True
+    draft_head: int = 0
+
+    @property
+    def key(self) -> object:
+        """Methods of the same ladder are measured once."""
+        ours = (self.ladder, self.draft_head) if self.draft_head else self.ladder
+        return ours if self.ours else self.name
+
+
+@dataclass
+class Request:
+    """One turn to answer, and what was measured on it."""
+
+    category: str
+    prompt: list[int]  # token ids of the conversation so far
+    greedy: list[int]  # the reference answer
+    repeats: list[list[Generation]] = field(default_factory=list)  # [repeat][method]
+    sampled: list[Generation] = field(default_factory=list)  # [method], or empty
+    watched: dict[object, Notes] = field(default_factory=dict)  # by Method.key, or empty
 
 
 def main() -> None:
     args = parse_arguments()
-    drawn = args.prompts == DRAWN
-    questions = read_prompts(args.prompts) if args.prompts and not drawn else None
-    step, setting = {"step": args.step}, (args.model, args.device)
+    tell = partial(say, keep_going=bool(args.json or args.figures))
+    model, tokenizer, header = load_model(args, tell)
+    own = [parse_ladder(text) for text in args.ladder]
+    for ladder in own:
+        ladder.check_model(model.config, [int(exit) for exit in model.draft_heads])
+    questions = choose_questions(args, tokenizer)
+    limit = args.max_new_tokens, tokenizer.stop
+    room = most_tokens(model, tokenizer, questions, args.max_new_tokens)
+    step = make_step(model, args, max(room, ROOM))
+    decoder = partial(decode_with, model, step)
+
+    ran, (tuned, where) = {}, kept_ladders(header, model)
+    if args.tune:
+        from lab.tune import tune, tuning_table
+
+        tell("tuning: thousands of ladders are predicted and dozens run, which takes minutes")
+        firsts = {q["category"]: tokenizer.chat(q["turns"][:1]) for q in reversed(questions)}
+        prompts = [p for p in firsts.values() if len(p) + args.max_new_tokens <= room]
+        ran = tune(step, prompts, *limit, decoder)
+        save_ladders(header, ran, ship=args.ship)
+        tell(tuning_table(ran) + "\n")
+        tuned, where = {name: as_ladder(best) for name, best in ran.items()}, "this machine, now"
+    methods = choose_methods(model, tuned, own, decoder, every_kind=args.tune)
+    header["ladders"] = f"tuned on {where}" if where else "not tuned: the paper's windows"
+    tell("ladders:", header["ladders"])
+    drafts = {method.draft for method in methods if method.draft and len(method.ladder[0]) > 1}
+    for draft in sorted(drafts - {*tuned.values()}):
+        tell(f"  {ladder_text(*draft)}, exit {draft[0][0]} alone, was not tuned")
+    if args.peers:
+        from lab.peers import peers
+
+        tell("peers: the same weights are loaded by transformers")
+        for name, decode in peers(model, exit=methods[1].ladder[0][0]):
+            methods.append(Method(name, GREEDY, decode, ours=False))
+
+    requests: list[Request] = []
+    columns = shown(methods)
+    tell("\n" + row_line("over greedy, by prompt", "tokens/s", [name for name, _ in columns]))
+    began = time.perf_counter()
+    for request in ask(decoder(*GREEDY), tokenizer, questions, *limit, room, tell):
+        if not requests:
+            tell(how_long(questions, methods, time.perf_counter() - began))
+        with tqdm(total=1, desc=request.category, leave=False, disable=None) as bar:
+            measure(request, requests, methods, limit, sampling(args), bar)
+        requests.append(request)
+        tell(row(methods, request, columns))
+    if not requests:
+        raise ValueError(f"no prompt fits the model's context of {model.config.max_seq_len} tokens")
+
+    results = summarise(model, methods, requests)
+    header["limit"] = limits(step, min(ROOM, model.config.max_seq_len) - 32)
+    if args.json:
+        write_whole(args.json, json.dumps({**header, "methods": results}, indent=1) + "\n")
+    if args.figures:
+        from lab import figures, plots
+
+        data = figures.gather(step, requests, results, ran, *limit, decoder)
+        plots.save(args.figures, data, header)
+    tell(report(results, header["limit"], args.temperature))
+    for line in divergences(model, methods, requests):
+        tell(line)
+    firsts = {request.category: request for request in reversed(requests)}
+    for request in [*firsts.values()][::-1][: 1 if args.quick else None]:
+        text = tokenizer.decode(request.greedy).strip()
+        tell(f"\nSample ({request.category}): {text}")
+
+
+# ---- what is measured ---------------------------------------------------------------------------
+
+
+def load_model(args: argparse.Namespace, tell: Callable) -> tuple[Llama, Tokenizer, dict]:
+    """The model in the dtype that is faster here, its tokenizer, and the setting of the run."""
+    load_as = partial(load, args.model, args.device, plain=args.step == "plain")
+    step = {"step": args.step}
     if args.dtype is None:
-        either = step | describe(*setting, torch.float32)
-        args.dtype = kept_dtype(either, lambda: load(*setting, torch.float32)[0], args.tune)
-        print(f"of float32 and bfloat16 the faster here: {str(args.dtype).removeprefix('torch.')}")
-    model, tokenizer = load(*setting, args.dtype)
+        either = step | describe(args.model, args.device, torch.float32)
+        args.dtype = kept_dtype(either, lambda name: load_as(getattr(torch, name))[0], args.tune)
+        tell(f"of float32 and bfloat16 the faster here: {args.dtype}")
+    dtype = getattr(torch, args.dtype)
+    model, tokenizer = load_as(dtype)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
     if args.chat == "never":
         tokenizer.template = None
-    if drawn:
-        questions = draw_held_out(tokenizer)
-    questions = questions or read_prompts(default_prompts(tokenizer))
-    if args.quick:
-        firsts = {question["category"]: question for question in reversed(questions)}
-        questions = list(firsts.values())[::-1]
-    header = step | describe(*setting, args.dtype) | {"sampling": sampling(args)}
+    header = step | describe(args.model, args.device, dtype) | {"sampling": sampling(args)}
     if args.device == "cpu":
-        header["threads"] = kept_threads(header, model, anew=args.tune)
+        header["threads"] = kept_threads(header, model, args.tune)
         torch.set_num_threads(header["threads"])
-    chosen = saved_ladders(header, model)
-    run_on = header["device"], f"{header['threads']} threads", header["dtype"], header["model"]
-    print(*run_on, sep=" · ")
-    print("prompt:", tokenizer.prompt, flush=True)
-
-    limits = args.max_new_tokens, tokenizer.stop
-    room = most_tokens(model, tokenizer, questions, args.max_new_tokens)
-    fast = None  # one step and one cache for all ladders
-    if args.step == "fixed":
-        fast = FixedStep(model, max(room, ROOM), compiled=args.compile)
-    make_decoder = partial(decoder, model, fast)
-    with tqdm(total=len(questions), desc="warm-up and greedy reference", leave=False) as bar:
-        opened = open_requests(make_decoder(), tokenizer, questions, *limits, room, bar)
-        requests = list(opened)
-    if not requests:
-        raise ValueError(f"no prompt fits the model's context of {model.config.max_seq_len} tokens")
-    if args.tune:
-        firsts = {request.category: request.prompt for request in reversed(requests)}
-        chosen = tune(model, list(firsts.values()), *limits, make_decoder, fast)
-        save_ladders(header, chosen)
-        print_tuning(chosen)
-    ladders = all_ladders(model, chosen)
-    methods, runs, results = compare(model, requests, ladders, make_decoder, args, limits)
-    print_tables(results, args.temperature)
-    limit = memory_limit(model) | pass_times(model, fast)
-    print_limit(limit, results)
-    print_divergence(model, methods, requests, runs[-1])
-    print_samples(requests[:1] if args.quick else requests, tokenizer)
-    if args.json:
-        text = json.dumps({**header, "limit": limit, "methods": results}, indent=1) + "\n"
-        write_whole(args.json, text)
-    if args.figures:
-        data = gathered.gather(model, requests, results, chosen, *limits, make_decoder, fast)
-        plots.save(args.figures, data, header)
+    threads = f"threads: {header['threads']}" if args.device == "cpu" else "GPU"
+    tell(header["device"], threads, header["dtype"], f"{args.step} step", args.model, sep=" · ")
+    tell("prompt:", tokenizer.prompt)
+    return model, tokenizer, header
 
 
-def compare(
-    model: Llama, requests: list[Request], ladders: dict[str, Rungs], make_decoder: Callable,
-    args: argparse.Namespace, limits: tuple[int, tuple[int, ...]],
-) -> tuple[list[Method], list, list[dict]]:  # fmt: skip
-    """Run our ladders and, with --peers, others' decoding: the methods, their runs, the results.
+def make_step(model: Llama, args: argparse.Namespace, room: int) -> Step:
+    """The step that all of our methods take, for texts of at most `room` tokens."""
+    if args.step == "plain":
+        return Step(model)
+    import fast
 
-    limits: max_new_tokens and the stop tokens.
+    if args.step == "packed":
+        return fast.prepare(model)
+    return fast.FixedStep(model, room, args.compile and args.device != "cpu")
+
+
+def decode_with(model: Llama, step: Step, *ladder: tuple, draft_head: int = 0) -> Callable:
+    """generate with this step and ladder: exits, windows, thresholds."""
+    options: dict = dict(zip(("exits", "windows", "thresholds"), ladder))
+    options |= {"draft_head": draft_head} if draft_head else {}
+    return partial(generate, model, fast=step, **options)
+
+
+def choose_methods(
+    model: Llama, tuned: dict[str, Ladder], own: list[Options], decoder: Callable, every_kind: bool
+) -> list[Method]:
+    """The tuned ladders, or where there are none untuned ones, and `own`, named as written.
+
+    Each ladder's own draft alone is among them. every_kind: also what is tuned beyond these.
     """
-    peaks, longest = [], max((request.prompt for request in requests), key=len)
-    for ladder in ladders.values():
-        device = model.embed.weight.device
-        peaks.append(peak_memory(device, make_decoder(*ladder), longest, limits[0]))
-    methods = [Method(name, x[0], x[1], make_decoder(*x), x[2]) for name, x in ladders.items()]
-    ours = list(methods)
-    if args.peers:
-        methods += peer_methods(model, exit=ours[1].exits[0])
-    for method in methods[1:]:
-        method.decode(requests[0].prompt, limits[0], stop=limits[1])  # warm-up of the others
-    runs = measure(methods, requests, *limits, REPEATS)
-    results = summarise(methods, requests, runs)
-    if law := sampling(args):
-        some = every_second(requests)
-        drawn = summarise(methods, some, measure(methods, some, *limits, 1, law), True)
-        for result, of_sampled in zip(results, drawn, strict=True):
-            result["sampled"] = of_sampled
-    about = [{key: getattr(m, key) for key in ABOUT} for m in methods]
-    results = [{**head, **result} for head, result in zip(about, results, strict=True)]
-    few = [request.prompt for request in requests[:3]]
-    said = choices(model, {e for m in ours for e in m.exits if e > 0}, requests)
-    # peers come after ours, and stay closed
-    for method, result, peak in zip(ours, results, peaks, strict=False):
-        result["peak_bytes"] = peak
-        depths = (*method.exits, model.config.n_layers)
-        result.update(time_shares(depths, method.decode, few, *limits))
-        if method.exits:
-            # every third request says enough, and nobody waits for it
-            result.update(draft_acceptance(method.decode, len(depths), requests[::3], *limits))
-        if any(method.exits):
-            result.update(level_agreement(said, method.exits))
-    return methods, runs, results
 
+    def alone(ladder: Ladder) -> Ladder | None:
+        """Its own draft alone; with the paper's window where no such ladder was tuned."""
+        exits, _, _ = ladder
+        if len(exits) < 2:
+            return ladder if exits else None
+        known = [single for single in tuned.values() if single[0] == exits[:1]]
+        return known[0] if known else (exits[:1], (4,), (0.0,))
 
-def decoder(
-    model: Llama, fast: FixedStep | None, exits=(), windows=(), thresholds=()
-) -> Callable[..., Generation]:
-    """generate with this ladder, by the plain step or another."""
-    return partial(generate, model, exits=exits, windows=windows, thresholds=thresholds, fast=fast)
-
-
-REPEATS = 2  # of the greedy part
-ABOUT = ("name", "exits", "windows", "thresholds")  # what says which method a result is of
-
-
-def all_ladders(model: Llama, chosen: dict) -> dict[str, Rungs]:
-    """Greedy, one draft exit, and HiSpec, with the ladders chosen for them or the paper's.
-
-    Where HiSpec's is not the paper's, the same exits with the paper's windows too.
-    """
-    exits = default_exits(model)
-    ladders: dict[str, dict] = {
-        "greedy": {"exits": [], "windows": []},
-        "single-layer": {"exits": exits[:1], "windows": [4]},
-        "hispec": {"exits": exits[:2], "windows": [2, 4]},
+    draft, middle = default_exits(model)[:2]
+    hispec = tuned.get("hispec", ((draft, middle), (2, 4), (0.0, 0.0)))
+    ladders = {
+        "greedy": GREEDY,
+        "single-layer": tuned.get("single-layer", ((middle,), (4,), (0.0,))),
+        "hispec": hispec,
+        "draft alone": alone(hispec),
+        "paper windows": (hispec[0], (2, 4), (0.0, 0.0)),
+        "look-up": tuned.get("look-up", ((0,), (4,), (0.0,))),
+        "look-up, exit": tuned.get("look-up, exit", ((0, middle), (4, 4), (0.0, 0.0))),
     }
-    ladders |= chosen
-    ours, papers = ladders["hispec"], [2, 4]
-    if list(ours["windows"]) != papers or any(ours.get("thresholds", ())):
-        ladders["paper windows"] = {"exits": ours["exits"], "windows": papers}
-    return {
-        name: (tuple(x["exits"]), tuple(x["windows"]), tuple(x.get("thresholds", ())))
-        for name, x in ladders.items()
-    }
+    ladders |= {name: x for name, x in tuned.items() if every_kind and name not in ladders}
+    heads = []
+    for x in own:
+        ladder = x.exits, x.windows, x.thresholds
+        name = ladder_text(*ladder, x.draft_head)
+        if x.draft_head:  # it cannot draft without the exit that it reads
+            decode = decoder(*ladder, draft_head=x.draft_head)
+            heads.append(Method(name, ladder, decode, draft_head=x.draft_head))
+        else:
+            ladders[name] = ladder
+    for ladder in [*ladders.values()]:
+        if (single := alone(ladder)) is not None and single not in ladders.values():
+            ladders[f"exit {single[0][0]} alone"] = single
+    return [Method(name, x, decoder(*x), alone(x)) for name, x in ladders.items()] + heads
+
+
+def as_ladder(result: dict) -> Ladder:
+    return tuple(result["exits"]), tuple(result["windows"]), tuple(result["thresholds"])
 
 
 def sampling(args: argparse.Namespace) -> dict:
@@ -207,108 +255,173 @@ def sampling(args: argparse.Namespace) -> dict:
     return {name: getattr(args, name) for name in names} if args.temperature > 0 else {}
 
 
-def every_second(requests: list[Request]) -> list[Request]:
-    """Half of them, from the first on in each category."""
-    before = [[other.category for other in requests[:i]] for i in range(len(requests))]
-    return [r for r, seen in zip(requests, before, strict=True) if seen.count(r.category) % 2 == 0]
+# ---- what is asked ------------------------------------------------------------------------------
 
 
-def peer_methods(model: Llama, exit: int) -> list[Method]:
-    """transformers' own greedy, early-exit and prompt-lookup decoding of the same weights.
+def choose_questions(args: argparse.Namespace, tokenizer: Tokenizer) -> list[dict]:
+    if args.prompts == HELD_OUT:
+        from lab.prompts import draw_held_out
 
-    The weights pass through a temporary folder in Hugging Face's format.
+        questions = draw_held_out(tokenizer)
+    else:
+        suits = "python.jsonl" if tokenizer.template is None else "chat.jsonl"
+        questions = read_prompts(args.prompts or PROMPTS / suits)
+    if args.quick:
+        firsts = {question["category"]: question for question in reversed(questions)}
+        questions = list(firsts.values())[::-1]
+    return questions
+
+
+def read_prompts(path: Path) -> list[dict]:
+    """Questions in Spec-Bench's form: a JSON object a line, with `category` and `turns` (texts)."""
+    questions = []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # no other mark ends a line
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            question = json.loads(line)
+            turns = question["turns"]
+            ok = isinstance(question["category"], str) and isinstance(turns, list) and turns
+            if not ok or not all(isinstance(turn, str) and turn for turn in turns):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, RecursionError):
+            wanted = '{"category": "...", "turns": ["...", ...]} with at least one turn'
+            raise ValueError(f"{path}, line {number}: expected {wanted}") from None
+        questions.append(question)
+    if not questions:
+        raise ValueError(f"{path} holds no prompts")
+    return questions
+
+
+def most_tokens(model, tokenizer, questions, max_new_tokens: int) -> int:
+    """An upper bound for the longest conversation, answers included; at most the context."""
+    asked = [[text for turn in q["turns"] for text in (turn, "")][:-1] for q in questions]
+    # an answer cut from the text and encoded anew may have more tokens than were generated
+    most = max(len(tokenizer.chat(turns)) + 2 * max_new_tokens * len(turns) for turns in asked)
+    return min(most, model.config.max_seq_len)
+
+
+def ask(decode, tokenizer, questions, max_new_tokens, stop, room, tell) -> Iterator[Request]:
+    """Answer each turn greedily: the answer is the reference, and part of the next prompt."""
+    for question in questions:
+        conversation: list[str] = []
+        for turn in question["turns"]:
+            conversation.append(turn)
+            prompt = tokenizer.chat(conversation)
+            if len(prompt) + max_new_tokens > room:
+                size = f"{question['category']}, {len(prompt)} tokens"
+                tell(f"left out: {size}, too long for the model's context")
+                break
+            greedy = decode(prompt, max_new_tokens, stop=stop).tokens
+            conversation.append(tokenizer.decode([token for token in greedy if token not in stop]))
+            yield Request(question["category"], prompt, greedy)
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def measure(request: Request, before: list[Request], methods, limit, law: dict, bar=None) -> None:
+    """Decode one request by every method, after those `before` it.
+
+    limit: max_new_tokens and the stop tokens. law: how to sample, if at all.
     """
-    import transformers
-
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, None, folder)
-        dtype = model.embed.weight.dtype
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    theirs.to(model.embed.weight.device)
-
-    def decode(
-        prompt, max_new_tokens, *, stop, temperature=0.0, top_p=1.0, top_k=0, seed=0, **options
-    ) -> Generation:
-        torch.manual_seed(seed)
-        if temperature > 0:
-            options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        began = time.perf_counter()
-        ids = torch.tensor([prompt], device=theirs.device)
-        options |= {"eos_token_id": list(stop), "pad_token_id": 0}
-        options |= {"attention_mask": torch.ones_like(ids)}
-        options |= {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-        out = theirs.generate(ids, **options)
-        return Generation(out[0, len(prompt) :].tolist(), [], time.perf_counter() - began, 0.0)
-
-    options = {
-        "transformers": {},
-        "transformers early exit": {"assistant_early_exit": exit},
-        "transformers lookup": {"prompt_lookup_num_tokens": 10},
-    }
-    return [Method(name, (), (), partial(decode, **option)) for name, option in options.items()]
+    new, stop = limit
+    turn = partial(take_turn, methods, request.prompt, bar=bar, stop=stop)
+    if not before:
+        turn(0, min(new, WARM_UP))
+    request.repeats = [turn(len(before) + i, new) for i in range(REPEATS)]
+    if law and sum(other.category == request.category for other in before) % 2 == 0:
+        seed = (law["seed"] + sum(len(other.sampled) > 0 for other in before)) % 2**63
+        request.sampled = turn(len(before), new, **law | {"seed": seed})
+    if len(before) % 3 == 0:  # which says enough, and nobody waits for it
+        for method in methods:
+            if method.ours and method.key not in request.watched:
+                request.watched[method.key] = watch(method.decode, request.prompt, new, stop)
 
 
-def measure(
-    methods, requests, max_new_tokens, stop, repeats, law: dict | None = None
-) -> list[list[list[Generation]]]:
-    """runs[repeat][method][request]; methods take turns on each request, in a rotating order.
-
-    law: how to sample, each request from a seed of its own; none: greedily.
-    """
-    runs: list = [[[None] * len(requests) for _ in methods] for _ in range(repeats)]
-    with tqdm(total=repeats * len(requests) * len(methods), desc="measuring", leave=False) as bar:
-        for repeat in range(repeats):
-            for r, request in enumerate(requests):
-                drawn = law | {"seed": (law["seed"] + r) % 2**63} if law else {}
-                for i in range(len(methods)):
-                    m = (i + repeat + r) % len(methods)
-                    made = methods[m].decode(request.prompt, max_new_tokens, stop=stop, **drawn)
-                    runs[repeat][m][r] = made
-                    bar.update()
-    return runs
+def take_turn(
+    methods, prompt, first: int, max_new_tokens: int, bar=None, **options
+) -> list[Generation]:
+    """A generation of each method, one after the other, in an order that begins with `first`."""
+    made: dict[object, Generation] = {}
+    for i in range(len(methods)):
+        method = methods[(first + i) % len(methods)]
+        if method.key not in made:
+            made[method.key] = method.decode(prompt, max_new_tokens, **options)
+        if bar is not None:
+            bar.set_postfix_str(method.name)
+    return [made[method.key] for method in methods]
 
 
-def summarise(methods, requests, runs, sampled=False) -> list[dict]:
-    """One result a method, with the same figures for all requests and by category."""
-    categories = list(dict.fromkeys(request.category for request in requests))
+# ---- what it comes to ---------------------------------------------------------------------------
+
+
+def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> list[dict]:
+    """One result a method: over all requests, by category, and of the sampled texts."""
+    said = choices(model, {e for m in methods for e in m.ladder[0] if e > 0}, requests)
+    drawn = [request for request in requests if request.sampled]
     results = []
-    for m in range(len(methods)):
-        of = partial(figures, methods, requests, runs, m, sampled=sampled)
-        by = {name: of(name.__eq__) for name in categories}
-        results.append(of(lambda category: True) | {"by_category": by})
+    for m, method in enumerate(methods):
+        exits, windows, thresholds = method.ladder
+        result: dict = {"name": method.name, "exits": exits, "windows": windows}
+        result |= {"thresholds": thresholds} | by_category(methods, requests, m, figures)
+        if method.draft_head:
+            result["draft_head"] = method.draft_head
+        if drawn:
+            result["sampled"] = by_category(methods, drawn, m, partial(figures, sampled=True))
+        if method.ours:
+            result |= what_was_seen([r.watched[method.key] for r in requests if r.watched])
+        if any(exits):
+            result |= level_agreement(said, exits)
+        results.append(result)
     return results
 
 
-def figures(methods, requests, runs, m: int, chosen, sampled=False) -> dict:
-    """The figures of method m over the requests whose category is chosen.
+def by_category(methods, requests: list[Request], m: int, of: Callable) -> dict:
+    """The same figures of all requests and of each category's."""
+    groups = defaultdict(list)
+    for request in requests:
+        groups[request.category].append(request)
+    each = {category: of(methods, some, m) for category, some in groups.items()}
+    return of(methods, requests, m) | {"by_category": each}
 
-    sampled: one repeat, of texts that are not to be compared with the greedy ones.
-    """
-    picked = [r for r, request in enumerate(requests) if chosen(request.category)]
-    names = [method.name for method in methods]
+
+def figures(methods: list[Method], requests: list[Request], m: int, sampled=False) -> dict:
+    """The figures of method m over these requests, or of the one repeat in which they sampled."""
+    runs = [  # [repeat][method][request]
+        list(zip(*repeat, strict=True))
+        for repeat in ([[r.sampled for r in requests]] if sampled
+                       else zip(*(r.repeats for r in requests), strict=True))
+    ]  # fmt: skip
+    keys = [method.key for method in methods]
 
     def rate(repeat, method: int) -> float:
-        generations = [repeat[method][r] for r in picked]
-        return sum(len(g.tokens) for g in generations) / sum(g.seconds for g in generations)
+        return sum(len(g.tokens) for g in repeat[method]) / sum(g.seconds for g in repeat[method])
 
-    def speedup_over(name: str) -> float:
-        other = names.index(name)
-        return statistics.median(rate(repeat, m) / rate(repeat, other) for repeat in runs)
+    def speedup_over(key: object) -> float | None:
+        if key not in keys:
+            return None
+        return statistics.median(rate(r, m) / rate(r, keys.index(key)) for r in runs)
 
     def seconds(part) -> float | None:
         """A prompt's, on average; None where levels are not known, and so neither is the part."""
-        each = [statistics.mean(part(repeat[m][r]) for r in picked) for repeat in runs]
+        each = [statistics.mean(map(part, repeat[m])) for repeat in runs]
         return statistics.median(each) if levels else None
 
-    # decoding is deterministic: the counts are those of every repeat
-    last = [runs[-1][m][r] for r in picked]
+    last = runs[-1][m]  # decoding is deterministic: the counts are those of every repeat
     levels = list(zip(*(generation.levels for generation in last), strict=True))
     tokens = sum(len(generation.tokens) for generation in last)
-    prompts = sum(len(requests[r].prompt) for r in picked)
+    prompts = sum(len(request.prompt) for request in requests)
+    single = next(method.key for method in methods if method.name == "single-layer")
     found = {
         "tokens_per_second": statistics.median(rate(repeat, m) for repeat in runs),
-        "speedup_vs_greedy": speedup_over("greedy"),
-        "speedup_vs_single_layer": speedup_over("single-layer"),
+        "speedup_vs_greedy": speedup_over(methods[0].key),
+        "speedup_vs_draft_alone": speedup_over(methods[m].draft),
+        "speedup_vs_single_layer": speedup_over(single),
         "tokens_per_target_pass": tokens / sum(s.calls for s in levels[-1]) if levels else None,
         "acceptance": [
             ratio(sum(s.accepted for s in level), sum(s.proposed for s in level))
@@ -319,12 +432,12 @@ def figures(methods, requests, runs, m: int, chosen, sampled=False) -> dict:
         "decode_seconds": seconds(lambda g: g.seconds - g.prefill_seconds),
         "distinct": statistics.median(distinct(g.tokens) for g in last),
         "looping": sum(looping(g.tokens) * len(g.tokens) for g in last) / tokens,
-        "prompts": len(picked),
+        "prompts": len(requests),
         "tokens": tokens,
     }
     if sampled:
         return found
-    differing = [differing_tokens(runs[-1][m][r].tokens, requests[r].greedy) for r in picked]
+    differing = [differing_tokens(g.tokens, r.greedy) for g, r in zip(last, requests, strict=True)]
     return found | {"identical": differing.count(0), "differing_tokens": sum(differing)}
 
 
@@ -334,6 +447,164 @@ def differing_tokens(tokens: list[int], reference: list[int]) -> int:
     return sum(a != b for a, b in zip(tokens, reference, strict=False)) + surplus
 
 
+@torch.inference_mode()
+def choices(model: Llama, exits: set[int], requests: list[Request]) -> dict[int, torch.Tensor]:
+    """What these exits and the full model predict along all greedy texts (N,), by depth."""
+    predicted = defaultdict(list)
+    for request in requests:
+        ids = torch.tensor([request.prompt + request.greedy], device=model.embed.weight.device)
+        h, first = model.embed(ids[:, :-1]), 0
+        for depth in (*sorted(exits), model.config.n_layers):
+            h, first = model.run(h, first, depth), depth
+            states = model.exit_block(h, depth)[0, len(request.prompt) - 1 :]
+            predicted[depth].append(model.logits(states, depth).argmax(-1))
+    return {depth: torch.cat(parts) for depth, parts in predicted.items()}
+
+
+def level_agreement(choice: dict[int, torch.Tensor], exits: tuple[int, ...]) -> dict:
+    """How often the levels of a ladder predict the same token, from what `choices` found.
+
+    agreement["4-8"] is the share of tokens on which the levels at depths 4 and 8 agree.
+    false_rejects is the share of the draft's tokens refused by the level above it that the full
+    model would keep. A look-up predicts nothing.
+    """
+    depths = (*(exit for exit in exits if exit > 0), max(choice))
+    pairs = [(a, b) for i, a in enumerate(depths) for b in depths[i + 1 :]]
+    draft, middle, full = choice[depths[0]], choice[depths[1]], choice[depths[-1]]
+    same = {f"{a}-{b}": (choice[a] == choice[b]).double().mean().item() for a, b in pairs}
+    out: dict = {"agreement": same}
+    if len(depths) > 2:  # the two lowest exits
+        refused = draft != middle
+        out["false_rejects"] = ratio((refused & (draft == full)).sum().item(), refused.sum().item())
+    return out
+
+
+# ---- what is printed ----------------------------------------------------------------------------
+
+WIDE = 100  # columns of a terminal
+SHORT = {"single-layer": "single", "draft alone": "draft", "paper windows": "paper",
+         "look-up, exit": "look+exit"}  # fmt: skip
+
+
+COLUMNS = """x: tokens/s over greedy decoding's, its own draft alone's, the best single exit's.
+ladder: exit(window <threshold). a pass: tokens a full pass. accepted: by level, shallow to deep."""
+WRITTEN = """over greedy. distinct: different tokens among the first 64 that greedy writes, median;
+looping: the share of its tokens in a loop of eight or more."""
+
+
+def percent(values) -> str:
+    return " ".join("–" if value is None else f"{value:.0%}" for value in values) or "–"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def shown(methods: list[Method]) -> list[tuple[str, int]]:
+    """Headings and indices of the methods that a line has room for, after greedy's speed."""
+    columns, room = [], WIDE - 34
+    for m, method in enumerate(methods[1:], 1):
+        heading = SHORT.get(method.name, method.name).rjust(4)
+        room -= len(heading) + 2
+        if room >= 0:
+            columns.append((heading, m))
+    return columns
+
+
+def how_long(questions: list[dict], methods: list[Method], seconds: float) -> str:
+    """seconds: what one text took."""
+    turns = sum(len(question["turns"]) for question in questions)
+    texts = turns * (1 + len({method.key for method in methods}) * (REPEATS + 1))
+    minutes = texts * seconds / 60
+    return f"(up to {texts} texts, the first took {seconds:.1f} s: {minutes:.1f} minutes or less)"
+
+
+def row(methods: list[Method], request: Request, columns: list[tuple[str, int]]) -> str:
+    """What was measured on one prompt: greedy's tokens a second, and speed-ups over it."""
+    greedy = figures(methods, [request], 0)["tokens_per_second"]
+    ratios = [
+        number(figures(methods, [request], m)["speedup_vs_greedy"]).rjust(len(heading))
+        for heading, m in columns
+    ]
+    return row_line(request.category, number(greedy, 1), ratios)
+
+
+def row_line(prompt: str, speed: str, ratios: list[str]) -> str:
+    return "  ".join([f"{prompt:22.22}", f"{speed:>8}", *ratios])
+
+
+def report(results: list[dict], limit: dict, temperature: float) -> str:
+    """What a reader needs first, in tables; the JSON holds all else."""
+    parts = [table(summary_rows(results, "all prompts", identical=True), 36) + "\n" + COLUMNS]
+    if "sampled" in results[0]:
+        drawn = [r | r["sampled"] for r in results]
+        parts.append(table(summary_rows(drawn, f"at temperature {temperature:g}"), 36))
+    parts.append(table(category_rows(results)) + "\n" + WRITTEN)
+    return "\n" + "\n\n".join([*parts, limit_text(results[0], limit)])
+
+
+def summary_rows(results: list[dict], title: str, identical: bool = False) -> list[list[str]]:
+    rows = [[title, "tokens/s", "x greedy", "x draft", "x single", "a pass", "accepted"]]
+    rows[0] += ["identical"] * identical
+    for r in results:
+        ladder = ladder_text(r["exits"], r["windows"], r["thresholds"], r.get("draft_head", 0))
+        name = r["name"] if r["name"] == ladder else f"{r['name']}  {ladder}".rstrip()
+        speeds = [r[f"speedup_vs_{other}"] for other in ("greedy", "draft_alone", "single_layer")]
+        cells = [number(r["tokens_per_second"], 1), *map(number, speeds)]
+        cells += [number(r["tokens_per_target_pass"]), percent(r["acceptance"])]
+        rows.append([name, *cells, *[f"{r['identical']}/{r['prompts']}"] * identical])
+    return rows
+
+
+def category_rows(results: list[dict]) -> list[list[str]]:
+    """Speed-ups of as many methods as fit beside what was written: dull text is easy."""
+    room, picked = WIDE - 42, []
+    for r in results[1:]:
+        room -= max(4, len(SHORT.get(r["name"], r["name"]))) + 2
+        picked += [r] if room >= 0 else []
+    names = [SHORT.get(r["name"], r["name"]) for r in picked]
+    rows = [["by category", *names, "distinct", "looping"]]
+    greedy = results[0]
+    for category in [*greedy["by_category"], "all"]:
+        of = [(r["by_category"] | {"all": r})[category] for r in (*picked, greedy)]
+        speeds = [number(x["speedup_vs_greedy"]) for x in of[:-1]]
+        written = [f"{of[-1]['distinct']:g}", percent([of[-1]["looping"]])]
+        rows.append([category, *speeds, *written])
+    return rows
+
+
+def limit_text(greedy: dict, limit: dict) -> str:
+    ceiling, passes = limit["greedy_tokens_per_second"], limit["pass_seconds"]
+    wider = [f"{n}: {seconds / passes['1']:.2f}x" for n, seconds in passes.items() if n != "1"]
+    speed, size = limit["bytes_per_second"] / 1e9, limit["pass_bytes"] / 1e6
+    return (
+        f"memory: {speed:.1f} GB/s, {size:.1f} MB of weights a full pass: at most {ceiling:.0f} "
+        f"tokens/s, of which greedy\ndecoding reaches {greedy['tokens_per_second'] / ceiling:.0%}. "
+        f"A full pass over one position takes {1e3 * passes['1']:.2f} ms,\n"
+        f"over more so many times as long: {', '.join(wider)}"
+    )
+
+
+@torch.inference_mode()
+def divergences(model: Llama, methods: list[Method], requests: list[Request]) -> Iterator[str]:
+    """Where each text that is not greedy's first differs, and the two best logits there."""
+    for m, method in enumerate(methods):
+        for request in requests:
+            tokens, reference = request.repeats[-1][m].tokens, request.greedy
+            if tokens == reference:
+                continue
+            pairs = enumerate(zip(tokens, reference, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(tokens), len(reference)))
+            text = request.prompt + reference[:at]
+            ids = torch.tensor([text], device=model.embed.weight.device)
+            best, second = model(ids)[0, -1].topk(2).values.tolist()
+            where = f"{method.name} differs ({request.category}) from token {at}"
+            yield f"{where}: logits {best:.6g} and {second:.6g}"
+
+
+# ---- options ------------------------------------------------------------------------------------
+
+
 def parse_arguments() -> argparse.Namespace:
     """What is asked, defaults filled in. ValueError for what is wrong, before any work."""
     parser = Parser(description=__doc__)
@@ -341,16 +612,19 @@ def parse_arguments() -> argparse.Namespace:
     models = "tiny, smollm2, a folder or owner/name of Hugging Face's, or a .gguf file"
     add("--model", default="tiny", help=models)
     ours = "default: prompts/chat.jsonl for a model that chats, else prompts/python.jsonl"
-    drawn = f"or {DRAWN}: beginnings of installed files that no training has seen"
+    drawn = f"or {HELD_OUT}: beginnings of installed files that no training has seen"
     file = f"JSONL with category and turns, {drawn} ({ours})"
     add("--prompts", type=Path, metavar="FILE", help=file)
     plain = "never: plain text, whatever the model"
     add("--chat", choices=["auto", "never"], default="auto", help=plain)
+    another = "also measure this ladder: exit(window), exit(window <threshold); may be repeated"
+    add("--ladder", action="append", default=[], metavar='"2(2 <0.2) 8(4)"', help=another)
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     add("--dtype", choices=dtypes, help="default: bfloat16; on a CPU the faster of it and float32")
-    shape = "fixed: every pass has one shape, captured on a GPU (default there)"
-    add("--step", choices=["plain", "fixed"], help=shape)
+    shapes = "plain: the core's own; packed: a CPU's weights packed (default there); fixed: every "
+    shapes += "pass has one shape, captured on a GPU (default there)"
+    add("--step", choices=["plain", "packed", "fixed"], help=shapes)
     launches = "fixed step on a GPU: capture the layers as they are"
     add("--no-compile", dest="compile", action="store_false", help=launches)
     add("--max-new-tokens", type=int, metavar="N", help="an answer (default 64; --quick: 24)")
@@ -360,36 +634,65 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=0, help="draw from so many tokens (default 0: from all)")
     add("--seed", type=int, default=0, help="of the sampled part")
     add("--quick", action="store_true", help="one prompt a category, 24 tokens unless N is given")
-    find = "first find the fastest exits, windows and threads, and keep them"
+    find = "first find the fastest exits, windows and threads, and keep them for this machine"
     add("--tune", action="store_true", help=find)
+    everyone = "keep them in results/ladders.json instead, for all who clone this"
+    add("--ship", action="store_true", help=everyone)
     peers = "also measure transformers' decoding of the same weights, without our exit heads"
     add("--peers", action="store_true", help=peers)
     add("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
-    draw = "also draw twelve figures into DIR, as PNG and SVG"
-    add("--figures", type=Path, metavar="DIR", help=draw)
+    add("--figures", type=Path, metavar="DIR", help="also draw figures into DIR, as PNG and SVG")
     args = parser.parse_args()
-    on_gpu = (args.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda")
-    args.device = args.device or ("cuda" if on_gpu else "cpu")
-    if args.dtype or args.device != "cpu":  # there, whichever proves faster
-        args.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
-    args.step = args.step or ("fixed" if on_gpu else "plain")
+    fill_in(args)
+    check(args)
+    return args
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """The defaults that depend on the machine, on other options, and on whether fast/ is here."""
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu, fast = args.device.startswith("cuda"), find_spec("fast") is not None
+    args.step = args.step or ("plain" if not fast else "fixed" if on_gpu else "packed")
+    if args.dtype is None and (args.device != "cpu" or not fast):
+        args.dtype = "bfloat16" if on_gpu else "float32"  # else whichever proves faster
     if args.max_new_tokens is None:
         args.max_new_tokens = 24 if args.quick else 64
-    checked_sampling(args.temperature, args.top_k, args.top_p, args.seed)
+
+
+def check(args: argparse.Namespace) -> None:
+    Options(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    for text in args.ladder:
+        parse_ladder(text)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}")
     try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as error:
+        dtype = getattr(torch, args.dtype or "float32")
+        torch.zeros(1, device=args.device, dtype=dtype).item()
+    except (RuntimeError, AssertionError, TypeError) as error:  # some devices have no float64
         why = str(error).splitlines()[0]
-        raise ValueError(f"--device {args.device} cannot be used here: {why}") from None
+        asked = f"--device {args.device}" + f" --dtype {args.dtype}" * (args.dtype is not None)
+        raise ValueError(f"{asked} cannot be used here: {why}") from None
+    if args.step == "packed" and args.device != "cpu":
+        raise ValueError("--step packed is for a CPU")
+    if args.step != "plain" and find_spec("fast") is None:
+        raise ValueError(f"--step {args.step} needs fast/, which is not here")
+    of_lab = {"--tune": args.tune, "--figures": args.figures, "--peers": args.peers}
+    of_lab["--prompts held-out"] = args.prompts == HELD_OUT
+    if any(of_lab.values()) and find_spec("lab") is None:
+        asked = ", ".join(option for option, given in of_lab.items() if given)
+        raise ValueError(f"{asked}: needs lab/, which is not here")
+    if args.prompts not in (None, HELD_OUT):
+        read_prompts(args.prompts)  # what is wrong is said now, not when everything is measured
+    if args.tune:
+        must_be_keepable(args.ship)
     if args.json:
-        must_be_writable(args.json)  # said now, not when everything is measured
+        must_be_writable(args.json)
     if args.figures:
         must_take_files(args.figures)
-    if args.peers and find_spec("transformers") is None:
-        raise ValueError("--peers needs transformers: pip install -r requirements-dev.txt")
-    return args
+    for option, package in ("peers", "transformers"), ("figures", "matplotlib"):
+        if getattr(args, option) and find_spec(package) is None:
+            why = f"needs {package}: pip install -r requirements-dev.txt"
+            raise ValueError(f"--{option} {why}")
 
 
 if __name__ == "__main__":

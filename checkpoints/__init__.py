@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from checkpoints.folder import add_exit_heads, load_folder, save
 from checkpoints.gguf_file import load_gguf
 from checkpoints.hub import fetch
+from checkpoints.machine import cores
 from checkpoints.tokenizer import Tokenizer
 from model import Llama
 
@@ -64,7 +65,7 @@ def load(
     if device.type == "cpu" and fast and not plain:
         fast.prepare(model)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // 2)))
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, cores() // 2)))
     return model, tokenizer
 
 

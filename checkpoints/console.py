@@ -1,8 +1,10 @@
 """What the commands share: they refuse early, say what is wrong in one line, and print safely."""
 
 import argparse
+import io
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,23 +22,65 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[], None], stopped: str) -> None:
-    """Run a command. What is wrong is said on one line, and so is that it was interrupted."""
+    """Run a command. What is wrong is said on one line, and so is that it was interrupted.
+
+    A character that the terminal's encoding does not have is escaped. If nobody reads what is
+    printed any more, the command ends quietly.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        fall_silent()
     except (ValueError, OSError) as error:
-        sys.exit("error: " + "; ".join(line.strip() for line in str(error).splitlines()))
+        lines = [line.strip() for line in str(error).splitlines()]
+        sys.exit(visible("error: " + "; ".join(lines)))
     except KeyboardInterrupt:
         sys.exit(f"\n{stopped}")
 
 
 def say(*words: object, sep: str = " ", keep_going: bool = False) -> None:
-    """Print a line at once. If nobody reads any more: end quietly, or keep_going in silence."""
+    """Print a line at once, as a terminal may show it.
+
+    Where nobody reads any more: keep_going in silence, or BrokenPipeError, which ends a command.
+    """
     try:
-        print(*words, sep=sep, flush=True)
+        print(visible(sep.join(map(str, words))), flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fall_silent()
         if not keep_going:
-            raise SystemExit(0) from None
+            raise
+
+
+def fall_silent() -> None:
+    """Print to nowhere from now on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def visible(text: str) -> str:
+    """The text with what would move a cursor, change colours or turn the line as something to see.
+
+    A line's end and a tab stay what they are.
+    """
+    return "".join(c if c in "\n\t" or not moves(c) else sign(c) for c in text)
+
+
+def moves(c: str) -> bool:
+    directions = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    return unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in directions
+
+
+def sign(c: str) -> str:
+    """␛ for ESC, ␈ for backspace; a number for what Unicode has no picture of."""
+    code = ord(c)
+    return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"⟨U+{code:04X}⟩"
+
+
+def coloured() -> bool:
+    """Whether to print in colour: to a terminal, unless NO_COLOR is set to something."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def check_exits(exits: Sequence[int], shallowest: int, depth: int | None = None) -> None:

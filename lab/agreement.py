@@ -1,7 +1,6 @@
 """How often depths pick the same token: on held-out text, on greedy texts."""
 
 import textwrap
-from collections import defaultdict
 from pathlib import Path
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from checkpoints.files import in_words, write_whole
 from lab.corpus import sample
-from lab.prompts import Request
 from model import Llama
 from train_exits import held_rows, measure
 
@@ -63,40 +61,3 @@ def write_figure(
     style = dict(ha="left", fontsize=7, color="0.3", parse_math=False)
     figure.supxlabel("\n".join(caption), x=0.01, **style)
     write_whole(folder / "agreement.png", lambda to: figure.savefig(to, format="png", dpi=150))
-
-
-@torch.inference_mode()
-def choices(model: Llama, exits: set[int], requests: list[Request]) -> dict[int, Tensor]:
-    """What these exits and the full model predict along all greedy texts (N,), by depth."""
-    predicted = defaultdict(list)
-    for request in requests:
-        ids = torch.tensor([request.prompt + request.greedy], device=model.embed.weight.device)
-        h, first = model.embed(ids[:, :-1]), 0
-        for depth in (*sorted(exits), model.config.n_layers):
-            h, first = model.run(h, first, depth), depth
-            read = model.exit_block(h, depth)[0, len(request.prompt) - 1 :]
-            predicted[depth].append(model.logits(read, depth).argmax(-1))
-    return {depth: torch.cat(parts) for depth, parts in predicted.items()}
-
-
-def level_agreement(choice: dict[int, Tensor], exits: tuple[int, ...]) -> dict:
-    """How often the levels of a ladder predict the same token, from what `choices` found.
-
-    agreement["4-8"] is the share of tokens on which the levels at depths 4 and 8 agree.
-    false_rejects is the share of the draft's tokens refused by the level above it that the full
-    model would keep.
-    """
-    # a look-up predicts nothing
-    depths = (*(exit for exit in exits if exit > 0), max(choice))
-    pairs = [(a, b) for i, a in enumerate(depths) for b in depths[i + 1 :]]
-    draft, middle, full = choice[depths[0]], choice[depths[1]], choice[depths[-1]]
-    refused = draft != middle
-    same = {f"{a}-{b}": (choice[a] == choice[b]).double().mean().item() for a, b in pairs}
-    out: dict = {"agreement": same}
-    if len(depths) > 2:  # the two lowest exits
-        out["false_rejects"] = ratio((refused & (draft == full)).sum().item(), refused.sum().item())
-    return out
-
-
-def ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None

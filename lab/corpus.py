@@ -11,9 +11,9 @@ from tqdm import tqdm
 
 from checkpoints.files import open_tensors, write_whole
 from checkpoints.tokenizer import Tokenizer
+from checkpoints.variety import looped
 from kvcache import KVCache
 from lab.installed import INSTALLED, everything, is_held_out
-from lab.variety import looped
 from model import Llama
 from train_exits import HELD_OUT, WHOLE, encode, read_corpus, split
 

@@ -8,41 +8,31 @@ so. Two panels show the formula at other costs than this machine's.
 """
 
 import statistics
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, combinations_with_replacement, product
-from math import ceil
+from itertools import combinations_with_replacement, product
 from operator import eq
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from arguments import checked
-from faststep import WIDTH, FixedStep
-from hispec import Ladder, step
-from kvcache import KVCache, up_to_chunk
-from lab.agreement import measure
-from lab.costs import CONTEXT, WIDTHS, Costs, Rungs, Trace, replay, timed_steps, trace
-from lab.prompts import Request
-from lab.tune import (
-    DEPTHS,
-    GREEDY,
-    THRESHOLDS,
-    WINDOWS,
-    can_matter,
-    costs_of_ladders,
-    default_exits,
-    run,
-)
+from arguments import Options
+from checkpoints.ladders import Ladder, default_exits
+from checkpoints.machine import watch
+from drafters import LookUp
+from hispec import Decoder, Step
+from lab.costs import CONTEXT, WIDTHS, Costs, Trace, replay, trace
+from lab.tune import GREEDY, THRESHOLDS, WINDOWS, can_matter, costs_of_ladders, run
 from model import Llama
+from train_exits import measure
 
 N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
 FEW = 6  # prompts they are run on, each of another category
-SHORT, LONG = 4, 16  # windows of a single layer beside HiSpec
-LONGEST = (12, 24)  # the longest windows the formula tries: N_d and N_i; together, a single layer's
+SHORT, LONG = 4, 16  # windows of a single exit beside HiSpec
+LONGEST = (12, 24)  # the longest windows the formula tries: N_d and N_i; together, a single exit's
 OPENING, SAMPLES = 16, 1000  # tokens that are sampled after, and how often
+WIDEST = 16  # positions in a pass whose logits are compared
 
 
 @dataclass(frozen=True)
@@ -50,15 +40,13 @@ class Data:
     """What the figures show: speed-ups over greedy, agreement with the full model (0..1)."""
 
     n_layers: int
-    ladder: Rungs  # HiSpec's in this run
+    ladder: Ladder  # HiSpec's in this run
     costs: Costs
     # of exits 1..n_layers-1: on the prompts, on the greedy answers
     agreement: tuple[list[float], list[float]]
     # tokens/s of greedy, the grid of windows, and last the one with thresholds
-    speed: dict[Rungs, float]
+    speed: dict[Ladder, float]
     identical: bool  # whether all of these wrote greedy's texts
-    # predicted speed-up of one or two exits, with the best windows
-    pairs: dict[tuple[int, ...], float]
     # predicted and measured speed-ups, by kind of ladder
     compared: dict[str, list[tuple[float, float]]]
     trained: tuple[int, ...]  # the exits that were trained
@@ -69,8 +57,8 @@ class Data:
     # HiSpec's speed-up with its best windows, by how much is charged: the formula's, then replayed
     charged: dict[str, float]
     # (3, V) distributions of one token: the draft exit's, the full model's, what HiSpec sampled
-    law: np.ndarray
-    moved: dict[str, list[float]]  # by step: how far the widths 1..WIDTH of a pass move logits
+    one_token: np.ndarray
+    moved: dict[str, list[float]]  # by step: how far the widths 1..WIDEST of a pass move logits
     results: list[dict]  # the bench's, one a method
 
 
@@ -85,7 +73,7 @@ class Recorded:
     costs: Costs
     traces: list[Trace]  # one a request
 
-    def predicted(self, ladders: list[Rungs], chosen, what: str) -> dict[Rungs, float]:
+    def predicted(self, ladders: list[Ladder], chosen, what: str) -> dict[Ladder, float]:
         """Speed-ups over greedy on the chosen requests, for the figure of `what`."""
         traces = [self.traces[i] for i in chosen]
         seconds = {
@@ -96,23 +84,23 @@ class Recorded:
 
 
 def gather(
-    model: Llama, requests: list[Request], results: list[dict], tuned: dict, max_new_tokens: int,
-    stop, make_decoder: Callable, fast: FixedStep | None,
+    step: Step, requests: Sequence, results: list[dict], tuned: dict, max_new_tokens: int, stop,
+    make_decoder: Callable,
 ) -> Data:  # fmt: skip
     """Measure and predict all that the figures show.
 
-    results: the bench's dict for each method. tuned: by kind of ladder, with the ladders that
-    tuning ran if it was part of this run. make_decoder, fast: as in tune.tune.
+    requests: with category, prompt and greedy, the answer. results: the bench's dict for each
+    method. tuned: by kind of ladder, with the ladders that tuning ran if it was part of this run.
+    make_decoder: as in tune.tune.
     """
+    model = step.model
     n, methods = model.config.n_layers, {r["name"]: as_ladder(r) for r in results}
     ladder = methods["hispec"]
-    half = {d for d in DEPTHS if d <= n // 2}
-    depths = sorted({*ladder[0], *default_exits(model), *paper_exits(n), *half})
     ours = {e for exits, _, _ in methods.values() for e in exits if e > 0}
-    read, decode = tuple(sorted({*depths, *ours})), make_decoder()
+    read, decode = tuple(sorted({*ours, *default_exits(model)})), make_decoder()
     bar = tqdm(requests, "recording what each exit predicts", leave=False)
     traces = [trace(model, r.prompt, max_new_tokens, stop, read, decode) for r in bar]
-    costs = costs_of_ladders(model, read, traces, max_new_tokens, stop, make_decoder, fast)
+    costs = costs_of_ladders(step, read, traces, max_new_tokens, stop, make_decoder)
     recorded = Recorded(n, costs, traces)
 
     firsts = {r.category: i for i, r in reversed(list(enumerate(requests)))}
@@ -138,49 +126,32 @@ def gather(
         identical=all(
             [g.tokens for g in x] == [requests[i].greedy for i in few] for x in made.values()
         ),
-        pairs=best_pairs(depths, recorded),
         compared=compared(tuned, faster, results, recorded, few),
         rates=by_category,
         charged=charged(recorded, ladder[0], by_category["all"]),
-        law=law(model, requests, ladder),
-        moved=moved(
-            model, [token for i in few for token in requests[i].prompt + requests[i].greedy], fast
-        ),
+        one_token=one_token(step, requests, ladder),
+        moved=moved(step, [t for i in few for t in requests[i].prompt + requests[i].greedy]),
         results=results,
     )
 
 
-def grid(ladder: Rungs, recorded: Recorded, few: list[int]) -> list[Rungs]:
+def grid(ladder: Ladder, recorded: Recorded, few: list[int]) -> list[Ladder]:
     """HiSpec's exits with every pair of windows, and last the best that has thresholds."""
     windows = [w for w in product(N_D, N_I) if w[0] <= w[1]]
     adaptive = ladder
     if not any(ladder[2]):  # not tuned, or without success: what the replay finds best
         doubts = [t for t in product(THRESHOLDS, repeat=2) if any(t)]
         both = [(w, t) for w, t in product(windows, doubts) if can_matter(w, t)]
-        fields: list[Rungs] = [(ladder[0], w, t) for w, t in both]
+        fields: list[Ladder] = [(ladder[0], w, t) for w, t in both]
         seen = recorded.predicted(fields, few, "thresholds")
         adaptive = max(seen, key=seen.__getitem__)
     return [*((ladder[0], w, (0.0, 0.0)) for w in windows), adaptive]
 
 
-def best_pairs(depths: list[int], recorded: Recorded) -> dict[tuple[int, ...], float]:
-    """The predicted speed-up of one or two exits, with the best windows and no thresholds."""
-    best: dict[tuple[int, ...], float] = {}
-    sets = [exits for k in (1, 2) for exits in combinations(depths, k)]
-    fields: list[Rungs] = [
-        (e, w, (0.0,) * len(e))
-        for e in sets
-        for w in combinations_with_replacement(WINDOWS, len(e))
-    ]
-    every = range(len(recorded.traces))
-    for (exits, _, _), speed_up in recorded.predicted(fields, every, "pairs of exits").items():
-        best[exits] = max(best.get(exits, 0.0), speed_up)
-    return best
-
-
 def compared(
-    tuned: dict, faster: dict[Rungs, float], results: list[dict], recorded: Recorded, few: list[int]
-) -> dict[str, list[tuple[float, float]]]:
+    tuned: dict, faster: dict[Ladder, float], results: list[dict], recorded: Recorded,
+    few: list[int],
+) -> dict[str, list[tuple[float, float]]]:  # fmt: skip
     """Predicted and measured speed-ups: of what tuning ran, of the grid, of the bench's methods."""
     points = {
         f"tuning: {kind}": [(r["predicted"], r["measured"]) for r in t.get("ran", ())]
@@ -206,7 +177,7 @@ def charged(
         head={depth: [0.0, *[s[1]] * WIDTHS[-1]] for depth, s in costs.head.items()},
     )
     unread = [replace(t, prefill=0.0) for t in recorded.traces]
-    ladders: list[Rungs] = [
+    ladders: list[Ladder] = [
         (exits, windows, (0.0, 0.0)) for windows in combinations_with_replacement(WINDOWS, 2)
     ]
     found = {"formula": float(speed_up_by_rates(d, i, *rates)[1])}
@@ -219,17 +190,12 @@ def charged(
     return found
 
 
-def as_ladder(r: dict) -> Rungs:
+def as_ladder(r: dict) -> Ladder:
     thresholds = tuple(r["thresholds"]) or (0.0,) * len(r["exits"])
     return tuple(r["exits"]), tuple(r["windows"]), thresholds
 
 
-def paper_exits(n_layers: int) -> tuple[int, int]:
-    """An eighth and a quarter of the depth."""
-    return ceil(n_layers / 8), max(ceil(n_layers / 4), ceil(n_layers / 8) + 1)
-
-
-def agreement(model: Llama, requests: list) -> tuple[list[float], list[float]]:
+def agreement(model: Llama, requests: Sequence) -> tuple[list[float], list[float]]:
     """How often exits 1..n_layers-1 choose as the full model: on prompts, on greedy answers."""
     sums, counts = np.zeros((2, model.config.n_layers - 1)), [0, 0]
     for r in tqdm(requests, "agreement by layer", leave=False):
@@ -243,7 +209,7 @@ def agreement(model: Llama, requests: list) -> tuple[list[float], list[float]]:
 
 
 def wall(
-    ladder: Rungs, n_layers: int, make_decoder: Callable, prompts: list, max_new_tokens: int, stop
+    ladder: Ladder, n_layers: int, make_decoder: Callable, prompts: list, max_new_tokens: int, stop
 ) -> dict[str, list[float]]:
     """Data.wall of greedy, of HiSpec's exits alone, and of HiSpec: the faster of two turns each."""
     draft, middle = ladder[0]
@@ -253,71 +219,65 @@ def wall(
     }
     spent: dict[str, list[float]] = {}
     for name, x in 2 * [*ladders.items(), ("HiSpec", ladder)]:
-        with timed_steps((*x[0], n_layers)) as seconds:
-            made = [make_decoder(*x)(prompt, max_new_tokens, stop=stop) for prompt in prompts]
-        *below, full = seconds
+        decode = make_decoder(*x)
+        seen = [watch(decode, prompt, max_new_tokens, stop) for prompt in prompts]
+        *below, full = (sum(steps) for steps in zip(*(notes.steps for notes in seen)))
         drafting, intermediate = (*below, 0.0, 0.0)[:2]
-        loop = sum(g.seconds for g in made) - sum(seconds)
-        tokens = sum(len(g.tokens) for g in made)
+        loop = sum(notes.seconds - sum(notes.steps) for notes in seen)
+        tokens = sum(notes.tokens for notes in seen)
         each = [1e3 * part / tokens for part in (drafting, intermediate, full, loop)]
         spent[name] = min(spent.get(name, each), each, key=sum)
     return spent
 
 
 @torch.inference_mode()
-def law(model: Llama, requests: list[Request], ladder: Rungs) -> np.ndarray:
-    """One token's law (3, V) at temperature 1: the draft exit's, the full model's, as sampled.
+def one_token(step: Step, requests: Sequence, ladder: Ladder) -> np.ndarray:
+    """One token's distributions (3, V) at temperature 1: the draft exit's, the full's, as sampled.
 
     After the first OPENING tokens of the prompt for which draft and full model differ most on one
-    token. The prompt has been read before, so that HiSpec drafts this token and judges it.
+    token. All but the last token have been read, so that HiSpec drafts this token and judges it.
     """
-    both = {}
+    both, model = {}, step.model
     for opening in {tuple(r.prompt[:OPENING]) for r in requests}:
         ids = torch.tensor([opening], device=model.embed.weight.device)
         depths = ladder[0][0], model.config.n_layers
         rows = torch.stack([model(ids, exit)[0, -1] for exit in depths])
         both[opening] = rows.double().softmax(-1)
     opening = max(both, key=lambda o: (both[o][0] - both[o][1]).abs().max().item())
-    n, count = len(opening), np.zeros(model.config.vocab_size)
-    cache = KVCache(model, ladder[0], n + 1)
-    for seed in tqdm(range(SAMPLES), "sampling one token", leave=False):
-        asked = checked(model.config, opening, 1, *ladder, 1.0, 0, 1.0, seed, ())
-        run = Ladder(model, asked, cache, n + 1, step)
-        cache.rollback(n - 1)
-        if seed == 0 and n > 1:
-            step(model, cache, run.depths, run.tokens, n - 1, run.top, 1)
-        run.propose(run.top, 1)
-        count[run.text[n]] += 1
+    n, count, top = len(opening), np.zeros(model.config.vocab_size), len(ladder[0])
+    with step.open(ladder[0], n + 1) as cache:
+        for seed in tqdm(range(SAMPLES), "sampling one token", leave=False):
+            asked = Options(*ladder, temperature=1.0, seed=seed)
+            decoder = Decoder(list(opening), n + 1, asked, step, cache, LookUp())
+            if seed == 0 and n > 1:
+                step.run(cache, decoder.tokens, n - 1, top, 1)
+            cache.rollback(n - 1)
+            decoder.propose(top, 1)
+            count[decoder.text[n]] += 1
     return np.stack([*both[opening].cpu().numpy(), count / SAMPLES])
 
 
 @torch.inference_mode()
-def moved(model: Llama, text: list[int], fast: FixedStep | None) -> dict[str, list[float]]:
-    """How far logits are from those of passes over one, if a pass holds 1 .. WIDTH positions.
+def moved(step: Step, text: list[int]) -> dict[str, list[float]]:
+    """How far logits are from those of passes over one, if a pass holds 1 .. WIDEST positions.
 
     "plain": by a library's ordinary products, "ours": as decoding runs here.
     """
-    n, depths = min(CONTEXT + WIDTH, model.config.max_seq_len), (model.config.n_layers,)
-    at, far = n - WIDTH, dict[str, list[float]]()
-    device = model.embed.weight.device
-    tokens = torch.zeros(up_to_chunk(n + WIDTH), dtype=torch.long, device=device)
-    tokens[:n] = torch.tensor((text * n)[:n])
-    for name in ("plain", "ours"):
-        if name == "plain":
-            model.train().eval()  # undoes packing
-        elif device.type == "cpu":
-            model.pack()
-        run_step: Callable = step
-        lent: AbstractContextManager[KVCache] = nullcontext(KVCache(model, (), n))
-        if fast and name == "ours":
-            run_step, lent = fast, fast.open(model, (), n)
-        with lent as cache:
-            run_step(model, cache, depths, tokens, at, 0, 1)
-            alone = [run_step(model, cache, depths, tokens, at + i + 1, 0, 1) for i in range(WIDTH)]
+    model, weight = step.model, step.model.embed.weight
+    twin = Llama(model.config).to(weight.device, weight.dtype).eval()
+    twin.load_state_dict(model.state_dict(), strict=False)  # its exits are not needed
+    n = min(CONTEXT + WIDEST, model.config.max_seq_len)
+    at, far = n - WIDEST, dict[str, list[float]]()
+    for name, one in (("plain", Step(twin)), ("ours", step)):
+        with one.open((), n) as cache:
+            tokens = torch.zeros_like(cache.columns)
+            tokens[:n] = torch.tensor((text * n)[:n])
+            one.run(cache, tokens, at, 0, 1)
+            alone = [one.run(cache, tokens, at + i + 1, 0, 1).clone() for i in range(WIDEST)]
             far[name] = []
-            for width in range(1, WIDTH + 1):
+            for width in range(1, WIDEST + 1):
                 cache.rollback(at)
-                logits = run_step(model, cache, depths, tokens, at + width, 0, width)
+                logits = one.run(cache, tokens, at + width, 0, width)
                 far[name].append((logits - torch.cat(alone[:width])).abs().max().item())
     return far
 
@@ -336,13 +296,13 @@ def step_seconds(costs: Costs, depth: int) -> float:
 def speed_up_by_rates(
     d: float, i: float, alpha, beta, full: float = 1.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Speed-ups over greedy by a formula: of a single layer and of HiSpec, with their best windows.
+    """Speed-ups over greedy by a formula: of a single exit and of HiSpec, with their best windows.
 
     alpha, beta: how often the draft exit chooses as the intermediate does, and that as the full
     model does (arrays, 0..1), for each token independently. d, i: a step of either exit, in steps
     of the full model. A round of n drafts gives r tokens with probability alpha^(r-1) (1-alpha) for
     r <= n and alpha^n for r = n+1, for n d + i. After m >= N_i tokens one full verification, for
-    `full`, keeps (1 - beta^(m+1)) / (1 - beta) of them, its own included. A single layer that is
+    `full`, keeps (1 - beta^(m+1)) / (1 - beta) of them, its own included. A single exit that is
     right with probability a, alpha beta at the draft exit and beta at the intermediate, gives
     (1 - a^(k+1)) / (1 - a) for k steps and one of the full model.
     """

@@ -1,4 +1,4 @@
-"""Twelve figures of one run of the bench, drawn from what figures.py gathered."""
+"""Nine figures of one run of the bench, drawn from what figures.py gathered."""
 
 import statistics
 import textwrap
@@ -11,11 +11,8 @@ import matplotlib
 import numpy as np
 from matplotlib import rcsetup
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 
 from checkpoints.files import in_words, write_whole
-from faststep import WIDTH
 from lab.costs import CONTEXT, WIDTHS
 from lab.figures import (
     FEW,
@@ -23,8 +20,8 @@ from lab.figures import (
     N_I,
     OPENING,
     SAMPLES,
+    WIDEST,
     Data,
-    paper_exits,
     speed_up_by_rates,
     step_seconds,
 )
@@ -117,30 +114,6 @@ def plot_agreement(figure: Figure, data: Data) -> str:
     )
 
 
-def plot_acceptance(figure: Figure, data: Data) -> str:
-    axes, firsts = figure.subplots(), {}
-    for r in data.results:
-        for exit, kept in zip(r["exits"], r.get("acceptance_by_position", ())):
-            if r["name"] not in ("single-layer", "hispec") or not kept:
-                continue
-            firsts[r["name"], exit] = kept[0]
-            style = "o-" if r["name"] == "hispec" else "s--"
-            label = f"{r['name']}: exit {exit}'s drafts"
-            share = [100 * (value or 0.0) for value in kept]
-            axes.plot(range(1, len(kept) + 1), share, style, label=label)
-    axes.set(xlabel="position in the draft", ylabel="kept (%)", ylim=(0, 102))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    of = [kept for (name, _), kept in firsts.items() if name == "hispec"]
-    axes.set_title("HiSpec keeps the first token of " + " and of ".join(f"{v:.0%}" for v in of)
-                   + " of its exits' drafts")  # fmt: skip
-    if firsts:
-        axes.legend()
-    return (
-        "Counted on every third prompt: of the drafts with so many tokens, the share whose token "
-        "there was kept by the level above. A token behind a rejected one is not."
-    )
-
-
 def plot_reuse(figure: Figure, data: Data) -> str:
     axes, ours = figure.subplots(), [r for r in data.results if r["positions"]]
     totals = {}
@@ -177,8 +150,8 @@ def plot_reuse(figure: Figure, data: Data) -> str:
 
 
 def plot_sampling(figure: Figure, data: Data) -> str:
-    axes, likeliest = figure.subplots(), np.argsort(-data.law[1], kind="stable")[:SHOWN]
-    bars = np.array([[*law[likeliest], 1 - law[likeliest].sum()] for law in data.law])
+    axes, likeliest = figure.subplots(), np.argsort(-data.one_token[1], kind="stable")[:SHOWN]
+    bars = np.array([[*row[likeliest], 1 - row[likeliest].sum()] for row in data.one_token])
     draft, full, drawn = bars
     drafts = f"exit {data.ladder[0][0]}, which drafts"
     names = drafts, "the full model", f"HiSpec, {SAMPLES} samples"
@@ -187,11 +160,11 @@ def plot_sampling(figure: Figure, data: Data) -> str:
         axes.bar(places, 100 * heights, 0.26, label=name, color=colour)
     axes.set_xticks(range(len(full)), [*(str(i + 1) for i in range(len(likeliest))), "others"])
     axes.set(xlabel="the full model's likeliest tokens", ylabel="probability (%)")
-    law = full.clip(0) / full.clip(0).sum()
-    plain = np.random.default_rng(0).multinomial(SAMPLES, law, 1000) / SAMPLES
+    exact = full.clip(0) / full.clip(0).sum()
+    plain = np.random.default_rng(0).multinomial(SAMPLES, exact, 1000) / SAMPLES
     chance, off, far = (np.abs(x - full).sum(-1).mean() / 2 for x in (plain, drawn, draft))
     axes.set_title(
-        f"HiSpec's samples are {off:.1%} off the full model's law, the draft's law is {far:.0%} off"
+        f"HiSpec's samples are {off:.1%} off the full model's distribution, the draft's {far:.0%}"
     )
     axes.legend()
     return (
@@ -206,7 +179,7 @@ def plot_one_shape(figure: Figure, data: Data) -> str:
     axes = figure.subplots()
     labels = "ordinary products", "as passes run here"
     for far, label, style in zip(data.moved.values(), labels, ("o-", "s-")):
-        axes.plot(range(1, WIDTH + 1), far, style, label=label)
+        axes.plot(range(1, WIDEST + 1), far, style, label=label)
     axes.set(xlabel="positions in the pass", ylabel="largest change of a logit")
     plain, ours = map(max, data.moved.values())
     axes.set_title(
@@ -247,67 +220,6 @@ def plot_windows(figure: Figure, data: Data) -> str:
         "the faster of two "
         f"turns. {same} is greedy's, token for token."
     )
-
-
-def plot_exits(figure: Figure, data: Data) -> str:
-    axes, paper = figure.subplots(), paper_exits(data.n_layers)
-    pairs = {exits: speed_up for exits, speed_up in data.pairs.items() if len(exits) == 2}
-    drafts, middles = (sorted({exits[k] for exits in pairs}) for k in (0, 1))
-    table = np.full((len(drafts), len(middles)), np.nan)
-    low, high = min(pairs.values()), max(pairs.values())
-    for (draft, middle), speed_up in pairs.items():
-        row, column = drafts.index(draft), middles.index(middle)
-        table[row, column] = speed_up
-        colour = "black" if speed_up > low + 0.6 * (high - low) else "white"
-        axes.text(column, row, f"{speed_up:.2f}", ha="center", va="center", color=colour)
-    image = axes.imshow(table, cmap="cividis", origin="lower", aspect="auto")
-    figure.colorbar(image, label="speed-up over greedy")
-    marks = (
-        (paper, COLOURS[4], 0.47, "the paper's 1/8 and 1/4"),
-        (data.ladder[0], COLOURS[3], 0.4, "this run's HiSpec"),
-    )
-    for (draft, middle), colour, r, label in marks:
-        corner = middles.index(middle) - r, drafts.index(draft) - r
-        frame: dict[str, Any] = dict(fill=False, edgecolor=colour, linewidth=4)
-        axes.add_patch(Rectangle(corner, 2 * r, 2 * r, label=label, **frame))
-    axes.set_xticks(range(len(middles)), map(str, middles))
-    axes.set_yticks(range(len(drafts)), map(str, drafts))
-    axes.set(xlabel="intermediate exit (layer)", ylabel="draft exit (layer)")
-    best = max(pairs, key=pairs.__getitem__)
-    axes.set_title(
-        f"Predicted: {high:.2f}x with the best exits {best}, {pairs[paper]:.2f}x with the paper's "
-        f"{paper}"
-    )
-    axes.legend(loc="upper left")
-    (single,) = max((exits for exits in data.pairs if len(exits) == 1), key=data.pairs.__getitem__)
-    return (
-        "Predicted by replaying the recursion on measured costs and recorded texts, the best "
-        "windows for each pair, no "
-        f"thresholds. The best single layer by the same prediction: exit {single}, "
-        f"{data.pairs[single,]:.2f}x."
-    )
-
-
-def plot_categories(figure: Figure, data: Data) -> str:
-    axes, drafting = figure.subplots(), [r for r in data.results if r["name"] != "greedy"]
-    groups = ["all", *drafting[0]["by_category"]]
-    width = 0.84 / len(drafting)
-    axes.axhline(1, color="0.4", linestyle=":", label="greedy")
-    for k, r in enumerate(drafting):
-        values = [(r["by_category"] | {"all": r})[group]["speedup_vs_greedy"] for group in groups]
-        places = np.arange(len(groups)) + (k - (len(drafting) - 1) / 2) * width
-        exits = f" ({', '.join(map(str, r['exits']))})" if r["exits"] else ""
-        colour = COLOURS[k % len(COLOURS)]
-        bars = axes.bar(places, values, 0.92 * width, color=colour, label=r["name"] + exits)
-        axes.bar_label(bars, fmt="%.2f", fontsize=10, rotation=90, padding=3)
-    axes.set_xticks(range(len(groups)), groups)
-    axes.margins(y=0.12)
-    axes.set(ylabel="speed-up over greedy")
-    hispec = next(r for r in drafting if r["name"] == "hispec")["by_category"]
-    low, *_, high = sorted([(c["speedup_vs_greedy"], name) for name, c in hispec.items()] * 2)
-    axes.set_title(f"HiSpec over greedy: {low[0]:.2f}x ({low[1]}) to {high[0]:.2f}x ({high[1]})")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4)
-    return "Measured; medians over the repeats of ratios within a repeat. In brackets: exits."
 
 
 def plot_predictions(figure: Figure, data: Data) -> str:
@@ -357,7 +269,7 @@ def plot_where(figure: Figure, data: Data) -> str:
     )
     return (
         "By formula, windows tuned. d, i: cost of a step of either exit, head included, over the "
-        "full model's. White line: as fast as greedy. Hatched: the best single layer is faster. "
+        "full model's. White line: as fast as greedy. Hatched: the best single exit is faster. "
         "Star: all prompts of this run; dots: its categories. What the formula leaves out, by "
         f"replay, windows tuned: along the recorded texts {less['texts']:.2f}x, with what wide "
         f"passes cost {less['widths']:.2f}x, with the prompt {less['prompt']:.2f}x."
@@ -368,13 +280,10 @@ PLOTS: dict[str, Callable[[Figure, Data], str]] = {
     "one-pass": plot_pass,
     "verification-wall": plot_wall,
     "agreement": plot_agreement,
-    "acceptance": plot_acceptance,
     "reuse": plot_reuse,
     "windows": plot_windows,
     "sampling": plot_sampling,
     "one-shape": plot_one_shape,
-    "exits": plot_exits,
-    "categories": plot_categories,
     "predictions": plot_predictions,
     "where-it-pays": plot_where,
 }
@@ -388,7 +297,8 @@ def save(folder: Path, data: Data, header: dict) -> None:
             figure = Figure(figsize=(9.6, 5.6), layout="constrained")
             below = (plot(figure, data), in_words(header), header["command"])
             lines = [x for text in below for x in textwrap.wrap(text, 125, break_on_hyphens=False)]
-            figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=9, color="0.3")
+            at: dict[str, Any] = dict(x=0.01, ha="left", fontsize=9, color="0.3")
+            figure.supxlabel("\n".join(lines), parse_math=False, **at)  # a path may hold a $
             for kind, about in (("png", None), ("svg", {"Date": None})):
                 options: dict[str, Any] = dict(format=kind, dpi=150, metadata=about)
                 write_whole(folder / f"{name}.{kind}", partial(figure.savefig, **options))

@@ -12,8 +12,6 @@ where that loses; where none was kept, two of the model's exits.
 """
 
 import argparse
-import os
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -22,14 +20,13 @@ from pathlib import Path
 
 import torch
 
-from arguments import Event, checked
+from arguments import Event, Options, ladder_text
 from checkpoints import load
+from checkpoints.console import Parser, check_exits, coloured, command
 from checkpoints.files import describe, must_be_writable
+from checkpoints.ladders import default_exits, kept_dtype, kept_ladder, kept_threads
 from checkpoints.tokenizer import Tokenizer
 from hispec import generate
-from lab.commands import Parser, check_exits, command
-from lab.report import ladder_text
-from lab.tune import default_exits, kept_dtype, kept_ladder, kept_threads
 from model import Config, Llama
 from show import page
 from show.terminal import DIM, PLAIN, Painter, statistics
@@ -52,7 +49,7 @@ def main() -> None:
         torch.set_num_threads(kept_threads(header, model))
     print(f"{header['model']} in {header['dtype']} on {header['device']}")
     print("prompt:", tokenizer.prompt)
-    print(f"ladder: {ladder_text(ladder) or 'none'}, {why}")
+    print(f"ladder: {ladder_text(*ladder.values()) or 'none'}, {why}")
     run(2, **ladder)  # the first passes of a process are slower than all that follow
 
     painter, events = Painter(tuple(ladder["exits"]), tokenizer.spell), []
@@ -103,18 +100,23 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict]:
     if args.exits is not None:
         check_exits(args.exits, 0, model.config.n_layers)  # again, now that the depth is known
     weight = model.embed.weight
-    header = {"step": "plain", **describe(args.model, weight.device, weight.dtype)}
-    if not weight.is_cuda:
-        dtype = kept_dtype(header, lambda: load(args.model)[0])
-        header["dtype"] = str(dtype).removeprefix("torch.")
-        model = model if dtype == weight.dtype else model.to(dtype).pack()
+    step = model.fast.name if model.fast else "plain"
+    header = {"step": step, **describe(args.model, weight.device, weight.dtype)}
+    if step == "packed":
+        header["dtype"] = kept_dtype(header, lambda name: load_as(args.model, name))
+        if header["dtype"] != str(weight.dtype).removeprefix("torch."):
+            model = load_as(args.model, header["dtype"])
     return model, tokenizer, header
+
+
+def load_as(name: str, dtype: str) -> Llama:
+    return load(name, dtype=getattr(torch, dtype))[0]
 
 
 def choose(exits, windows, model: Llama, header: dict) -> tuple[dict, str]:
     """The ladder asked for, or the one tuning kept, or two of the model's exits; and why."""
     if exits is None and windows is None and (kept := kept_ladder(header, model)):
-        return kept
+        return dict(zip(("exits", "windows", "thresholds"), kept[0])), kept[1]
     why = "as asked" if exits is not None else "the model's own exits"
     exits = default_exits(model)[:2] if exits is None else tuple(exits)
     windows = windows or [2 ** (k + 1) for k in range(len(exits))]
@@ -157,14 +159,10 @@ def parse_arguments() -> argparse.Namespace:
     # as `generate` will check them, for a model of which nothing is known but that it is deep
     deep = Config(1, 2, max(exits or (0,)) + 1, 1, 1, 1, max_seq_len=args.max_new_tokens + 1)
     sampling = args.temperature, args.top_k, args.top_p, args.seed
-    checked(deep, [0], args.max_new_tokens, exits or (), windows, (), *sampling, ())
+    Options(exits or (), windows, (), *sampling).check_model(deep)
     if args.html:
         must_be_writable(args.html)  # said now, not when everything is generated
     return args
-
-
-def coloured() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lab.commands import Parser, command, must_take_files
+from checkpoints.console import Parser, command, must_take_files
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = (

@@ -3,24 +3,21 @@ second way."""
 
 from collections import defaultdict
 from functools import partial
-from itertools import product
 from random import Random
 
 import numpy as np
 import pytest
-import test_bench
 import torch
 from conftest import random_model
 
 import bench
-import hispec
-import lab.costs as costs_room
-from hispec import Generation, generate
-from lab import figures, plots, tune
+import fast
+from bench import Request
+from checkpoints import machine
+from hispec import Step, generate
+from lab import costs as costs_room
+from lab import figures, plots
 from lab.costs import WIDTHS, Costs, Trace, replay
-from lab.prompts import Request
-
-small_bench = test_bench.small_bench  # the fixture: bench.main on a small random model
 
 
 def small_run(n_layers: int = 9, exits=(2, 4), thresholds=(0.0, 0.0)):
@@ -63,40 +60,35 @@ def small_run(n_layers: int = 9, exits=(2, 4), thresholds=(0.0, 0.0)):
 
 @pytest.fixture
 def few_windows(monkeypatch):
-    """Smaller grids, that a test need not wait."""
+    make_small(monkeypatch)
+
+
+def make_small(monkeypatch):
+    """Smaller grids, so that a test need not wait."""
     for module in (figures, plots):
         monkeypatch.setattr(module, "N_D", (1, 3))
         monkeypatch.setattr(module, "N_I", (2, 4))
-        monkeypatch.setattr(module, "SAMPLES", 40)
+        monkeypatch.setattr(module, "SAMPLES", 20)
     monkeypatch.setattr(figures, "WINDOWS", (1, 3))
+
+    def seconds(step, depth, widths, context):  # in place of timing real passes
+        return [1e-3 * depth * (9 + n) for n in widths], [
+            1e-3 * (depth * (9 + n) + 1) for n in widths
+        ]
+
+    monkeypatch.setattr(costs_room, "pass_seconds", seconds)
     monkeypatch.setattr(figures, "THRESHOLDS", (0.0, 0.5))
 
 
 def gather(run, tuned=None) -> figures.Data:
     model, requests, results = run
-    return figures.gather(
-        model, requests, results, tuned or {}, 12, (), partial(bench.decoder, model, None), None
-    )
+    step = Step(model)
+    decoder = partial(bench.decode_with, model, step)
+    return figures.gather(step, requests, results, tuned or {}, 12, (), decoder)
 
 
 def same_tokens(a: torch.Tensor, b: torch.Tensor) -> list[bool]:
     return (a.argmax(-1) == b.argmax(-1)).flatten().tolist()
-
-
-# A whole run
-
-
-def test_the_figures_of_tuning_and_peers(small_bench, few_windows, monkeypatch, tmp_path):
-    """--tune in the same run adds its ladders to the predictions, its methods to the categories."""
-    monkeypatch.setattr(tune, "RUN", 2)
-    kept = []
-    monkeypatch.setattr(plots, "save", lambda folder, data, header: kept.append(data))
-    small_bench("--quick", "--tune", "--figures", str(tmp_path))
-    (data,) = kept
-    assert {"tuning: single-layer", "tuning: hispec", "tuning: look-up"} <= data.compared.keys()
-    assert len(data.compared["tuning: hispec"]) >= 2  # and the neighbours of whichever was fastest
-    assert len(data.compared["all prompts"]) == len(data.results) - 1 >= 4  # all but greedy
-    assert data.ladder[:2] == (data.results[2]["exits"], data.results[2]["windows"])
 
 
 # The numbers
@@ -151,16 +143,19 @@ def test_the_grid_is_run_and_its_texts_are_greedys(few_windows, monkeypatch):
     grid = [((2, 4), w, (0.0, 0.0)) for w in [(1, 2), (1, 4), (3, 4)]]
     assert list(asked["made"])[:-1] == [figures.GREEDY, *grid] == list(data.speed)[:-1]
     adaptive = list(data.speed)[-1]
-    assert adaptive[0] == (2, 4) and any(adaptive[2])
-    texts = [generate(model, prompt, 12).tokens for prompt in asked["prompts"]]
-    assert all([g.tokens for g in generations] == texts for generations in asked["made"].values())
-    assert data.identical
+    assert adaptive[0] == (2, 4) and any(adaptive[2]) and data.identical
     assert [data.speed[x] for x in (figures.GREEDY, *grid)] == pytest.approx([12, 36, 60, 84])
-    assert [measured for _, measured in data.compared["grid of windows"]][:3] == pytest.approx(
-        [3, 5, 7]
-    )
+    measured = [measured for _, measured in data.compared["grid of windows"]][:3]
+    assert measured == pytest.approx([3, 5, 7])
+    assert [measured for _, measured in data.compared["all prompts"]] == [1.5, 1.75]
     requests[2].greedy[5] += 1
     assert not gather((model, requests, results)).identical
+
+
+def test_ladders_that_tuning_ran_are_among_the_predictions(few_windows):
+    ran = [{"predicted": 1.0, "measured": 2.0}, {"predicted": 1.5, "measured": 1.25}]
+    data = gather(small_run(), {"hispec": {"ran": ran}})
+    assert data.compared["tuning: hispec"] == [(1.0, 2.0), (1.5, 1.25)]
 
 
 def test_thresholds_that_tuning_found_are_the_adaptive_line(few_windows):
@@ -171,100 +166,56 @@ def test_thresholds_that_tuning_found_are_the_adaptive_line(few_windows):
 def test_one_token_is_sampled_where_draft_and_full_model_differ_most(few_windows, monkeypatch):
     monkeypatch.setattr(figures, "OPENING", 2)
     model, requests, _ = run = small_run()
-    laws = {}
+    both = {}
     for r in requests:
         with torch.no_grad():
-            rows = [
-                model(torch.tensor([r.prompt[:2]]), exit=e)[0, -1].softmax(-1).numpy()
-                for e in (2, 9)
-            ]
-        laws[tuple(r.prompt[:2])] = rows
-    opening = max(laws, key=lambda o: max(abs(laws[o][0] - laws[o][1])))
-    draft, full, drawn = gather(run).law
-    assert draft == pytest.approx(laws[opening][0]) and full == pytest.approx(laws[opening][1])
-    ladder = dict(exits=(2, 4), windows=(2, 4))
-    tokens = [
-        generate(model, opening, 1, **ladder, temperature=1.0, seed=s).tokens[0] for s in range(40)
-    ]
-    assert drawn == pytest.approx(np.bincount(tokens, minlength=len(full)) / 40)
+            ids = torch.tensor([r.prompt[:2]])
+            rows = [model(ids, exit=e)[0, -1].softmax(-1).numpy() for e in (2, 9)]
+        both[tuple(r.prompt[:2])] = rows
+    opening = max(both, key=lambda o: max(abs(both[o][0] - both[o][1])))
+    monkeypatch.setattr(figures, "SAMPLES", 400)
+    draft, full, drawn = gather(run).one_token
+    assert draft == pytest.approx(both[opening][0]) and full == pytest.approx(both[opening][1])
+    assert abs(drawn - full).sum() / 2 < 0.1 < abs(draft - full).sum() / 2
 
 
-def test_how_far_company_moves_logits(monkeypatch):
-    moved = figures.moved(random_model(4, dim=64, ffn_dim=96).float(), [3, 1, 4], None)
-    assert moved["ours"] == [0.0] * figures.WIDTH and moved["plain"][0] == 0
-    real = figures.step
-    monkeypatch.setattr(figures, "step", lambda *arguments: real(*arguments) + 0.5 * arguments[-1])
-    moved = figures.moved(random_model(4), [3, 1, 4], None)
-    assert moved["plain"] == pytest.approx([0.5 * more for more in range(figures.WIDTH)], abs=1e-9)
+def test_how_far_company_moves_logits():
+    """A step that adds half for every position of a pass beyond the first."""
 
+    class Moving(Step):
+        def run(self, cache, tokens, length, k, n):
+            return super().run(cache, tokens, length, k, n) + 0.5 * (n - 1)
 
-def test_runs_keep_the_faster_turn_and_the_right_ladder():
-    clock = iter([9, 3, 4, 5, 1, 8, 6, 7])  # two ladders, two turns, two prompts
-
-    def clocked(exits):
-        return lambda prompt, n, stop: Generation([len(exits)], [], next(clock))
-
-    one = ((1,), (2,), (0.0,))
-    made = tune.run(
-        {ladder: clocked(ladder[0]) for ladder in (figures.GREEDY, one)}, [[1], [2]], 4, ()
-    )
-    assert [(g.tokens, g.seconds) for g in made[figures.GREEDY]] == [([0], 4), ([0], 1)]
-    assert [(g.tokens, g.seconds) for g in made[one]] == [([1], 3), ([1], 7)]
+    moved = figures.moved(Moving(random_model(4)), [3, 1, 4])
+    assert moved["ours"] == pytest.approx([0.5 * more for more in range(16)], abs=1e-9)
+    assert moved["plain"] == pytest.approx([0.0] * 16, abs=1e-9)
+    packed = figures.moved(fast.prepare(random_model(4, dim=64, ffn_dim=96).float()), [3, 1, 4])
+    assert packed["ours"] == [0.0] * 16 and max(packed["plain"]) < 1e-2
 
 
 def test_the_wall_has_the_time_of_each_level(few_windows, monkeypatch):
-    """By a clock that ticks a second a step at the draft exit, two at the intermediate, nine above."""
-    now, real = [0.0], figures.timed_steps
+    """By a clock that ticks a second a layer that a step's level is deep."""
+    now = [0.0]
 
-    def work(ladder, k, base):
-        now[0] += ladder.depths[k]
-        return run_level(ladder, k, base)
+    class Clocked(Step):
+        def run(self, cache, tokens, length, k, n):
+            now[0] += cache.depths[k]
+            return super().run(cache, tokens, length, k, n)
 
-    run_level = hispec.Ladder.run
-    monkeypatch.setattr(hispec.Ladder, "run", work)
-    monkeypatch.setattr(costs_room.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
     model, requests, _ = small_run()
     prompts = [requests[0].prompt, requests[2].prompt]
-    decoders = partial(bench.decoder, model, None)
-    wall = figures.wall(((2, 4), (2, 4), (0.0, 0.0)), 9, decoders, prompts, 12, ())
-    assert figures.timed_steps is real
+    decoder = partial(bench.decode_with, model, Clocked(model))
+    wall = figures.wall(((2, 4), (2, 4), (0.0, 0.0)), 9, decoder, prompts, 12, ())
     names = ["greedy", "exit 2,\nwindow 4", "exit 4,\nwindow 4", "exit 4,\nwindow 16", "HiSpec"]
     assert list(wall) == names
-    for name, ladder in zip(
-        names, [((), ()), ((2,), (4,)), ((4,), (4,)), ((4,), (16,)), ((2, 4), (2, 4))]
+    for name, exits, windows in zip(
+        names, [(), (2,), (4,), (4,), (2, 4)], [(), (4,), (4,), (16,), (2, 4)]
     ):
-        made = [generate(model, p, 12, exits=ladder[0], windows=ladder[1]) for p in prompts]
-        calls = [sum(g.levels[k].calls for g in made) for k in range(len(ladder[0]) + 1)]
-        of = [1e3 * n * e / 24 for n, e in zip(calls, (*ladder[0], 9))]
+        made = [generate(model, p, 12, exits=exits, windows=windows) for p in prompts]
+        calls = [sum(g.levels[k].calls for g in made) for k in range(len(exits) + 1)]
+        of = [1e3 * n * e / 24 for n, e in zip(calls, (*exits, 9))]
         assert wall[name] == pytest.approx([*[*of[:-1], 0.0, 0.0][:2], of[-1], 0.0])
-
-
-def test_pairs_of_exits_are_predicted_with_their_best_windows(few_windows, monkeypatch):
-    """Against replays of every window on the same costs and traces, one exit and two."""
-    traces, real = [], figures.trace
-    monkeypatch.setattr(
-        figures, "trace", lambda *arguments: traces.append(real(*arguments)) or traces[-1]
-    )
-    data = gather(small_run(n_layers=9))
-    depths = [1, 2, 3, 4]  # up to half of 9, the paper's 2 and 3, the run's 2 and 4
-    expected = {(a,) for a in depths} | {(a, b) for a, b in product(depths, depths) if a < b}
-    assert data.pairs.keys() == expected
-    assert len(traces) == 4
-
-    def seconds(exits, windows):
-        return sum(
-            t.prefill + replay(t, (exits, windows, (0.0,) * len(exits)), data.costs, 9)
-            for t in traces
-        )
-
-    for exits in expected:
-        windows = [(1,), (3,)] if len(exits) == 1 else [(1, 1), (1, 3), (3, 3)]
-        best = max(seconds((), ()) / seconds(exits, w) for w in windows)
-        assert data.pairs[exits] == pytest.approx(best)
-    assert data.charged["prompt"] == pytest.approx(data.pairs[2, 4])
-    predicted = data.compared["all prompts"]
-    assert [measured for _, measured in predicted] == [1.5, 1.75]
-    assert predicted[1][0] == pytest.approx(seconds((), ()) / seconds((2, 4), (2, 4)))
 
 
 def test_a_step_takes_its_layers_its_head_and_the_loop():
@@ -273,12 +224,6 @@ def test_a_step_takes_its_layers_its_head_and_the_loop():
         {e: list(e * (2.0 + widths)) for e in (0, 2, 8)}, {8: list(10 * widths)}, 0.0, {8: 0.5}
     )
     assert figures.step_seconds(costs, 8) == 8 * 3 + 10 + 0.5
-
-
-def test_the_papers_exits():
-    assert figures.paper_exits(32) == (4, 8)
-    assert figures.paper_exits(30) == (4, 8)
-    assert figures.paper_exits(3) == (1, 2)
 
 
 # The formula
@@ -303,7 +248,7 @@ def test_the_formula_gives_the_table_it_was_published_with(d, i, published):
     assert hispec / single == pytest.approx(published, abs=0.02)
 
 
-@pytest.mark.parametrize("alpha, beta", [(0.7, 0.9), (0.8, 0.7), (0.4, 0.5)])
+@pytest.mark.parametrize("alpha, beta", [(0.7, 0.9), (0.4, 0.5)])
 def test_the_formula_is_what_the_recursion_takes_when_width_is_free(alpha, beta):
     """Replayed on texts whose tokens agree independently, with the best of a few windows; a full
     pass costs 1."""

@@ -31,7 +31,7 @@ from hispec import generate
 from lab.agreement import write_figure
 from lab.corpus import make_openings, openers, own_loops, sample
 from lab.installed import INSTALLED, everything, is_held_out
-from lab.variety import looped
+from checkpoints.variety import looped
 from model import ExitHead, Llama
 from train_exits import Run, measure, read_corpus
 

@@ -1,26 +1,33 @@
-"""The search for ladders, and what it keeps."""
+"""The search for ladders, and what it rests on: what passes cost, and a ladder's replay."""
 
-import json
 from functools import partial
 
 import pytest
-import torch
+import test_bench
 from conftest import random_model
 
 import bench
-from faststep import FixedStep
-from hispec import Generation, LevelStats, generate
+import fast
+from hispec import Generation, LevelStats, Step, generate
+from lab import costs as costs_room
 from lab import tune
+from lab.costs import WIDTHS, Costs, Trace, measure_costs, replay, trace, with_loop
+from model import ExitHead
 
-HEADER = {
-    "model": "m",
-    "dtype": "float32",
-    "step": "plain",
-    "device": "cpu",
-    "threads": 1,
-    "versions": {},
-    "command": "python bench.py --tune",
-}
+small_bench = test_bench.small_bench  # the fixture: bench.main on a small random model
+EVERY_WIDTH = range(WIDTHS[-1] + 1)
+ONE_A_PASS = Costs(
+    {e: [0.0 for _ in EVERY_WIDTH] for e in range(9)},
+    {e: [1.0 for _ in EVERY_WIDTH] for e in range(1, 9)},
+    0.0,
+    dict.fromkeys(range(9), 0.0),
+)
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """No cost is measured: every pass takes a second."""
+    monkeypatch.setattr(tune, "measure_costs", lambda step, exits: ONE_A_PASS)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +37,7 @@ HEADER = {
         ({3: (1, 5), 6: (2, 1)}, 6),  # fastest in all, though not on the first
     ],
 )
-def test_tuning_adds_up_over_the_prompts(monkeypatch, costs, best):
+def test_tuning_adds_up_over_the_prompts(monkeypatch, free, costs, best):
     def clocked(exits=(), windows=(), thresholds=()):
         def decode(prompt, n, *, stop=()):
             seconds = costs.get(windows[0], (9, 9))[prompt[0]] if exits == (1,) else 10
@@ -41,243 +48,170 @@ def test_tuning_adds_up_over_the_prompts(monkeypatch, costs, best):
     monkeypatch.setattr(tune, "WINDOWS", (3, 6, 8))
     monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))
     monkeypatch.setattr(tune, "RUN", 100)
-    chosen = tune.tune(random_model(), [[0], [1]], 4, (), clocked, None)["single-layer"]
-    assert (chosen["exits"], chosen["windows"]) == ((1,), (best,))
-    assert chosen["measured"] == pytest.approx(20 / sum(costs[best]))
+    found = tune.tune(Step(random_model()), [[0], [1]], 4, (), clocked)
+    for name in "single-layer", "draft alone":
+        assert (found[name]["exits"], found[name]["windows"]) == ((1,), (best,))
+        assert found[name]["measured"] == pytest.approx(20 / sum(costs[best]))
 
 
 @pytest.mark.parametrize("fastest", [1, 6, 16])
-def test_tuning_climbs_to_the_fastest_windows_from_wherever_it_begins(monkeypatch, fastest):
+def test_tuning_climbs_to_the_fastest_windows_from_wherever_it_begins(monkeypatch, free, fastest):
     def clocked(exits=(), windows=(), thresholds=()):
-        seconds = 20.0 + sum(
-            abs(tune.WINDOWS.index(w) - tune.WINDOWS.index(fastest)) for w in windows
-        )
-        made = Generation([3] * 4, [LevelStats(5, calls=4)], seconds if windows else 40.0)
+        far = (abs(tune.WINDOWS.index(w) - tune.WINDOWS.index(fastest)) for w in windows)
+        made = Generation([3] * 4, [LevelStats(5, calls=4)], 20.0 + sum(far) if windows else 40.0)
         return lambda prompt, n, *, stop=(): made
 
     monkeypatch.setattr(tune, "RUN", 1)
-    for name, best in tune.tune(random_model(), [[0]], 4, (), clocked, None).items():
-        assert best["windows"] == (fastest,) * tune.KINDS[name][0]
-        assert best["measured"] == 2
+    for best in tune.tune(Step(random_model()), [[0]], 4, (), clocked).values():
+        assert best["windows"] == (fastest,) * len(best["exits"]) and best["measured"] == 2
 
 
-def test_no_threshold_is_tried_where_one_token_is_asked_for(monkeypatch):
+def test_every_kind_is_searched_and_each_ladders_own_draft_alone(monkeypatch, free):
+    monkeypatch.setattr(tune, "RUN", 4)
+    model = random_model(n_layers=6)
+    decoder = partial(bench.decode_with, model, Step(model))
+    found = tune.tune(Step(model), [[1, 2]], 6, (), decoder)
+    assert list(found)[:6] == [*tune.KINDS, "draft alone"]
+    first = {kind["exits"][0] for kind in found.values() if len(kind["exits"]) > 1} - {0}
+    alone = [kind["exits"] for name, kind in found.items() if name.endswith("alone")]
+    assert {(exit,) for exit in first} == {*alone}
+    assert found["draft alone"]["exits"] == found["hispec"]["exits"][:1]
+    assert found["look-up"]["exits"] == (0,) and len(found["three exits"]["exits"]) == 3
+    for kind in found.values():
+        ran = [(r["exits"], r["windows"], r["thresholds"]) for r in kind["ran"]]
+        assert len({*ran}) == len(ran) >= 4
+        assert kind["measured"] == max(r["measured"] for r in kind["ran"])
+
+
+def test_the_bench_runs_what_was_tuned_and_so_does_the_next(
+    small_bench, monkeypatch, free, tmp_path
+):
+    monkeypatch.setattr(tune, "WINDOWS", (3, 6))
+    monkeypatch.setattr(tune, "COARSE", (3, 6))
+    monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))
+    brief = ["--quick", "--temperature", "0", "--max-new-tokens", "5"]
+    _, tuned = small_bench(*brief, "--tune")
+    assert tuned["ladders"] == "tuned on this machine, now"
+    assert [m["name"] for m in tuned["methods"]][:7] == [
+        "greedy", "single-layer", "hispec", "draft alone", "paper windows", "look-up", "look-up, exit"
+    ]  # fmt: skip
+    assert not (tmp_path / "shipped.json").exists()
+    _, later = small_bench(*brief)
+    assert later["ladders"] == "tuned on this machine"
+    ours = [[(m["exits"], m["windows"]) for m in run["methods"][:7]] for run in (tuned, later)]
+    assert ours[0] == ours[1]
+    small_bench(*brief, "--tune", "--ship")
+    assert (tmp_path / "shipped.json").exists()
+
+
+def test_no_threshold_is_tried_where_one_token_is_asked_for():
     """There it cannot change a step, and costs a read each."""
     asked = []
-    tune.promising("hispec", (2, 4), lambda ladder: asked.append(ladder) or len(asked))
+    tune.promising("hispec", 2, False, (2, 4), lambda x: asked.append(x) or len(asked))
     both = {(w > 1, t > 0) for _, windows, doubts in asked for w, t in zip(windows, doubts)}
     assert both == {(True, True), (True, False), (False, False)}
     near = tune.neighbours(((2, 8), (2, 4), (0.7, 0.1)))
     assert {n[1]: n[2] for n in near} == {
         (1, 4): (0.0, 0.1), (3, 4): (0.7, 0.1), (2, 3): (0.7, 0.1), (2, 6): (0.7, 0.1)
     }  # fmt: skip
-    model = random_model()
-    for windows, doubts in (((1, 4), (0.9, 0.0)), ((1, 1), (0.5, 0.9))):
-        with_them, without = (
-            generate(model, [1, 2], 20, exits=(1, 2), windows=windows, thresholds=t)
-            for t in (doubts, ())
-        )
-        assert with_them.tokens == without.tokens and with_them.levels == without.levels
+
+
+def test_runs_keep_the_faster_turn_and_the_right_ladder():
+    clock = iter([9, 3, 4, 5, 1, 8, 6, 7])  # two ladders, two turns, two prompts
+
+    def clocked(exits):
+        return lambda prompt, n, stop: Generation([len(exits)], [], next(clock))
+
+    ladders = [tune.GREEDY, ((1,), (2,), (0.0,))]
+    made = tune.run({ladder: clocked(ladder[0]) for ladder in ladders}, [[1], [2]], 4, ())
+    assert [[(g.tokens, g.seconds) for g in made[x]] for x in ladders] == [
+        [([0], 4), ([0], 1)], [([1], 3), ([1], 7)]
+    ]  # fmt: skip
+
+
+# ---- costs and replay ---------------------------------------------------------------------------
+
+
+def test_a_replay_takes_the_steps_that_a_generation_takes():
+    """Counted in steps, along a text on which one exit is wrong here and there, the other never."""
+    model = random_model(3)
+    text = trace(model, [1, 2], 40, (), (1, 3), partial(generate, model))
+    steps = lambda *ladder: replay(text, ladder, ONE_A_PASS, model.config.n_layers)  # noqa: E731
+    for exits, windows in [
+        ((), ()), ((1,), (3,)), ((3,), (2,)), ((3,), (6,)), ((0,), (4,)), ((0, 3), (2, 4))
+    ]:  # fmt: skip
+        out = generate(model, [1, 2], 40, exits=exits, windows=windows)
+        taken = sum(level.calls for level in out.levels if level.exit > 0)
+        assert steps(exits, windows, (0.0,) * len(exits)) == pytest.approx(taken, rel=0.1)
+    # a draft in doubt stops: at threshold 1 after every token, as a window of 1 does
+    assert steps((3,), (6,), (1.0,)) == steps((3,), (1,), (0.0,))
+
+
+def test_a_replay_charges_each_segment_the_difference_of_its_depths():
+    """All drafts right, two a step: level 0 runs layers 0..2, the full model 3..7, a head each."""
+    trunk = {e: [e**2 * w for w in EVERY_WIDTH] for e in (0, 2, 7)}
+    head = {2: [0.5 for _ in EVERY_WIDTH], 7: [3.0 for _ in EVERY_WIDTH]}
+    costs = Costs(trunk, head, 100.0, {2: 0.25, 7: 1.25})
+    text = Trace([1], 0.0, {2: [5] * 6, 7: [5] * 6}, {2: [1.0] * 6, 7: [1.0] * 6})
+    # the second round begins with the full model's own token, which level 0 has not run. Six
+    # positions in all: the prompt's own token, two drafts and a bonus, then two drafts
+    drafts, checks, layers = 4, 2, 4 * 6 + (49 - 4) * 6
+    assert replay(text, ((2,), (2,), (0.0,)), costs, 7) == layers + drafts * 0.75 + checks * 4.25
+    # a threshold asks each of the drafting level's steps how sure it is
+    doubting = replay(text, ((2,), (2,), (0.5,)), costs, 7)
+    assert doubting == layers + drafts * 100.75 + checks * 4.25
 
 
 @pytest.mark.parametrize("fixed", [False, True])
-def test_tuning_runs_as_many_ladders_of_either_kind(monkeypatch, fixed):
-    monkeypatch.setattr(tune, "RUN", 4)
-    model = random_model(n_layers=6)
-    fast = FixedStep(model, 40) if fixed else None
-    chosen = tune.tune(model, [[1, 2]], 6, (), partial(bench.decoder, model, fast), fast)
-    assert list(chosen) == list(tune.KINDS)
-    assert chosen["look-up"]["exits"] == (0,) and len(chosen["three exits"]["exits"]) == 3
-    for best in chosen.values():
-        assert (
-            len({(r["exits"], r["windows"], r["thresholds"]) for r in best["ran"]})
-            == len(best["ran"])
-            >= 4
-        )
-        assert best["measured"] == max(r["measured"] for r in best["ran"])
+def test_costs_by_depth_and_width_of_any_step(monkeypatch, fixed):
+    """With passes that take a second a position and layer, and ten for a head."""
 
+    def seconds(step, depth, widths, context):
+        assert widths == WIDTHS and context == 64 - WIDTHS[-1]
+        rows = [-(-n // 16) * 16 if fixed else n for n in widths]
+        layers = depth + (depth in step.model.blocks)
+        return [layers * n for n in rows], [layers * n + 10 for n in rows]
 
-def test_ladders_are_kept_by_model_dtype_and_device(monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "LADDERS", tmp_path / "results" / "ladders.json")
+    monkeypatch.setattr(costs_room, "pass_seconds", seconds)
     model = random_model()
-    assert tune.saved_ladders(HEADER, model) == {}
-    one = {"hispec": {"exits": [1, 2], "windows": [3, 4], "thresholds": [0.5, 0.0]}}
-    two = {"single-layer": {"exits": [1], "windows": [2], "thresholds": [0.1]}}
-    tune.save_ladders(HEADER, one)
-    for key in ("model", "dtype", "device"):
-        other = HEADER | {key: "other"}
-        assert tune.saved_ladders(other, model) == {}
-        tune.save_ladders(other, two)
-        assert tune.saved_ladders(other, model) == two
-    assert tune.saved_ladders(HEADER, model) == one
+
+    model.exit_heads["3"] = ExitHead(model.config, width=3).double()
+    costs = measure_costs(Step(model), (1, 3))
+    assert costs.trunk.keys() == {0, 1, 3, 5} and costs.head.keys() == {1, 3, 5}
+    assert costs.doubt > 0 and costs.loop == {1: 0.0, 3: 0.0, 5: 0.0}
+    rows = [0, *(16 if w <= 16 else 32 for w in EVERY_WIDTH[1:])] if fixed else [*EVERY_WIDTH]
+    for depth in 0, 1, 3, 5:
+        assert costs.trunk[depth] == pytest.approx([depth * n for n in rows])
+    assert costs.head[5] == pytest.approx([0.0] + [10.0] * WIDTHS[-1])
+    own_block = [0.0, *(n + 10.0 for n in rows[1:])]  # a layer more than its depth: the head's
+    assert costs.head[3] == pytest.approx(own_block)
 
 
-@pytest.mark.parametrize(
-    "ladder",
-    [
-        {"exits": [1], "windows": [2]},
-        {"exits": [1, 5], "windows": [2, 2]},
-        {"exits": [1, 2], "windows": [2, 19]},
-        {"exits": [1, 2], "windows": [0, 2]},
-        {"exits": [1, 2]},
-        [],
-        {"exits": 3},
-    ],
-)
-def test_a_ladder_that_does_not_fit_is_refused(monkeypatch, tmp_path, ladder):
-    monkeypatch.setattr(tune, "LADDERS", tmp_path / "ladders.json")
-    tune.save_ladders(HEADER, {"hispec": ladder})
-    with pytest.raises(
-        ValueError, match="ladders.json: hispec of m, float32, plain step, cpu does not fit"
-    ):
-        tune.saved_ladders(HEADER, random_model())
+@pytest.mark.parametrize("step", [Step, fast.prepare, lambda m: fast.FixedStep(m, 64, False)])
+def test_costs_of_real_passes(step):
+    costs = measure_costs(step(random_model()), (1, 3))
+    for row in costs.trunk[5], *costs.head.values():
+        assert len(row) == len(EVERY_WIDTH) and row[0] == 0 and min(row) >= 0
+    assert min(costs.trunk[1][1:]) > 0
 
 
-@pytest.mark.parametrize("content", ["{bad", "[]", '{"a": 3}'])
-def test_a_damaged_ladder_file_is_named(monkeypatch, tmp_path, content):
-    monkeypatch.setattr(tune, "LADDERS", tmp_path / "ladders.json")
-    tune.LADDERS.write_text(content)
-    with pytest.raises(ValueError, match="ladders.json is damaged"):
-        tune.saved_ladders(HEADER, random_model())
-
-
-def test_the_kept_ladder_is_hispecs_unless_that_loses(monkeypatch, tmp_path):
-    monkeypatch.setattr(tune, "LADDERS", tmp_path / "ladders.json")
-    model = random_model()
-    assert tune.kept_ladder(HEADER, model) is None
-    slow = {"exits": [1, 2], "windows": [3, 4], "thresholds": [0.5, 0.0], "measured": 0.9}
-    fast = {"exits": [0], "windows": [8], "thresholds": [0.0], "measured": 1.234}
-    tune.save_ladders(HEADER | {"device": "GPU, 1 core"}, {"hispec": slow, "look-up": fast})
-    ladder = {"exits": [0], "windows": [8], "thresholds": [0.0]}
-    why = "kept by tuning, 1.23x greedy on GPU, 1 core"
-    assert tune.kept_ladder(HEADER, model) == (ladder, why)
-    assert tune.kept_ladder(HEADER | {"model": "another"}, model) is None
-    tune.save_ladders(HEADER, {"hispec": slow})  # this machine's go first, if they fit
-    assert tune.kept_ladder(HEADER, model)[1].endswith("0.90x greedy on this machine")
-    tune.save_ladders(HEADER, {"hispec": slow | {"measured": 1.1}, "look-up": fast})
-    assert tune.kept_ladder(HEADER, model)[0]["exits"] == [1, 2]
-    for part, wrong in (("exits", [1, 99]), ("windows", [1]), ("measured", "fast")):
-        tune.save_ladders(HEADER, {"hispec": slow | {part: wrong}, "look-up": {"measured": 2.0}})
-        assert tune.kept_ladder(HEADER, model) == (ladder, why)
-    tune.save_ladders(HEADER, {"hispec": [3], "look-up": fast})
-    assert tune.kept_ladder(HEADER, model) == (ladder, why)
-
-
-def test_default_exits():
-    model = random_model(n_layers=30)
-    assert tune.default_exits(model) == (4, 8)
-    model.exits = (2, 5, 9)
-    assert tune.default_exits(model) == (2, 5, 9)
-    assert tune.default_exits(random_model(n_layers=3)) == (1, 2)
-    for layers in (1, 2):
-        with pytest.raises(ValueError, match=f"two exits below .* {layers} layers"):
-            tune.default_exits(random_model(n_layers=layers))
-
-
-@pytest.fixture
-def searches(monkeypatch, tmp_path):
-    """How often the number of threads was searched for; each time one more is found best."""
-    found = []
-    monkeypatch.setattr(tune, "LADDERS", tmp_path / "results" / "ladders.json")
-    monkeypatch.setattr(tune, "best_threads", lambda model: found.append(None) or len(found))
-    return found
-
-
-def test_the_number_of_threads_is_found_once_and_again_when_tuning(searches):
-    model = random_model()
-    assert [tune.kept_threads(HEADER, model) for _ in range(3)] == [1, 1, 1]
-    assert tune.kept_threads(HEADER | {"model": "another"}, model) == 2
-    assert tune.kept_threads(HEADER, model, anew=True) == 3
-    assert tune.kept_threads(HEADER, model) == 3
-    assert len(searches) == 3
-
-
-def test_threads_and_ladders_are_kept_beside_each_other(searches):
-    ladders = {"hispec": {"exits": [1, 2], "windows": [3, 4], "thresholds": [0.5, 0.0]}}
-    model = random_model()
-    tune.save_ladders(HEADER | {"threads": 7}, ladders)
-    assert tune.kept_threads(HEADER, model) == 7
-    assert tune.kept_threads(HEADER, model, anew=True) == 1
-    assert tune.saved_ladders(HEADER, model) == ladders
-
-
-def test_ladders_kept_without_a_number_of_threads_stay(searches):
-    tune.save_ladders(HEADER, {"hispec": {"exits": [1, 2], "windows": [3, 4]}})
-    found = json.loads(tune.LADDERS.read_text())
-    for entry in found.values():
-        del entry["threads"]
-    tune.LADDERS.write_text(json.dumps(found))
-    assert tune.kept_threads(HEADER, random_model()) == 1
-    assert tune.saved_ladders(HEADER, random_model()).keys() == {"hispec"}
-
-
-@pytest.mark.parametrize("threads", [0, -1, "two", 1.5, [1]])
-def test_a_number_of_threads_that_is_none_is_refused(searches, threads):
-    tune.save_ladders(HEADER | {"threads": threads}, {})
-    with pytest.raises(
-        ValueError, match="ladders.json: threads of m, float32, plain step, cpu must"
-    ):
-        tune.kept_threads(HEADER, random_model())
-
-
-def test_where_nothing_can_be_kept_threads_are_found_anew(searches, monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(tune, "LADDERS", tmp_path / "file" / "ladders.json")
-    assert [tune.kept_threads(HEADER, random_model()) for _ in range(2)] == [1, 2]
-
-
-@pytest.fixture
-def timed(searches, monkeypatch):
-    """How long each dtype takes; which were timed is kept under `loads` and `seen`."""
-    seconds = {torch.float32: 2.0, torch.bfloat16: 1.0}
-    seconds["seen"] = []
-
-    def took(model):
-        seconds["seen"].append(model.embed.weight.dtype)
-        return seconds[model.embed.weight.dtype]
-
-    monkeypatch.setattr(tune, "can_pack", lambda dtype: True)
-    monkeypatch.setattr(tune, "seconds_of_few", took)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
-    return seconds
-
-
-def load_float():
-    return random_model().float()
-
-
-def test_the_faster_dtype_is_found_once_and_again_when_tuning(timed, searches):
-    both = [torch.float32, torch.bfloat16]
-    assert tune.kept_dtype(HEADER, load_float) == torch.bfloat16
-    assert timed["seen"] == both and len(searches) == 1  # bfloat16's threads when it is used
-    assert tune.kept_threads(HEADER | {"dtype": "bfloat16"}, random_model()) == 2
-    never = lambda: pytest.fail("loaded again")  # noqa: E731
-    assert tune.kept_dtype(HEADER | {"dtype": "bfloat16"}, never) == torch.bfloat16
-    timed[torch.bfloat16] = 3.0
-    assert tune.kept_dtype(HEADER, load_float, anew=True) == torch.float32
-    assert tune.kept_dtype(HEADER, never) == torch.float32
-    assert tune.kept_dtype(HEADER | {"model": "another"}, load_float) == torch.float32
-    assert timed["seen"] == 3 * both
-
-
-def test_the_kept_dtype_disturbs_no_ladder(timed):
-    ladders = {"hispec": {"exits": [1, 2], "windows": [3, 4], "thresholds": [0.5, 0.0]}}
-    tune.save_ladders(HEADER, ladders)
-    tune.kept_dtype(HEADER, load_float)
-    assert tune.saved_ladders(HEADER, random_model()) == ladders
-    assert tune.kept_ladder(HEADER | {"model": "m"}, random_model()) is None  # none was measured
-
-
-def test_a_processor_without_bfloat16_takes_float32(timed, monkeypatch):
-    monkeypatch.setattr(tune, "can_pack", lambda dtype: False)
-    assert tune.kept_dtype(HEADER, lambda: pytest.fail("loaded")) == torch.float32
-    assert not tune.LADDERS.exists()
-
-
-def test_a_dtype_that_is_none_of_the_two_is_refused(timed):
-    tune.LADDERS.parent.mkdir()
-    tune.LADDERS.write_text('{"m, either dtype, plain step, cpu": {"dtype": "int8"}}')
-    with pytest.raises(
-        ValueError, match="dtype of m, either dtype, plain step, cpu must be one of"
-    ):
-        tune.kept_dtype(HEADER, load_float)
+def test_what_a_step_costs_beyond_its_pass_is_what_runs_of_one_exit_took_longer():
+    """Greedy's nine steps a text take 1.5 each beyond a head of 1, an exit's 0.25."""
+    model = random_model(3)
+    decode = partial(generate, model)
+    traces = [trace(model, prompt, 10, (), (1, 3), decode) for prompt in ([1], [2, 5])]
+    alone = {}
+    for exits, beyond in ((), 1.5), ((1,), 0.25), ((3,), 0.25):
+        ladder = exits, (4,) * len(exits), (0.0,) * len(exits)
+        alone[ladder] = []
+        for text in traces:
+            out = generate(model, text.prompt, 10, exits=exits, windows=ladder[1])
+            drafts = out.levels[0].calls if exits else 0
+            checks = out.levels[-1].calls - 1  # the first reads the prompt
+            out.prefill_seconds = 7.0
+            out.seconds = 7.0 + drafts * (1 + beyond) + checks * 2.5
+            alone[ladder].append(out)
+    costs = with_loop(ONE_A_PASS, traces, alone, model.config.n_layers)
+    found = {depth: costs.loop[depth] for depth in (1, 3, 5)}
+    assert found == pytest.approx({1: 0.25, 3: 0.25, 5: 1.5}, abs=0.1)
+    assert costs.loop[2] == 0  # was not run

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab.variety import distinct, looped, looping
+from checkpoints.variety import distinct, looped, looping
 
 
 def test_distinct_looks_at_the_first_tokens_only():

@@ -1,0 +1,202 @@
+"""What tuning found is kept and found again: ladders, threads, the dtype."""
+
+import json
+import multiprocessing
+
+import pytest
+import torch
+from conftest import random_model
+
+from checkpoints import ladders
+
+HEADER = {"model": "m", "dtype": "float32", "step": "packed", "device": "a CPU, 2 cores",
+          "threads": 1, "versions": {}, "command": "python bench.py --tune"}  # fmt: skip
+HISPEC = {"exits": [1, 2], "windows": [3, 4], "thresholds": [0.5, 0.0], "measured": 1.5}
+SINGLE = {"exits": [1], "windows": [2], "thresholds": [0.1], "measured": 1.2}
+LADDER = ((1, 2), (3, 4), (0.5, 0.0))
+
+
+@pytest.fixture(autouse=True)
+def places(monkeypatch, tmp_path):
+    """A user's own folder, and what is shipped."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(ladders, "SHIPPED", tmp_path / "ladders.json")
+    monkeypatch.setattr(ladders, "cores", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    return tmp_path
+
+
+def test_what_is_found_here_is_kept_by_model_dtype_step_and_device(places):
+    model = random_model()
+    assert ladders.kept_ladders(HEADER, model) == ({}, "")
+    file = ladders.save_ladders(HEADER, {"hispec": HISPEC})
+    assert file.parent == places / "cache" / "hispec" / "ladders"
+    assert not ladders.SHIPPED.exists()  # a tracked file
+    assert ladders.kept_ladders(HEADER, model) == ({"hispec": LADDER}, "this machine")
+    for key in ("dtype", "step", "device"):
+        other = HEADER | {key: "other"}
+        ladders.save_ladders(other, {"single-layer": SINGLE})
+        assert ladders.kept_ladders(other, model)[0].keys() == {"single-layer"}
+    assert ladders.kept_ladders(HEADER, model)[0].keys() == {"hispec"}
+    assert ladders.kept_ladders(HEADER | {"model": "another"}, model) == ({}, "")
+    assert len(list(file.parent.iterdir())) == 4
+
+
+def test_another_machines_ladders_are_taken_all_of_one_the_likest_first():
+    one, two = {"hispec": HISPEC, "single-layer": SINGLE}, {"hispec": HISPEC | {"windows": [1, 1]}}
+    key = "m, {}, {} step, {}".format
+    kept = {
+        key("bfloat16", "fixed", "a GPU"): {"look-up": SINGLE | {"exits": [0]}},
+        key("float32", "fixed", "a GPU"): two,
+        key("float32", "packed", "another CPU, 4 cores"): one,
+        key("either dtype", "packed", "a CPU, 2 cores"): {"dtype": "float32"},
+        "mm, float32, packed step, a CPU, 2 cores": two,
+    }
+    for expected, where in [
+        ({"hispec", "single-layer"}, "another CPU, 4 cores (float32, packed step)"),
+        ({"hispec"}, "a GPU (float32, fixed step)"),
+        ({"look-up"}, "a GPU (bfloat16, fixed step)"),
+    ]:
+        ladders.SHIPPED.write_text(json.dumps(kept))
+        found, said = ladders.kept_ladders(HEADER, random_model())
+        assert (found.keys(), said) == (expected, where)
+        del kept[next(k for k in kept if where.split(" (")[0] in k and kept[k].keys() == expected)]
+    # the number of threads, found here, hides nothing that ships for a processor of this name
+    ladders.SHIPPED.write_text(json.dumps({key("float32", "packed", "a CPU, 2 cores"): one}))
+    ladders._keep(HEADER, {"threads": 2})
+    found, where = ladders.kept_ladders(HEADER, random_model())
+    assert found.keys() == one.keys() and where == "a processor of this name (a CPU, 2 cores)"
+
+
+@pytest.mark.parametrize(
+    "ladder",
+    [{"exits": [1, 5], "windows": [2, 2]}, {"exits": [1, 2], "windows": [0, 2]},
+     {"exits": [1, 2]}, [], {"exits": 3, "windows": 2}, "text"],
+)  # fmt: skip
+def test_a_ladder_that_does_not_fit_the_model_is_passed_over(ladder):
+    ladders.save_ladders(HEADER, {"hispec": ladder, "single-layer": SINGLE})
+    found, _ = ladders.kept_ladders(HEADER, random_model())
+    assert found == {"single-layer": ((1,), (2,), (0.1,))}
+
+
+@pytest.mark.parametrize("content", ["{bad", "[]", '{"a": 3}', '{"m, float32": {}}'])
+def test_a_damaged_file_is_named(content):
+    ladders.SHIPPED.write_text(content)
+    with pytest.raises(ValueError, match="ladders.json is damaged"):
+        ladders.kept_ladders(HEADER, random_model())
+
+
+def test_the_kept_ladder_is_hispecs_unless_that_loses():
+    model = random_model()
+    assert ladders.kept_ladder(HEADER, model) is None
+    fast = {"exits": [0], "windows": [8], "thresholds": [0.0], "measured": 1.234}
+    ladders.save_ladders(HEADER, {"hispec": HISPEC | {"measured": 0.9}, "look-up": fast})
+    found = ladders.kept_ladder(HEADER, model)
+    assert found == (((0,), (8,), (0.0,)), "tuned on this machine, 1.23x greedy there")
+    ladders.save_ladders(HEADER, {"hispec": HISPEC | {"measured": 1.1}, "look-up": fast})
+    assert ladders.kept_ladder(HEADER, model)[0] == LADDER
+    ladders.save_ladders(HEADER, {"hispec": [3], "look-up": fast | {"measured": "fast"}})
+    assert ladders.kept_ladder(HEADER, model) is None
+
+
+def test_shipping_keeps_what_ships(places):
+    ladders.save_ladders(HEADER, {"hispec": HISPEC}, ship=True)
+    ladders.save_ladders(HEADER | {"device": "other, 1 core"}, {"hispec": HISPEC}, ship=True)
+    kept = json.loads(ladders.SHIPPED.read_text())
+    assert [key.split(" step, ")[1] for key in kept] == ["a CPU, 2 cores", "other, 1 core"]
+    assert {path.name for path in places.iterdir()} == {"ladders.json"}
+
+
+def test_default_exits():
+    model = random_model(n_layers=30)
+    assert ladders.default_exits(model) == (4, 8)
+    model.exits = (2, 5, 9)
+    assert ladders.default_exits(model) == (2, 5, 9)
+    assert ladders.default_exits(random_model(n_layers=3)) == (1, 2)
+    for layers in (1, 2):
+        with pytest.raises(ValueError, match=f"two exits below .* {layers} layers"):
+            ladders.default_exits(random_model(n_layers=layers))
+
+
+@pytest.fixture
+def searches(monkeypatch):
+    """How often the number of threads was searched for; each time one more is found best."""
+    found = []
+    monkeypatch.setattr(ladders, "best_threads", lambda model: found.append(None) or len(found))
+    return found
+
+
+def test_the_number_of_threads_is_found_once_and_again_when_tuning(searches, monkeypatch):
+    model = random_model()
+    assert [ladders.kept_threads(HEADER, model) for _ in range(3)] == [1, 1, 1]
+    assert ladders.kept_threads(HEADER | {"model": "another"}, model) == 2
+    assert ladders.kept_threads(HEADER, model, anew=True) == 3
+    assert ladders.kept_threads(HEADER, model) == 3 and len(searches) == 3
+    ladders.save_ladders(HEADER | {"threads": 7}, {"hispec": HISPEC})
+    assert ladders.kept_threads(HEADER, model) == 7
+    monkeypatch.setattr(ladders, "cores", lambda: 2)
+    assert ladders.kept_threads(HEADER, model) == 2  # they were found when there were more
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert ladders.kept_threads(HEADER, model, anew=True) == 2 and len(searches) == 3
+    assert ladders.kept_ladders(HEADER, model)[0] == {"hispec": LADDER}
+
+
+@pytest.mark.parametrize("threads", [0, -1, "two", 1.5, [1]])
+def test_a_number_of_threads_that_is_none_is_refused(threads):
+    ladders.save_ladders(HEADER | {"threads": threads}, {})
+    with pytest.raises(ValueError, match="threads kept for m, float32, packed step, a CPU.* must"):
+        ladders.kept_threads(HEADER, random_model())
+
+
+def test_where_nothing_can_be_kept_threads_are_found_anew(searches, places):
+    (places / "cache").write_text("a file")
+    assert [ladders.kept_threads(HEADER, random_model()) for _ in range(2)] == [1, 2]
+
+
+def test_the_faster_dtype_is_found_once_and_again_when_tuning(searches, monkeypatch):
+    seconds, timed = {torch.float32: 2.0, torch.bfloat16: 1.0}, []
+
+    def took(model):
+        timed.append(model.embed.weight.dtype)
+        return seconds[timed[-1]]
+
+    monkeypatch.setattr(ladders, "seconds_of_few", took)
+    load = lambda name: random_model().to(getattr(torch, name))  # noqa: E731
+    never = lambda name: pytest.fail("loaded again")  # noqa: E731
+    assert ladders.kept_dtype(HEADER, load) == "bfloat16"
+    assert timed == [torch.float32, torch.bfloat16] and len(searches) == 2  # the threads of each
+    assert ladders.kept_dtype(HEADER | {"dtype": "bfloat16"}, never) == "bfloat16"
+    seconds[torch.bfloat16] = 3.0
+    assert ladders.kept_dtype(HEADER, load, anew=True) == "float32"
+    assert ladders.kept_dtype(HEADER, never) == "float32"
+    ladders.save_ladders(HEADER, {"hispec": HISPEC})
+    assert ladders.kept_ladders(HEADER, random_model())[0] == {"hispec": LADDER}
+    ladders._keep(HEADER | {"dtype": "either dtype"}, {"dtype": "int8"})
+    with pytest.raises(ValueError, match="dtype kept for m, either dtype.* must be one of"):
+        ladders.kept_dtype(HEADER, never)
+
+
+@pytest.mark.parametrize("ship", [True, False])
+def test_two_that_write_at_once_lose_nothing(places, ship):
+    """Four processes, ten settings each; and all of them what they know of one setting."""
+
+    def write(process):
+        for i in range(10):
+            header = HEADER | {"device": f"CPU {process}, {i} cores"}
+            ladders.save_ladders(header, {"hispec": HISPEC}, ship)
+            ladders._keep(HEADER, {f"{process} {i}": i})
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=write, args=(p,)) for p in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    folder = places / "cache" / "hispec" / "ladders"
+    files = [places / "ladders.json"] if ship else folder.glob("*.json")
+    kept = [key for file in files for key in json.loads(file.read_text())]
+    assert (
+        len([key for key in kept if "CPU" in key and "cores" in key and "a CPU" not in key]) == 40
+    )
+    assert len(ladders._of_this_machine(HEADER)) == 40
