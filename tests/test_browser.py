@@ -176,6 +176,24 @@ def expected(trace: dict, n: int) -> dict:
     )  # fmt: skip
 
 
+def test_a_plain_text_that_ended_sooner_is_not_compared(tmp_path):
+    """Sampled, the two are different texts: beyond the end of one there is nothing to compare."""
+    case = random_model(27), [1, 2] * 5, 40
+    options = dict(EVERYTHING, temperature=1.0)
+    for seed in range(50):
+        out, trace, _ = traced(*case, **options, seed=seed)
+        alone = len(trace["alone"]["seconds"])
+        if alone < len(out.tokens) - 3:
+            break
+    seen = collected(tmp_path, trace, COLLECT)
+    for look in seen["dragged"]:
+        settled = int(look["counts"][2])
+        theirs = [look["counts"][i] for i in (3, 4, 5, 7)]
+        assert (theirs == ["–"] * 4) == ("–" in theirs) == (settled > alone)
+        assert "NaN" not in str(look)
+    assert settled == len(out.tokens) > alone
+
+
 def ms(seconds: float) -> int:
     return int(1e3 * seconds + 0.5)  # as the browser rounds
 
