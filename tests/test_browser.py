@@ -109,7 +109,7 @@ document.body.append(pre);
 def browsed(tmp_path_factory):
     """A generation on a ladder of all kinds of levels, its trace, and all that a phone's browser
     showed of it."""
-    out, trace, _ = traced(random_model(27), [1, 2] * 5, 40, **EVERYTHING)
+    out, trace, _ = traced(random_model(7), [1, 2] * 5, 40, **EVERYTHING)
     return out, trace, collected(tmp_path_factory.mktemp("browsed"), trace, COLLECT)
 
 
@@ -178,7 +178,7 @@ def expected(trace: dict, n: int) -> dict:
 
 def test_a_plain_text_that_ended_sooner_is_not_compared(tmp_path):
     """Sampled, the two are different texts: beyond the end of one there is nothing to compare."""
-    case = random_model(27), [1, 2] * 5, 40
+    case = random_model(7), [1, 2] * 5, 40
     options = dict(EVERYTHING, temperature=1.0)
     for seed in range(50):
         out, trace, _ = traced(*case, **options, seed=seed)
