@@ -134,8 +134,8 @@ def test_the_bars_are_what_the_cache_holds(case, temperature):
 
     class OnWatched(Step):
         @contextmanager
-        def open(self, exits, max_len):
-            yield Watched(self.model, exits, max_len)
+        def open(self, exits, max_len, draft_head=0):
+            yield Watched(self.model, exits, max_len, draft_head)
 
     arguments = dict(case.arguments, temperature=temperature, seed=1, fast=OnWatched(case.model))
     _, trace, events = traced(case.model, case.prompt, case.max_new_tokens, **arguments)

@@ -31,8 +31,8 @@ class OnCache(Step):
     """The plain step, on that cache."""
 
     @contextmanager
-    def open(self, exits, max_len):
-        yield Cache(self.model, exits, max_len)
+    def open(self, exits, max_len, draft_head=0):
+        yield Cache(self.model, exits, max_len, draft_head)
 
 
 def outcome(seed: int) -> str:
