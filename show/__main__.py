@@ -7,8 +7,8 @@ full model settles it; --pause waits for Enter before it shows what was settled,
 without these waits. Without a terminal, or with NO_COLOR set, the plain text is printed. --html
 also writes a web page that plays it back.
 
-The ladder is HiSpec's that `python bench.py --tune` kept for the model, or the fastest of any kind
-where that loses; where none was kept, two of the model's exits.
+The ladder is HiSpec's that `python bench.py --tune` found for the model, or the fastest of any kind
+where that loses; where none was found, two of the model's exits.
 """
 
 import argparse
@@ -22,74 +22,85 @@ import torch
 
 from arguments import Event, Options, ladder_text
 from checkpoints import load
-from checkpoints.console import Parser, check_exits, coloured, command
+from checkpoints.console import Parser, coloured, command, say, visible
 from checkpoints.files import describe, must_be_writable
-from checkpoints.ladders import default_exits, kept_dtype, kept_ladder, kept_threads
+from checkpoints.ladders import Ladder, default_exits, kept_dtype, kept_ladder, kept_threads
 from checkpoints.tokenizer import Tokenizer
-from hispec import generate
-from model import Config, Llama
+from hispec import Step, generate
+from model import Llama
 from show import page
 from show.terminal import DIM, PLAIN, Painter, statistics
+
+try:
+    from fast import step_for
+except ModuleNotFoundError:  # the wing is not there: every pass is plain
+    step_for = None  # type: ignore[assignment]
 
 FIRST = 16  # tokens by which the full model's speed without a ladder is measured
 
 
 def main() -> None:
     args = parse_arguments()
+    tell = partial(say, keep_going=bool(args.html))  # the page is written though nobody reads on
     model, tokenizer, header = loaded(args)
     ladder, why = choose(args.exits, args.windows, model, header)
-    if args.chat == "never":
-        tokenizer.template = None
     prompt = tokenizer.chat([args.prompt])
-    run = partial(
-        generate, model, prompt, stop=tokenizer.stop, temperature=args.temperature,
-        top_k=args.top_k, top_p=args.top_p, seed=args.seed,
-    )  # fmt: skip
-    if not model.embed.weight.is_cuda:
-        torch.set_num_threads(kept_threads(header, model))
-    print(f"{header['model']} in {header['dtype']} on {header['device']}")
-    print("prompt:", tokenizer.prompt)
-    print(f"ladder: {ladder_text(*ladder.values()) or 'none'}, {why}")
-    run(2, **ladder)  # the first passes of a process are slower than all that follow
+    step = make_step(model, len(prompt) + args.max_new_tokens)
+    tell(f"{header['model']} in {header['dtype']} on {header['device']}")
+    tell("prompt:", tokenizer.prompt)
+    if tokenizer.template is None and args.prompt[-1:].isspace():
+        tell("it ends in a blank or a new line, after which some models go on badly: leave it out")
+    tell(f"ladder: {ladder_text(*ladder) or 'none'}, {why}")
 
-    painter, events = Painter(tuple(ladder["exits"]), tokenizer.spell), []
-    if coloured():
+    alone = partial(generate, model, prompt, stop=tokenizer.stop, fast=step, **sampling(args))
+    exits, windows, thresholds = ladder
+    run = partial(alone, exits=exits, windows=windows, thresholds=thresholds)
+    run(2)  # the first passes of a process are slower than all that follow
+    painter, colour = Painter(exits, tokenizer.spell), coloured()
+    watcher = Watcher(painter if colour else None, args.pause)
+    if colour:
         print(painter.legend())
         follows = tokenizer.decode(prompt).endswith(args.prompt)  # no chat format stands between
-        print(DIM + args.prompt + PLAIN, end="" if follows else "\n", flush=True)
+        print(DIM + visible(args.prompt) + PLAIN, end="" if follows else "\n", flush=True)
+    out = run(args.max_new_tokens, watch=watcher if colour or args.html else None)
+    out.seconds -= watcher.waited
+    tell(painter.rest() if colour else tokenizer.decode(out.tokens, after=prompt))
 
-    waited = 0.0  # for Enter
-
-    def watch(event: Event) -> None:
-        nonlocal waited
-        events.append(replace(event, seconds=event.seconds - waited))
-        piece = painter.see(event)
-        if piece is None or not coloured():
-            return
-        if args.pause:
-            began = time.perf_counter()
-            with suppress(EOFError):  # nobody there
-                input()
-            waited += time.perf_counter() - began
-        print(piece, end="", flush=True)
-
-    out = run(args.max_new_tokens, **ladder, watch=watch if coloured() or args.html else None)
-    out.seconds -= waited
-    rest = painter.characters.decode(b"", final=True)
-    print(rest if coloured() else tokenizer.decode(out.tokens))
     greedy: list[Event] = []
-    tokens = args.max_new_tokens if args.html else min(FIRST, args.max_new_tokens)
-    alone = run(tokens, watch=greedy.append if args.html else None)
-    sampled = args.temperature > 0
-    print("\n".join(statistics(out, alone, "plain" if sampled else "greedy")))
     if args.html:
-        depths = (*ladder["exits"], model.config.n_layers)
+        one = alone(args.max_new_tokens, watch=greedy.append)
+        depths, sampled = (*exits, model.config.n_layers), args.temperature > 0
         trace = page.trace(
-            args.model, args.prompt, prompt, depths, ladder["windows"], events, greedy,
+            args.model, args.prompt, prompt, depths, windows, watcher.events, greedy,
             tokenizer.spell, sampled,
         )  # fmt: skip
         page.write(args.html, trace)
-        print(f"to play it back: {args.html}")
+    else:
+        one = alone(min(FIRST, args.max_new_tokens))
+    tell("\n".join(statistics(out, one, "plain" if args.temperature > 0 else "greedy")))
+    if args.html:
+        tell(f"to play it back: {args.html}")
+
+
+class Watcher:
+    """Keeps the events of a generation, and prints what they settle if it has a painter."""
+
+    def __init__(self, painter: Painter | None, pause: bool):
+        self.painter, self.pause = painter, pause
+        self.events: list[Event] = []
+        self.waited = 0.0  # seconds, for Enter
+
+    def __call__(self, event: Event) -> None:
+        self.events.append(replace(event, seconds=event.seconds - self.waited))
+        piece = self.painter.see(event) if self.painter else None
+        if piece is None:
+            return
+        if self.pause:
+            began = time.perf_counter()
+            with suppress(EOFError):  # nobody there
+                input()
+            self.waited += time.perf_counter() - began
+        print(piece, end="", flush=True)
 
 
 def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict]:
@@ -97,15 +108,18 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict]:
     model, tokenizer = load(args.model)
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer, and the prompt is text")
-    if args.exits is not None:
-        check_exits(args.exits, 0, model.config.n_layers)  # again, now that the depth is known
+    if args.chat == "never":
+        tokenizer.template = None
+    Options(args.exits or (), [1] * len(args.exits or ())).check_model(model.config)
     weight = model.embed.weight
-    step = model.fast.name if model.fast else "plain"
-    header = {"step": step, **describe(args.model, weight.device, weight.dtype)}
-    if step == "packed":
-        header["dtype"] = kept_dtype(header, lambda name: load_as(args.model, name))
-        if header["dtype"] != str(weight.dtype).removeprefix("torch."):
-            model = load_as(args.model, header["dtype"])
+    name = model.fast.name if model.fast else "fixed" if step_for and weight.is_cuda else "plain"
+    header = {"step": name, **describe(args.model, weight.device, weight.dtype)}
+    if not weight.is_cuda:
+        if model.fast:
+            header["dtype"] = kept_dtype(header, lambda dtype: load_as(args.model, dtype))
+            if header["dtype"] != str(weight.dtype).removeprefix("torch."):
+                model = load_as(args.model, header["dtype"])
+        torch.set_num_threads(kept_threads(header, model))
     return model, tokenizer, header
 
 
@@ -113,14 +127,21 @@ def load_as(name: str, dtype: str) -> Llama:
     return load(name, dtype=getattr(torch, dtype))[0]
 
 
-def choose(exits, windows, model: Llama, header: dict) -> tuple[dict, str]:
-    """The ladder asked for, or the one tuning kept, or two of the model's exits; and why."""
+def make_step(model: Llama, room: int) -> Step:
+    """The fastest that starts at once, for texts of at most `room` tokens."""
+    if model.embed.weight.is_cuda and step_for:
+        return step_for(model, min(room, model.config.max_seq_len), compiled=False)
+    return model.fast or Step(model)
+
+
+def choose(exits, windows, model: Llama, header: dict) -> tuple[Ladder, str]:
+    """The ladder asked for, or the one tuning found, or two of the model's exits; and why."""
     if exits is None and windows is None and (kept := kept_ladder(header, model)):
-        return dict(zip(("exits", "windows", "thresholds"), kept[0])), kept[1]
+        return kept
     why = "as asked" if exits is not None else "the model's own exits"
     exits = default_exits(model)[:2] if exits is None else tuple(exits)
     windows = windows or [2 ** (k + 1) for k in range(len(exits))]
-    return {"exits": exits, "windows": windows, "thresholds": ()}, why
+    return (exits, tuple(windows), (0.0,) * len(exits)), why
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -150,19 +171,17 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
-    exits = args.exits
-    if exits is not None:
-        check_exits(exits, 0)
-    elif args.windows is not None:  # two exits, though not yet known which
-        exits = (0, 1)
-    windows = [1] * len(exits or ()) if args.windows is None else args.windows
-    # as `generate` will check them, for a model of which nothing is known but that it is deep
-    deep = Config(1, 2, max(exits or (0,)) + 1, 1, 1, 1, max_seq_len=args.max_new_tokens + 1)
-    sampling = args.temperature, args.top_k, args.top_p, args.seed
-    Options(exits or (), windows, (), *sampling).check_model(deep)
+    # windows alone are those of two exits, though it is not yet known which
+    exits = (0, 1) if args.exits is None and args.windows is not None else args.exits or ()
+    windows = [1] * len(exits) if args.windows is None else args.windows
+    Options(exits, windows, **sampling(args))
     if args.html:
         must_be_writable(args.html)  # said now, not when everything is generated
     return args
+
+
+def sampling(args: argparse.Namespace) -> dict:
+    return {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
 
 
 if __name__ == "__main__":

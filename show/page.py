@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from arguments import Event
+from checkpoints.console import sign
 from checkpoints.files import write_whole
 
 HERE = Path(__file__).parent
@@ -169,7 +170,7 @@ def words(event: Event, depths: Sequence[int], pieces: Sequence[str], first: boo
 def visible(text: str) -> str:
     """The text with whitespace, control characters and the like each as something to see."""
     return "".join(
-        SIGNS.get(c) or (f"⟨U+{ord(c):04X}⟩" if unicodedata.category(c)[0] in "CZ" else c)
+        SIGNS.get(c) or (sign(c) if unicodedata.category(c)[0] in "CZ" else c)
         for c in text
     )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from checkpoints.console import Parser, command, must_take_files
+from checkpoints.console import Parser, command, must_take_files, say
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 QUIET = (
@@ -54,7 +54,7 @@ def main() -> None:
         if run.returncode or not picture.exists():
             raise ValueError(f"the browser failed: {run.stderr.strip()[-300:]}")
         Image.open(picture).quantize(128).save(picture, optimize=True)  # a third of the bytes
-        print(picture)
+        say(picture)
 
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -55,8 +55,8 @@ function replay(n) {  // the first n events: every cell ever written, and those 
 // drawn once: all tracks, lanes and cells, which `go` then shows as they are after an event
 document.title = `${trace.question} | ${trace.model}`;
 $("question").textContent = trace.question;
-const rungs = titles.map((title, k) => k < full ? `${title} (window ${trace.windows[k]})` : title);
-$("about").textContent = `Model ${trace.model}, ladder: ${rungs.join(" → ")}`;
+const levels = titles.map((title, k) => k < full ? `${title} (window ${trace.windows[k]})` : title);
+$("about").textContent = `Model ${trace.model}, ladder: ${levels.join(" → ")}`;
 $("alone").textContent = `${alone.name}, for as much text`;
 
 const clock = Math.max(...alone.seconds, ...events.map(event => event.seconds), 1e-6);
@@ -142,9 +142,13 @@ function go(n) {
   const passes = events.slice(0, now).filter(event => event.level === full).length;
   const work = event ? event.positions.reduce((sum, n, k) => sum + n * segments[k], 0) : 0;
   const same = settled && (trace.prompt_tokens + settled - 1) * depths[full];  // the last token is never run
-  const counts = { passes, work, settled, "greedy-passes": settled, "greedy-work": same, "greedy-settled": settled,
-    took: Math.round(1e3 * at), "greedy-took": settled ? Math.round(1e3 * alone.seconds[settled - 1]) : 0 };
-  for (const [id, count] of Object.entries(counts)) $(id).textContent = count.toLocaleString("en");
+  const counts = { passes, work, settled, took: 1e3 * at };
+  const theirs = { passes: settled, work: same, settled, took: settled && 1e3 * alone.seconds[settled - 1] };
+  const ended = settled > alone.seconds.length;  // a sampled text may end sooner: there is none as long
+  for (const [id, count] of Object.entries(counts)) {
+    $(id).textContent = Math.round(count).toLocaleString("en");
+    $(`greedy-${id}`).textContent = ended ? "–" : Math.round(theirs[id]).toLocaleString("en");
+  }
   $("words").textContent = event?.words ?? "the prompt alone: press play";
   $("count").textContent = `${now} / ${events.length}`;
   $("slider").value = now;

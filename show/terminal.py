@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Callable
 
 from arguments import Event, Generation
+from checkpoints.console import visible
 
 COLOURS = ("\033[36m", "\033[33m", "\033[35m", "\033[34m")  # by level: cyan, yellow, magenta, blue
 FULL, FALLEN, PLAIN = "\033[1;32m", "\033[9;31m", "\033[0m"  # bold green; struck through, red
@@ -43,15 +44,19 @@ class Painter:
         for position, token in zip(range(event.base, end), event.text, strict=True):
             pieces += [self.struck(*fallen) for fallen in self.fallen.pop(position, [])]
             colour = self.colours[self.writers[position]]
-            pieces.append(colour + self.characters.decode(self.spell(token)) + PLAIN)
+            pieces.append(colour + visible(self.characters.decode(self.spell(token))) + PLAIN)
         self.fallen.clear()
         return "".join(pieces)
+
+    def rest(self) -> str:
+        """At the end: what is left of a character whose last byte never came."""
+        return self.characters.decode(b"", final=True)
 
     def struck(self, drafts: list[int], level: int) -> str:
         """Drafts that fell, on one line, and the level that rejected them."""
         spelt = b"".join(map(self.spell, drafts)).decode("utf-8", "replace")
         line = NEW_LINE.join(spelt.splitlines()) + NEW_LINE * spelt.endswith("\n")
-        return f"{FALLEN}{line}{PLAIN}{self.colours[level]}⟨{self.names[level]}⟩{PLAIN}"
+        return f"{FALLEN}{visible(line)}{PLAIN}{self.colours[level]}⟨{self.names[level]}⟩{PLAIN}"
 
     def legend(self) -> str:
         pairs = zip(self.colours, self.names, strict=True)

@@ -109,7 +109,7 @@ document.body.append(pre);
 def browsed(tmp_path_factory):
     """A generation on a ladder of all kinds of levels, its trace, and all that a phone's browser
     showed of it."""
-    out, trace, _ = traced(random_model(27), [1, 2] * 5, 40, **EVERYTHING)
+    out, trace, _ = traced(random_model(7), [1, 2] * 5, 40, **EVERYTHING)
     return out, trace, collected(tmp_path_factory.mktemp("browsed"), trace, COLLECT)
 
 
@@ -174,6 +174,24 @@ def expected(trace: dict, n: int) -> dict:
             for held, less in list(zip(cache, fell))[1:]
         ],
     )  # fmt: skip
+
+
+def test_a_plain_text_that_ended_sooner_is_not_compared(tmp_path):
+    """Sampled, the two are different texts: beyond the end of one there is nothing to compare."""
+    case = random_model(7), [1, 2] * 5, 40
+    options = dict(EVERYTHING, temperature=1.0)
+    for seed in range(50):
+        out, trace, _ = traced(*case, **options, seed=seed)
+        alone = len(trace["alone"]["seconds"])
+        if alone < len(out.tokens) - 3:
+            break
+    seen = collected(tmp_path, trace, COLLECT)
+    for look in seen["dragged"]:
+        settled = int(look["counts"][2])
+        theirs = [look["counts"][i] for i in (3, 4, 5, 7)]
+        assert (theirs == ["–"] * 4) == ("–" in theirs) == (settled > alone)
+        assert "NaN" not in str(look)
+    assert settled == len(out.tokens) > alone
 
 
 def ms(seconds: float) -> int:

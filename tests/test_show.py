@@ -1,10 +1,13 @@
 """Watching a generation: what the terminal shows is what was generated."""
 
+import io
 import json
 import os
+import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,18 +16,42 @@ from conftest import cases, random_model
 from hypothesis import example, given
 from hypothesis import strategies as st
 from test_page import Tags, replay
+from texts import write_family
 
 from arguments import Event, Generation, LevelStats
-from checkpoints.files import must_be_writable
+from checkpoints import load, save
+from checkpoints.console import visible
+from checkpoints.files import describe, must_be_writable
+from checkpoints.ladders import save_ladders
+from checkpoints.vocabulary import from_folder
 from hispec import generate
+from model import Config, Llama
 from show import __main__, page, terminal
 
 ROOT = Path(__file__).parent.parent
+LADDER = ["--exits", "2", "8", "--windows", "2", "4"]
 
 
 @pytest.fixture(autouse=True)
-def in_float32(monkeypatch):
-    monkeypatch.setattr(__main__, "kept_dtype", lambda header, load: torch.float32)
+def cache(tmp_path, monkeypatch):
+    """A folder for what is found on a machine, in which float32 is the faster dtype."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    faster("float32")
+
+
+def faster(dtype: str) -> None:
+    """Keep for `tiny` that this dtype is the faster here."""
+    save_ladders(setting(dtype="either dtype"), {"dtype": dtype})
+
+
+def setting(**others: str) -> dict:
+    return {**describe("tiny", "cpu", torch.float32), "step": "packed", **others}
+
+
+def asked(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["show", *arguments])
 
 
 def letter(token: int) -> bytes:
@@ -55,7 +82,7 @@ def test_what_is_not_struck_through_is_the_text(case, temperature):
 
 
 def test_each_token_has_the_colour_of_the_level_that_wrote_it():
-    model = random_model(3)
+    model = random_model(0)
     _, plain = painted(model, [1, 2], 20)
     assert set(re.findall("\033\\[[0-9;]+m(?=[A-Z])", plain)) == {terminal.FULL}
     out, text = painted(model, [1, 2], 20, exits=(1, 3), windows=(2, 4))
@@ -116,47 +143,71 @@ def shown_byte_by_byte(data: bytes) -> list[str]:
 @given(st.text())
 @example("a😀é日")
 def test_a_character_is_shown_with_its_last_byte(text):
-    assert [piece for piece in shown_byte_by_byte(text.encode()) if piece] == [*text]
+    shown = [piece for piece in shown_byte_by_byte(text.encode()) if piece]
+    assert shown == [visible(character) for character in text]
 
 
 @given(st.binary(max_size=30))
 @example(b"\xf0\x9f\x98")
 @example(b"\xe2\x28\xa1\xff\xc3")
 def test_bytes_that_are_no_character_are_shown_as_such(data):
-    assert "".join(shown_byte_by_byte(data)) == data.decode("utf-8", "replace")
+    assert "".join(shown_byte_by_byte(data)) == visible(data.decode("utf-8", "replace"))
 
 
-# As `python -m show`, but for where the number of threads is kept.
-COMMAND = """
-import runpy, sys
-from pathlib import Path
-from lab import tune
-tune.LADDERS = Path(sys.argv.pop(1))
-runpy.run_module("show", run_name="__main__", alter_sys=True)
-"""
+def test_what_a_terminal_would_obey_is_shown():
+    spelt = {1: b"\x1b[2J", 2: b"a\x08b\r\n", 3: b"\x07"}
+    painter = terminal.Painter((2,), spelt.__getitem__)
+    painter.see(Event(0, 5, [], 0, [3], [], 0.0))
+    settled = painter.see(Event(1, 5, [3, 1], 0, [1], [], 0.0))
+    settled += painter.see(Event(1, 6, [], 0, [2], [], 0.0))
+    text = re.sub("\033\\[[0-9;]*m", "", settled)  # the colours
+    assert text == "␇␛[2J⟨full model⟩␛[2Ja␈b␍\n"
 
 
-@pytest.fixture
-def show_command(tmp_path_factory):
-    """show_command(*arguments, cwd=...) -> the finished process."""
-    kept = tmp_path_factory.mktemp("kept") / "ladders.json"
-
-    def run(*arguments, cwd=ROOT):
-        command = [sys.executable, "-c", COMMAND, str(kept), *arguments]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            command, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8"
-        )
-
-    return run
+def show(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
+    """`python -m show`, finished."""
+    command, env = [sys.executable, "-m", "show", *arguments], {**os.environ, **environment}
+    env["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, encoding="utf-8"
+    )
 
 
-def test_the_command_prints_plain_text_where_there_is_no_terminal(show_command):
-    run = show_command("def add(a, b):", "--max-new-tokens", "8")
+def show_in_a_terminal(*arguments, **environment) -> str:
+    """What `python -m show` writes to a terminal."""
+    terminal, its = pty.openpty()
+    command, env = [sys.executable, "-m", "show", *arguments], {**os.environ, **environment}
+    run = subprocess.Popen(command, cwd=ROOT, env=env, stdin=its, stdout=its, stderr=its)
+    os.close(its)
+    written = b""
+    while True:
+        try:
+            written += (data := os.read(terminal, 4096))
+        except OSError:  # as Linux says that nobody writes there any more
+            break
+        if not data:
+            break
+    os.close(terminal)
+    assert run.wait() == 0, written
+    return written.decode()
+
+
+def test_the_command_prints_plain_text_where_there_is_no_terminal():
+    run = show("def add(a, b):", "--max-new-tokens", "8", "--windows", "2", "4")
     assert run.returncode == 0, run.stderr
     assert "\033" not in run.stdout
     assert "8 tokens in" in run.stdout and "accepted: exit 2" in run.stdout
     assert "\nladder: 2(2) 8(4), the model's own exits\n" in run.stdout
+
+
+@pytest.mark.parametrize("no_color", [None, "", "1"])
+def test_a_terminal_has_colours_unless_no_color_is_set_to_something(no_color):
+    environment = {} if no_color is None else {"NO_COLOR": no_color}
+    prompt = "# \x1b[31m\x08x"
+    written = show_in_a_terminal(prompt, "--max-new-tokens", "8", **environment)
+    assert (terminal.FULL in written) == (no_color != "1")
+    assert "\x1b[31m" not in written and "\x08" not in written
+    assert ("# ␛[31m␈x" in written) == (no_color != "1")  # plain text does not repeat it
 
 
 @pytest.mark.parametrize(
@@ -167,16 +218,16 @@ def test_the_command_prints_plain_text_where_there_is_no_terminal(show_command):
         (["--step"], "unrecognized arguments: --step"),
     ],
 )
-def test_the_command_says_what_is_wrong_in_one_line(show_command, arguments, message):
-    run = show_command("a prompt", *arguments)
+def test_the_command_says_what_is_wrong_in_one_line(arguments, message):
+    run = show("a prompt", *arguments)
     assert run.returncode == 1
-    assert (
-        run.stderr.startswith("error: ") and run.stderr.count("\n") == 1 and message in run.stderr
-    )
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert message in run.stderr
 
 
-def test_the_command_prints_as_ever_and_writes_the_page(show_command, tmp_path):
-    run = show_command("def add(a, b):", "--max-new-tokens", "8", "--html", "a.html", cwd=tmp_path)
+def test_the_command_prints_as_ever_and_writes_the_page(tmp_path):
+    arguments = ["--max-new-tokens", "8", *LADDER, "--html", "a.html"]
+    run = show("def add(a, b):", *arguments, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     lines = re.fullmatch(
         r"[^\n]+\nprompt: plain text\nladder: [^\n]+\n(.*?)\n(8 tokens in .*)\n([^\n]+)\n",
@@ -186,57 +237,63 @@ def test_the_command_prints_as_ever_and_writes_the_page(show_command, tmp_path):
     assert lines is not None, run.stdout
     text, statistics, last = lines.groups()
     assert "; greedy " in statistics and last == "to play it back: a.html"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.html"]
     trace = json.loads(Tags((tmp_path / "a.html").read_text("utf-8")).inside["script"][0])
-    assert (trace["model"], trace["question"], trace["depths"]) == (
-        "tiny",
-        "def·add(a,·b):",
-        [2, 8, 32],
-    )
+    named = trace["model"], trace["question"], trace["depths"]
+    assert named == ("tiny", "def·add(a,·b):", [2, 8, 32])
     _, shown = replay(trace, len(trace["events"]))
     standing = "".join(cell["piece"] for cell in shown if cell["state"] == "settled")
     assert standing == page.visible(text)
+
+
+def test_the_page_is_written_though_nobody_reads_what_is_printed(tmp_path):
+    """python -m show ... --html a.html | head -1"""
+    command = [sys.executable, "-m", "show", "x", "--max-new-tokens", "4", "--html"]
+    command.append(str(tmp_path / "a.html"))
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout and run.stderr and run.stdout.readline().startswith(b"tiny in ")
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait()) == (b"", 0)
+    assert (tmp_path / "a.html").exists()
+
+
+def test_without_a_page_a_closed_pipe_ends_it_quietly():
+    command = [sys.executable, "-m", "show", "x", "--max-new-tokens", "4"]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert run.stdout and run.stderr
+    run.stdout.close()
+    assert (run.stderr.read(), run.wait()) == (b"", 0)
+
+
+def test_what_the_console_cannot_print_is_escaped(tmp_path):
+    """A folder's name in Chinese on a console that has Western letters only."""
+    (tmp_path / "模型").symlink_to(ROOT / "weights" / "tiny")
+    arguments = ["--model", "模型", "--max-new-tokens", "4", "--exits", "8", "--html", "页.html"]
+    save_ladders(setting(model="模型", dtype="either dtype"), {"dtype": "float32"})
+    run = show("x", *arguments, cwd=tmp_path, PYTHONIOENCODING="cp1252")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("\\u6a21\\u578b in float32") and (tmp_path / "页.html").exists()
 
 
 @pytest.mark.parametrize(
     "path, message",
     [("no/such/a.html", "No such file"), (".", "is a folder"), ("folder", "is a folder")],
 )
-def test_a_path_that_cannot_be_written_is_told_before_any_work(
-    show_command, tmp_path, path, message
-):
+def test_a_path_that_cannot_be_written_is_told_before_any_work(tmp_path, path, message):
     (tmp_path / "folder").mkdir()
-    run = show_command(
-        "a prompt", "--model", "none/such", "--html", path, cwd=tmp_path
-    )  # no model: nothing can start
+    # no model: nothing can start
+    run = show("a prompt", "--model", "none/such", "--html", path, cwd=tmp_path)
     assert run.returncode == 1 and run.stdout == ""
     assert run.stderr.startswith(f"error: cannot write to '{path}': ")
     assert run.stderr.count("\n") == 1 and message in run.stderr and ".html." not in run.stderr
-    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"cache", "folder"}
 
 
 def test_trying_a_path_leaves_what_is_there(tmp_path):
-    (tmp_path / "a.html").write_text("kept")
-    must_be_writable(tmp_path / "a.html")
-    must_be_writable(tmp_path / "b.html")
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.html", "kept")]
-
-
-@pytest.mark.parametrize("html_wanted", [False, True])
-def test_nothing_is_watched_unless_asked_for(tmp_path, monkeypatch, capsys, html_wanted):
-    watched = []
-
-    def spy(*arguments, **options):
-        watched.append(options.get("watch"))
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr(__main__, "generate", spy)
-    monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
-    extra = ["--html", str(tmp_path / "a.html")] if html_wanted else []
-    monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "2", *extra])
-    __main__.main()
-    # a warm-up, the ladder, the full model alone
-    assert [watch is not None for watch in watched] == [False, html_wanted, html_wanted]
+    (folder := tmp_path / "pages").mkdir()
+    (folder / "a.html").write_text("kept")
+    must_be_writable(folder / "a.html")
+    must_be_writable(folder / "b.html")
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("a.html", "kept")]
 
 
 @pytest.mark.parametrize(
@@ -258,89 +315,113 @@ def test_nothing_is_watched_unless_asked_for(tmp_path, monkeypatch, capsys, html
     ],
 )
 def test_arguments_are_looked_at_before_a_model_is_loaded(monkeypatch, arguments, message):
-    monkeypatch.setattr(__main__, "load", lambda *arguments: pytest.fail("work was begun"))
-    monkeypatch.setattr(sys, "argv", ["show", "x", *arguments])
+    asked(monkeypatch, "x", "--model", "none/such", *arguments)
     with pytest.raises(ValueError, match=message):
         __main__.main()
 
 
-def test_an_exit_past_the_depth_is_refused_before_threads_are_searched_for(monkeypatch):
-    for search in ("kept_dtype", "kept_threads"):
-        monkeypatch.setattr(__main__, search, lambda *arguments: pytest.fail("work was begun"))
-    monkeypatch.setattr(sys, "argv", ["show", "x", "--exits", "2", "99"])
-    with pytest.raises(ValueError, match="within 0..31"):
+def test_an_exit_past_the_depth_is_refused_before_threads_are_searched_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    asked(monkeypatch, "x", "--exits", "2", "99")
+    with pytest.raises(ValueError, match=r"within 0\.\.31"):
         __main__.main()
+    assert not (tmp_path / "empty").exists()
 
 
-@pytest.mark.parametrize("pause", [False, True])
-def test_a_pause_comes_before_each_verification_by_the_full_model(monkeypatch, capsys, pause):
-    waited, made = [], []
+class Reader(io.StringIO):
+    """Somebody who presses Enter four times, each after a tenth of a second, and leaves."""
 
-    def spy(*arguments, **options):
-        made.append(generate(*arguments, **options))
-        return made[-1]
+    pressed = 0
 
-    monkeypatch.setattr(__main__, "generate", spy)
-    monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
-    monkeypatch.setattr(__main__, "coloured", lambda: True)
-    now = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now.append(now[-1] + 0.001) or now[-1])
+    def readline(self, *size):
+        if self.pressed == 4:
+            return ""
+        time.sleep(0.1)
+        self.pressed += 1
+        return "\n"
 
-    def enter():
-        waited.append(None)
-        now.append(now[-1] + 1000)
-        if len(waited) > 1:
-            raise EOFError  # nobody there any more: it goes on
 
-    monkeypatch.setattr("builtins.input", enter)
-    monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "12", *["--pause"] * pause])
-    __main__.main()
-    assert len(waited) == (made[1].levels[-1].calls if pause else 0)  # made[0] warms up
-    assert 0 < made[1].seconds < 1000  # the waits are not the model's
+def test_a_pause_comes_before_each_verification_by_the_full_model(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", reader := Reader())
+    model, ladder = random_model(3), dict(exits=(1, 3), windows=(2, 4))
+    watcher = __main__.Watcher(terminal.Painter((1, 3), letter), pause=True)
+    out = generate(model, [1, 2], 40, **ladder, watch=watcher)
+    assert out.levels[-1].calls > reader.pressed == 4
+    assert 0.4 < watcher.waited < out.seconds
+    # the waits are not the model's
+    assert watcher.events[-1].seconds < out.seconds - 0.4
     printed = capsys.readouterr().out
-    assert f"{terminal.DIM}x{terminal.PLAIN}" in printed and "full model" in printed
+    assert printed.count(terminal.FULL) > 4
+    unhurried = __main__.Watcher(terminal.Painter((1, 3), letter), pause=False)
+    generate(model, [1, 2], 40, **ladder, watch=unhurried)
+    assert capsys.readouterr().out == printed and unhurried.waited == 0
 
 
-def test_sampling_is_passed_on_to_both(monkeypatch, capsys):
-    asked = []
-
-    def spy(*arguments, **options):
-        asked.append([options[name] for name in ("temperature", "top_k", "top_p", "seed")])
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr(__main__, "generate", spy)
-    monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
-    told = "show x --max-new-tokens 4 --temperature 0.7 --top-k 5 --top-p 0.9 --seed 3"
-    monkeypatch.setattr(sys, "argv", told.split())
+@pytest.mark.parametrize("exits", [["--exits"], LADDER])
+def test_sampled_text_is_what_generate_writes_with_the_same_seed(monkeypatch, capsys, exits):
+    told = "--max-new-tokens 12 --temperature 0.9 --top-k 50 --top-p 0.9 --seed 3"
+    asked(monkeypatch, "def add(a, b):", *told.split(), *exits)
     __main__.main()
-    assert asked == [[0.7, 5, 0.9, 3]] * 3
-    assert "tokens/s; plain " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    model, tokenizer = load("tiny", "cpu")
+    options = dict(temperature=0.9, top_k=50, top_p=0.9, seed=3, stop=tokenizer.stop)
+    ladder = dict(exits=(2, 8), windows=(2, 4)) if exits == LADDER else {}
+    out = generate(model, prompt := tokenizer.chat(["def add(a, b):"]), 12, **options, **ladder)
+    text = tokenizer.decode(out.tokens, after=prompt)
+    assert f"\n{text}\n" in printed and "tokens/s; plain " in printed
+
+
+def test_a_continuation_keeps_its_blank(monkeypatch, capsys, tmp_path):
+    """Sentencepiece drops the blank that begins a text; what is shown follows the prompt."""
+    write_family("llama-2", tmp_path)
+    tokenizer = from_folder(tmp_path, {}, 1000)
+    spelt = {id: tokenizer.spell(id).decode("utf-8", "replace") for id in range(tokenizer.n_vocab)}
+    word = next(id for id, text in spelt.items() if len(text) > 2 and text[0] == " ")
+    model = always_says(word, tokenizer.n_vocab)
+    save(model, tokenizer, folder := tmp_path / "model")
+    save_ladders(setting(model=str(folder), dtype="either dtype"), {"dtype": "float32"})
+    asked(monkeypatch, "a", "--model", str(folder), "--max-new-tokens", "3", "--exits", "1")
+    __main__.main()
+    assert f"\n{3 * spelt[word]}\n" in capsys.readouterr().out
+
+
+def always_says(token: int, vocab_size: int) -> Llama:
+    """A Llama that writes this token whatever stands before."""
+    model = Llama(Config(vocab_size, 8, 2, 2, 2, 8, max_seq_len=64, tie_embeddings=False))
+    for layer in model.layers:
+        layer.attn.out.weight.data.zero_()
+        layer.mlp.down.weight.data.zero_()
+    model.embed.weight.data[:, 0] = 1.0
+    model.norm.weight.data = torch.eye(8)[0]  # it sees the first of eight numbers alone
+    model.head.weight.data[:, 0] = torch.eye(vocab_size)[token]
+    return model.eval()
+
+
+def test_a_prompt_that_ends_in_a_blank_is_told_what_to_do(monkeypatch, capsys):
+    for prompt, told in (("def f(x):", False), ("def f(x):\n", True), ("    if x:\n  ", True)):
+        asked(monkeypatch, prompt, "--max-new-tokens", "1", *LADDER)
+        __main__.main()
+        assert ("leave it out" in capsys.readouterr().out) == told
 
 
 def test_the_fastest_kept_ladder_is_the_default(monkeypatch):
-    kept = {"exits": [0, 8], "windows": [12, 12], "thresholds": [0.0, 0.0]}, "the fastest kept"
-    model = random_model(n_layers=9)
-    monkeypatch.setattr(__main__, "kept_ladder", lambda header, model: kept)
-    assert __main__.choose(None, None, model, {}) == kept
-    own, why = __main__.choose(None, [3, 6], model, {})
-    assert own == {"exits": (2, 3), "windows": [3, 6], "thresholds": ()} and "own exits" in why
-    asked, why = __main__.choose([1, 4, 5], None, model, {})
-    assert (asked["exits"], asked["windows"], why) == ((1, 4, 5), [2, 4, 8], "as asked")
-    monkeypatch.setattr(__main__, "kept_ladder", lambda header, model: None)
-    assert __main__.choose(None, None, model, {})[0]["windows"] == [2, 4]
+    model, header = random_model(n_layers=9), setting(model="random", dtype="float64")
+    own, why = __main__.choose(None, None, model, header)
+    assert own == ((2, 3), (2, 4), (0.0, 0.0)) and "own exits" in why
+    kept = {"exits": [0, 8], "windows": [12, 12], "thresholds": [0.0, 0.2], "measured": 2.0}
+    slower = {"exits": [1, 8], "windows": [2, 12], "thresholds": [0.0, 0.0], "measured": 0.9}
+    save_ladders(header, {"look-up, exit": kept, "hispec": slower})
+    ladder, why = __main__.choose(None, None, model, header)
+    assert ladder == ((0, 8), (12, 12), (0.0, 0.2)) and "this machine" in why
+    own, why = __main__.choose(None, [3, 6], model, header)
+    assert own == ((2, 3), (3, 6), (0.0, 0.0)) and "own exits" in why
+    chosen, why = __main__.choose([1, 4, 5], None, model, header)
+    assert chosen == ((1, 4, 5), (2, 4, 8), (0.0, 0.0, 0.0)) and why == "as asked"
 
 
 def test_the_faster_dtype_is_taken_and_said(monkeypatch, capsys):
-    ran = []
-
-    def spy(model, *arguments, **options):
-        ran.append(model.embed.weight.dtype)
-        return generate(model, *arguments, **options)
-
-    monkeypatch.setattr(__main__, "generate", spy)
-    monkeypatch.setattr(__main__, "kept_threads", lambda header, model: 1)
-    monkeypatch.setattr(__main__, "kept_dtype", lambda header, load: torch.bfloat16)
-    monkeypatch.setattr(sys, "argv", ["show", "x", "--max-new-tokens", "3"])
+    faster("bfloat16")
+    asked(monkeypatch, "x", "--max-new-tokens", "2", *LADDER)
     __main__.main()
-    assert ran == [torch.bfloat16] * 3
     assert "tiny in bfloat16 on " in capsys.readouterr().out

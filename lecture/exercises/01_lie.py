@@ -2,20 +2,20 @@
 
 python lecture/exercises/01_lie.py
 
-`Ladder.run` returns a level's logits. Let the level between return their negative, so that it
+`Decoder.run` returns a level's logits. Let the level between return their negative, so that it
 prefers what it ought to like least. Before you run it, say what happens to the text, to the share
 of drafts that it keeps, and to the share of its own tokens that the full model keeps.
 """
 
-from common import CODE, generate_with, tiny
+from common import CODE, tiny
 
-from hispec import Ladder, generate
+from hispec import Decoder, generate
 
 LADDER = dict(exits=(2, 8), windows=(2, 4))
 
 
-class Liar(Ladder):
-    """A ladder whose level between says the opposite of what it has computed."""
+class Liar(Decoder):
+    """A decoder whose level between says the opposite of what it has computed."""
 
     def run(self, k: int, base: int):
         return super().run(k, base)  # your turn: for the level between, the negative
@@ -30,7 +30,7 @@ def main() -> None:
     model, tokenizer = tiny()
     prompt = tokenizer.chat([CODE])
     honest = generate(model, prompt, 48, **LADDER)
-    liar = generate_with(Liar, model, prompt, 48, **LADDER)
+    liar = generate(model, prompt, 48, **LADDER, decoder=Liar)
     print("same text:", liar.tokens == honest.tokens)
     for name, out in (("honest", honest), ("liar", liar)):
         shares = ", ".join(f"{share:.0%}" for share in accepted(out))

@@ -2,7 +2,7 @@
 
 python lecture/exercises/02_roll_back.py
 
-The line in question is the last but one of `Ladder.settle`, in hispec.py:
+The line in question is the last but one of `Decoder.settle`, in hispec.py:
 
     self.cache.rollback(min(base + n, self.length))
 
@@ -11,25 +11,28 @@ Then write `rollback`: integers are set, nothing is copied. Why is it `base + n`
 `base + n + 1`, although n drafts are kept and one token is added behind them?
 """
 
-from common import generate_with, random_model
+from contextlib import contextmanager
 
-from hispec import Ladder, generate
+from common import random_model
+
+from hispec import Step, generate
 from kvcache import KVCache
 
 
 class Cache(KVCache):
-    """The cache of the project, but for one method."""
+    """The project's cache, without the one method that this exercise is about."""
 
     def rollback(self, length: int) -> None:
         """Forget what any segment holds at positions >= length."""
         # your turn: self.lengths has one integer a segment
 
 
-class WithCache(Ladder):
-    """A ladder on that cache."""
+class OnCache(Step):
+    """The plain step, on that cache."""
 
-    def __init__(self, model, asked, cache, end, step, watch=None):
-        super().__init__(model, asked, Cache(model, asked.exits, end), end, step, watch)
+    @contextmanager
+    def open(self, exits, max_len, draft_head=0):
+        yield Cache(self.model, exits, max_len, draft_head)
 
 
 def outcome(seed: int) -> str:
@@ -37,7 +40,7 @@ def outcome(seed: int) -> str:
     model, prompt = random_model(seed), [1, 2, 3]
     ladder = dict(exits=(1, 3), windows=(2, 4))
     try:
-        tokens = generate_with(WithCache, model, prompt, 20, **ladder).tokens
+        tokens = generate(model, prompt, 20, **ladder, fast=OnCache(model)).tokens
     except (RuntimeError, IndexError, ValueError):
         return "crash"
     return "right" if tokens == generate(model, prompt, 20).tokens else "wrong"

@@ -8,7 +8,7 @@ empty, so a draft that is looked at while it is made costs more than its layers.
 (a) `reads`: count the calls of `Tensor.item` and `Tensor.tolist` that some work makes.
 (b) `expected`: say how many a generation makes, from its levels' calls and its thresholds.
 
-`Ladder.settle` reads once a verification, and `probability` once a step where a level has a
+`Decoder.settle` reads once a verification, and `probability` once a step where a level has a
 threshold. Does level 0 of a ladder read at all? Does greedy decoding?
 """
 
@@ -31,7 +31,7 @@ LADDERS = {
 def reads(work: Callable[[], object]) -> int:
     """How many times `work()` calls Tensor.item or Tensor.tolist."""
     work()
-    return 0  # your turn (a): unittest.mock.patch.object can put a counter in their place
+    return 0  # your turn (a): a torch.overrides.TorchFunctionMode is told of every call
 
 
 def expected(out: Generation, thresholds: tuple[float, ...]) -> int:

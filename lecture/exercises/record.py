@@ -12,10 +12,9 @@ from functools import partial
 import torch
 from common import HERE, ROOT, tiny
 
-from bench import decoder
 from checkpoints.files import describe
+from hispec import Step, generate
 from lab.costs import Trace, trace
-from lab.prompts import default_prompts, read_prompts
 from lab.tune import costs_of_ladders
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12)
@@ -53,13 +52,16 @@ def record(model, known: Trace) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = tiny()
-    questions = read_prompts(default_prompts(tokenizer))
-    firsts = {question["category"]: question for question in reversed(questions)}
-    prompts = [tokenizer.chat(q["turns"][:1]) for q in list(firsts.values())[::-1][:PROMPTS]]
-    limits, decode = (TOKENS, tokenizer.stop), decoder(model, None)
-    traces = [trace(model, prompt, *limits, DEPTHS, decode) for prompt in prompts]
-    make_decoder = partial(decoder, model, None)
-    costs = costs_of_ladders(model, DEPTHS, traces, *limits, make_decoder, None)
+    lines = (ROOT / "prompts" / "python.jsonl").read_text("utf-8").splitlines()
+    firsts = {q["category"]: q["turns"][:1] for q in map(json.loads, reversed(lines))}
+    prompts = [tokenizer.chat(turns) for turns in list(firsts.values())[::-1][:PROMPTS]]
+
+    def decoder(exits=(), windows=(), thresholds=()):
+        return partial(generate, model, exits=exits, windows=windows, thresholds=thresholds)
+
+    limits = TOKENS, tokenizer.stop
+    traces = [trace(model, prompt, *limits, DEPTHS, decoder()) for prompt in prompts]
+    costs = costs_of_ladders(model.fast or Step(model), DEPTHS, traces, *limits, decoder)
     about = describe("tiny", model.embed.weight.device, model.embed.weight.dtype)
     about |= {"threads": 1, "command": f"python {(HERE / 'record.py').relative_to(ROOT)}"}
     found = {

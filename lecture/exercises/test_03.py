@@ -15,7 +15,7 @@ def pairs():
 
 
 def written(q, p, weights):
-    """The law of the token that is written if a rejected draft is replaced by these weights."""
+    """The distribution of what is written if these weights replace a rejected draft."""
     kept = torch.minimum(q, p)
     return kept + (1 - kept.sum()) * weights / weights.sum()
 
@@ -26,7 +26,7 @@ def test_how_far_a_draw_from_p_is_off(work):
         assert work.off(q, p) == pytest.approx(float((written(q, p, p) - p).abs().sum() / 2))
 
 
-def test_the_residual_makes_the_law_p(work):
+def test_with_the_residual_what_is_written_is_distributed_as_p(work):
     for q, p in pairs():
         weights = work.replacement(q, p)
         assert weights.min() >= 0

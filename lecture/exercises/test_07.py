@@ -1,7 +1,7 @@
 from itertools import combinations, combinations_with_replacement
 
 import pytest
-from common import as_trace, recorded
+from recordings import as_trace, recorded
 
 
 @pytest.mark.parametrize("levels", [1, 2])

@@ -1,6 +1,8 @@
 import torch
 from common import random_model
 
+from kvcache import KVCache
+
 TEXT, TREE = [3, 1, 4], [4, 7, 2, 5, 9, 6, 8]
 PARENTS = [-1, 0, 0, 1, 1, 2, 5]
 
@@ -14,18 +16,15 @@ def test_each_node_sees_its_own_path(work):
 def test_a_kept_path_is_a_chain(work):
     model = random_model(1)
     for path in ([0], [0, 1, 4], [0, 2, 5, 6]):
-        cache = work.TreeCache(model, (), 20)
-        cache.place(0, 2)
-        work.read(model, cache, TEXT[:-1])
-        cache.place_tree(2, PARENTS)
-        work.read(model, cache, TREE)
+        cache = KVCache(model, (), 20)
+        work.read(model, cache.plan(0, 2), TEXT[:-1])
+        work.read(model, work.plan(cache, 2, PARENTS), TREE)
         work.keep(cache, 2, path)
         (length,) = cache.lengths
         assert length == 2 + len(path)
-        cache.place(length, length + 1)
         kept = TEXT[:-1] + [TREE[i] for i in path]
         plain = model(torch.tensor([[*kept, 10]]))[0, -1]
-        assert torch.allclose(work.read(model, cache, [10])[0], plain)
+        assert torch.allclose(work.read(model, cache.plan(length, length + 1), [10])[0], plain)
 
 
 def test_the_invariant(work):

@@ -3,10 +3,10 @@
 Level 1 is the level between only where it is not the last: `exits=(8,)` has no level between.
 """
 
-from hispec import Ladder
+from hispec import Decoder
 
 
-class Liar(Ladder):
+class Liar(Decoder):
     def run(self, k: int, base: int):
         logits = super().run(k, base)
         return -logits if 0 < k < self.top else logits

@@ -7,6 +7,8 @@ Each layer still processes each kept position once, and each rejected node at mo
 
 import torch
 
+from kvcache import Plan
+
 CHANGED = 2
 
 
@@ -17,12 +19,15 @@ def depths(parents) -> list[int]:
     return found
 
 
-def sees(parents):
-    seen = torch.eye(len(parents), dtype=torch.bool)
+def plan(cache, first, parents):
+    n = len(parents)
+    seen = torch.eye(n, dtype=torch.bool)  # itself
     for node, parent in enumerate(parents):
         if parent >= 0:
             seen[node] |= seen[parent]
-    return seen
+    text = torch.ones(n, first, dtype=torch.bool)
+    positions, slots = first + torch.tensor(depths(parents)), torch.arange(first, first + n)
+    return Plan(cache, positions, slots, torch.cat([text, seen], 1))
 
 
 def keep(cache, first, path) -> None:

@@ -1,0 +1,44 @@
+"""What the level chose is noted whatever becomes of the drafts.
+
+`tolist` is a host read, which waits for the GPU. It could be without: the notes in a tensor, one
+token id for each of the vocabulary, which the drafter follows on the device.
+"""
+
+from drafters import look_up
+from hispec import Decoder
+
+
+class Remembering(Decoder):
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.notes: dict[int, int] = {}
+
+    def read_prompt(self):
+        super().read_prompt()
+        depth = self.depths[1]
+        if depth in self.cache.hidden:
+            logits = self.step.logits(self.cache.hidden[depth][0, : self.start], depth)
+            self.note(self.tokens[: self.start], logits)
+
+    def judge(self, k, base, q, logits):
+        self.note(self.tokens[base - 1 : self.length], logits)
+        return super().judge(k, base, q, logits)
+
+    def note(self, tokens, logits):
+        self.notes.update(zip(tokens.tolist(), logits.argmax(-1).tolist(), strict=True))
+
+
+class Recycled:
+    def draft(self, decoder, want):
+        if stood_before(decoder.text):
+            return look_up(decoder.text, want), None
+        drafts, last = [], decoder.text[-1]
+        while len(drafts) < want and last in decoder.notes:
+            last = decoder.notes[last]
+            drafts.append(last)
+        return drafts, None
+
+
+def stood_before(text) -> bool:
+    """Whether the text's last two tokens also stand somewhere before."""
+    return any(text[i - 2 : i] == text[-2:] for i in range(2, len(text)))
