@@ -18,9 +18,10 @@ from itertools import product
 
 from common import as_trace, recorded
 
-from lab.costs import Rungs, replay
+from checkpoints.ladders import Ladder
+from lab.costs import replay
 
-LADDERS: list[Rungs] = [
+LADDERS: list[Ladder] = [
     ((2, 8), windows, thresholds)
     for windows in ((3, 4), (3, 8), (8, 8), (8, 16))
     for thresholds in product((0.0, 0.1, 0.3, 0.5, 0.7, 0.8, 0.9), repeat=2)
@@ -35,12 +36,12 @@ def certainty(best: float, second: float, entropy: float) -> float:
     return best  # your turn
 
 
-def speed_up(rule) -> tuple[float, Rungs]:
+def speed_up(rule) -> tuple[float, Ladder]:
     """Over greedy, with the best of LADDERS under this rule; and which that is."""
     found = recorded()
     traces = [as_trace(one, rule) for one in found["traces"]]
 
-    def seconds(ladder: Rungs) -> float:
+    def seconds(ladder: Ladder) -> float:
         each = (replay(t, ladder, found["costs"], found["n_layers"]) for t in traces)
         return sum(each) + sum(t.prefill for t in traces)
 

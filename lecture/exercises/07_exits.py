@@ -11,19 +11,20 @@ pass costs its layers and nothing else, however many positions it holds?
 
 from common import as_trace, recorded
 
-from lab.costs import Costs, Rungs, Trace, replay
+from checkpoints.ladders import Ladder
+from lab.costs import Costs, Trace, replay
 
 EXITS = (1, 2, 3, 4, 6, 8, 12)
 WINDOWS = (1, 2, 3, 4, 6, 8, 12)
-GREEDY: Rungs = ((), (), ())
+GREEDY: Ladder = ((), (), ())
 
 
-def seconds(ladder: Rungs, traces: list[Trace], costs: Costs, n_layers: int) -> float:
+def seconds(ladder: Ladder, traces: list[Trace], costs: Costs, n_layers: int) -> float:
     """What the ladder takes for all the texts."""
     return sum(t.prefill + replay(t, ladder, costs, n_layers) for t in traces)
 
 
-def fastest(levels: int, traces: list[Trace], costs: Costs, n_layers: int) -> Rungs:
+def fastest(levels: int, traces: list[Trace], costs: Costs, n_layers: int) -> Ladder:
     """The fastest ladder of one or two exits, with windows that do not shrink upwards.
 
     From EXITS and WINDOWS, with thresholds 0.

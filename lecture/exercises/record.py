@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from common import HERE, ROOT, tiny
 
-from bench import decoder
+from bench import PROMPTS as QUESTIONS
+from bench import decode_with, read_prompts
 from checkpoints.files import describe
 from lab.costs import Trace, trace
-from lab.prompts import default_prompts, read_prompts
 from lab.tune import costs_of_ladders
 
 DEPTHS = (1, 2, 3, 4, 6, 8, 12)
@@ -53,13 +53,12 @@ def record(model, known: Trace) -> dict:
 def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = tiny()
-    questions = read_prompts(default_prompts(tokenizer))
+    questions = read_prompts(QUESTIONS / "python.jsonl")
     firsts = {question["category"]: question for question in reversed(questions)}
     prompts = [tokenizer.chat(q["turns"][:1]) for q in list(firsts.values())[::-1][:PROMPTS]]
-    limits, decode = (TOKENS, tokenizer.stop), decoder(model, None)
-    traces = [trace(model, prompt, *limits, DEPTHS, decode) for prompt in prompts]
-    make_decoder = partial(decoder, model, None)
-    costs = costs_of_ladders(model, DEPTHS, traces, *limits, make_decoder, None)
+    limits, make_decoder = (TOKENS, tokenizer.stop), partial(decode_with, model, model.fast)
+    traces = [trace(model, prompt, *limits, DEPTHS, make_decoder()) for prompt in prompts]
+    costs = costs_of_ladders(model.fast, DEPTHS, traces, *limits, make_decoder)
     about = describe("tiny", model.embed.weight.device, model.embed.weight.dtype)
     about |= {"threads": 1, "command": f"python {(HERE / 'record.py').relative_to(ROOT)}"}
     found = {
