@@ -71,9 +71,7 @@ def test_the_core_keeps_its_properties(tree):
 @pytest.mark.parametrize(
     "command, wing",
     [
-        ("bench.py --tune", "lab"),
-        ("bench.py --figures drawn", "lab"),
-        ("bench.py --peers", "lab"),
+        ("bench.py --tune --figures drawn --peers", "lab"),
         ("bench.py --prompts held-out", "lab"),
         ("bench.py --step packed", "fast"),
     ],
