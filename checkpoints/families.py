@@ -83,8 +83,8 @@ ONLY = {  # in config.json of every family; whatever else it asks for would have
     "is_causal": True,
 }
 GGUF_ONLY = {"expert_count": 0, "attention.sliding_window": 0, "attention.causal": True}
-GGUF_ROPE = ("rope.scale_linear", "rope.scaling.type", "rope.scaling.factor")
-GGUF_ROPE += ("rope.scaling.original_context_length", "rope.scaling.finetuned")
+GGUF_ROPE = ["rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"]
+GGUF_ROPE += ["rope.scaling.original_context_length", "rope.scaling.finetuned"]
 GGUF_IDLE = ("vocab_size", "expert_used_count", "tensor_data_layout")  # nothing depends on them
 
 

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -144,9 +145,7 @@ def _config(settings: dict) -> Config:
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling must be an object, got {rope!r}")
-    for key in rope:
-        only("RoPE setting", key, *ROPE, "rope_type", "type", "rope_theta", "partial_rotary_factor")
-    said = {"num_key_value_heads": settings.get("num_attention_heads"), **ABSENT}
+    said: dict[str, Any] = {"num_key_value_heads": settings.get("num_attention_heads"), **ABSENT}
     said |= {k: v for k, v in {**family.absent, **settings, **rope}.items() if v is not None}
     for key, value in {**ONLY, **family.only}.items():
         only(key, said.get(key, value), value)
@@ -154,6 +153,8 @@ def _config(settings: dict) -> Config:
         only("layer_types", kind, "full_attention")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     only("RoPE scaling", kind, "default", "linear", "llama3")
+    for key in rope:
+        only("RoPE setting", key, *ROPE, "rope_type", "type", "rope_theta", "partial_rotary_factor")
     if kind == "default" and "factor" in rope:
         raise ValueError("RoPE scaling has a factor, but no type")
     if kind == "linear":

@@ -40,7 +40,7 @@ def load_gguf(
         only("byte order", reader.byte_order, "I")  # the gguf package expands no other
         meta = values | meta  # the first part has the metadata
         tensors |= {tensor.name: tensor for tensor in reader.tensors}
-    arch = meta.get("general.architecture")
+    arch: Any = meta.get("general.architecture")
     only("architecture", arch, *ARCHITECTURES)
     shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}
 
