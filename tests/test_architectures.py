@@ -251,3 +251,123 @@ def test_ladders_write_the_greedy_text(case, step):
     fast = FixedStep(case.model, 64) if step == "fixed" else None
     out = generate(case.model, case.prompt, case.max_new_tokens, **case.arguments, fast=fast)
     assert out.tokens == expected
+
+
+# ---- fast/ ---------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.bfloat16]
+packs = pytest.mark.skipif(
+    not (can_pack(torch.float32) and can_pack(torch.bfloat16)),
+    reason="without oneDNN's packed products nothing is packed, and equal bits are not promised",
+)
+
+
+@packs
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inputs, outputs", [(64, 32), (64, 8), (576, 960), (2500, 300)])
+def test_a_packed_product_adds_its_bias(inputs, outputs, dtype):
+    layer = Linear(inputs, outputs, dtype=dtype).eval().requires_grad_(False)
+    x, before = torch.randn(2, 5, inputs).to(dtype), {n: t.clone() for n, t in layer.state_dict().items()}
+    exact = x.double() @ layer.weight.double().T + layer.bias.double()
+    layer.pack()
+    assert bool(layer.packed) or layer.turned is not None or outputs == 8
+    with torch.inference_mode():
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        for one in (layer, copy.deepcopy(layer), copy.deepcopy(layer).double().to(dtype)):
+            torch.testing.assert_close(one(x).double(), exact, rtol=tolerance, atol=tolerance)
+    assert layer.state_dict().keys() == before.keys() == layer.state_dict(keep_vars=True).keys()
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    other = Linear(inputs, outputs, dtype=dtype).requires_grad_(False)
+    layer.load_state_dict(other.state_dict())
+    assert not layer.packed and torch.equal(layer(x), other(x))
+
+
+def stirred(dtype, large, **shape):
+    """Large: products of oneDNN's; small: turned ones."""
+    sizes = dict(n_layers=4, dim=576, n_heads=9, n_kv_heads=3, ffn_dim=700, vocab_size=2000)
+    sizes = sizes if large else dict(n_layers=4, dim=48, head_dim=10, vocab_size=300, ffn_dim=60)
+    model = random_model(2, scale=3, max_seq_len=128, **sizes, **shape)
+    return stir(model).requires_grad_(False).to(dtype).eval()
+
+
+@torch.inference_mode()
+def bits(step, exits, ids, sizes):
+    """Keys, values, hidden states and the levels' logits, of passes with `sizes` in turn."""
+    tokens, logits = torch.tensor([*ids, *[0] * 100]), {k: [] for k in range(len(exits) + 1)}
+    with step.open(exits, len(ids)) as cache:
+        at = turn = 0
+        while at < len(ids):
+            n = min(sizes[turn % len(sizes)], len(ids) - at) if at else 1
+            for k, rows in logits.items():
+                rows.append(step.run(cache, tokens, at + n, k, n))
+            at, turn = at + n, turn + 1
+        kept = [cache.keys, cache.values, *cache.hidden.values()]
+    return [t[..., : len(ids), :].clone() for t in kept] + [torch.cat(r) for r in logits.values()]
+
+
+@packs
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [{"qkv_bias": True}, {"qk_norm": True}], ids=lambda s: min(s))
+def test_a_position_has_the_same_bits_in_any_pass(shape, dtype, large):
+    model = stirred(dtype, large, **shape)
+    ids = [i * 37 % model.config.vocab_size for i in range(70)]
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).double()
+    step = prepare(model)
+    if shape.get("qk_norm"):
+        assert all(isinstance(layer.attn.k_norm, RMSNorm) for layer in model.layers)
+    alone = bits(step, (1, 3), ids, [1])
+    for sizes in [*([n] for n in range(2, 17)), [5, 1, 16, 3, 2, 8], [7, 2, 13, 1]]:
+        assert all(map(torch.equal, alone, bits(step, (1, 3), ids, sizes))), sizes
+    tolerance = 1e-3 if dtype == torch.float32 else 0.5
+    torch.testing.assert_close(alone[-1].double(), expected[0], rtol=tolerance, atol=tolerance)
+
+
+@packs
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("undo", ["train", "double", "load"])
+def test_packing_is_undone(tmp_path, undo, tied):
+    model = stirred(torch.float32, True, qkv_bias=True, tie_embeddings=tied)
+    before, ids = copy.deepcopy(model), torch.arange(9)[None]
+    prepare(model)
+    save(model, None, tmp_path)
+    twin = copy.deepcopy(model)
+    if undo == "load":
+        model.load_state_dict(before.state_dict())
+    else:
+        model = model.train() if undo == "train" else model.double()
+    for one in (model, twin, load(tmp_path, plain=True)[0]):
+        assert not any(m.packed for m in one.modules() if isinstance(m, Linear))
+        assert one.state_dict().keys() == before.state_dict().keys()
+        for name, t in before.state_dict().items():
+            assert torch.equal(one.state_dict()[name].float(), t), name
+        torch.testing.assert_close(one(ids).float(), before(ids), rtol=1e-3, atol=1e-3)
+
+
+def test_training_attends_as_the_plain_model_does():
+    model = stir(random_model(3, max_seq_len=300, qkv_bias=True, qk_norm=True)).train()
+    ids, blocks = torch.randint(11, (2, 300)), copy.deepcopy(model)
+    for_training(blocks)
+    for m in (model, blocks):
+        m(ids).logsumexp(-1).mean().backward()
+    for mine, theirs in zip(blocks.parameters(), model.parameters()):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("shape", [{"qkv_bias": True}, {"qk_norm": True}], ids=lambda s: min(s))
+def test_what_is_captured_is_compiled_whole(shape):
+    """fullgraph: nothing of it may need Python in between."""
+    from fast.cuda import compiled
+    from fast.layers import Layer
+
+    model = stir(random_model(**shape))
+    layer = FixedStep(model, 64).variant.layers[0]
+    assert isinstance(layer, Layer)
+    h = torch.randn(1, 16, 16, dtype=torch.float64)
+    angles = torch.rand(16, 1, 4, dtype=torch.float64)
+    with torch.inference_mode():
+        for mine, theirs in zip(
+            compiled("before", "eager")(layer, h, (angles, angles)), layer.before(h, (angles, angles))
+        ):
+            torch.testing.assert_close(mine, theirs)
