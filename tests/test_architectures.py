@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
 import random
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -15,13 +19,14 @@ from hypothesis import strategies as st
 from test_gguf import F32, write_gguf
 
 import checkpoints
-from checkpoints import save
+from checkpoints import save, vocabulary
 from checkpoints.families import FAMILIES
 from fast import FixedStep, for_training, prepare
 from fast.cpu import Linear, RMSNorm, can_pack
 from hispec import generate
 
 transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).parent.parent
 load = partial(checkpoints.load, device="cpu")
 CLASSES = {
     "llama": transformers.LlamaForCausalLM,
@@ -267,7 +272,10 @@ packs = pytest.mark.skipif(
 @pytest.mark.parametrize("inputs, outputs", [(64, 32), (64, 8), (576, 960), (2500, 300)])
 def test_a_packed_product_adds_its_bias(inputs, outputs, dtype):
     layer = Linear(inputs, outputs, dtype=dtype).eval().requires_grad_(False)
-    x, before = torch.randn(2, 5, inputs).to(dtype), {n: t.clone() for n, t in layer.state_dict().items()}
+    x, before = (
+        torch.randn(2, 5, inputs).to(dtype),
+        {n: t.clone() for n, t in layer.state_dict().items()},
+    )
     exact = x.double() @ layer.weight.double().T + layer.bias.double()
     layer.pack()
     assert bool(layer.packed) or layer.turned is not None or outputs == 8
@@ -368,6 +376,58 @@ def test_what_is_captured_is_compiled_whole(shape):
     angles = torch.rand(16, 1, 4, dtype=torch.float64)
     with torch.inference_mode():
         for mine, theirs in zip(
-            compiled("before", "eager")(layer, h, (angles, angles)), layer.before(h, (angles, angles))
+            compiled("before", "eager")(layer, h, (angles, angles)),
+            layer.before(h, (angles, angles)),
         ):
             torch.testing.assert_close(mine, theirs)
+
+
+# ---- heads ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A random Qwen3, and what recipe 2 makes of it in ten steps."""
+    import train_exits
+
+    folder = tmp_path_factory.mktemp("qwen3")
+    text = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(2000))
+    (folder / "corpus.txt").write_text(text)
+    model = stir(random_model(vocab_size=300, scale=3, max_seq_len=256, qk_norm=True)).float()
+    save(model, vocabulary.learn([text], 300), folder / "given")
+    options = f"--out {folder} --model {folder / 'given'} --corpus {folder / 'corpus.txt'}"
+    options += " --freeze-trunk --exits 1 2 --steps 10 --batch 256 --context 16 --width 8"
+    train_exits.main([*options.split(), "--draft-vocab", "80"])
+    return model, folder / "model"
+
+
+def test_a_qwen3_gets_heads_at_two_exits(trained):
+    given, folder = trained
+    model, tokenizer = load(folder)
+    assert model.family == "qwen3" and model.config == given.config and model.exits == (1, 2)
+    for name, t in given.state_dict().items():
+        assert torch.equal(model.state_dict()[name], t), name
+    for head in model.exit_heads.values():
+        assert len(head.vocab) == 80 and isinstance(head.block.attn.q_norm, torch.nn.RMSNorm)
+    prompt = tokenizer.encode("def f7(x):")
+    read = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert type(read) is CLASSES["qwen3"]
+    text = read.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    expected = text[0, len(prompt) :].tolist()
+    for ladder in [{}, dict(exits=(1,), windows=(3,)), dict(exits=(1, 2), windows=(2, 4))]:
+        assert generate(model, prompt, 20, **ladder).tokens == expected
+
+
+def test_a_qwen3_with_heads_is_benched(trained, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"category": "code", "turns": ["def f7(x):"]}\n')
+    command = [sys.executable, "bench.py", "--model", trained[1], "--device", "cpu", "--dtype"]
+    command += ["float32", "--prompts", prompts, "--max-new-tokens", "12"]
+    command += ["--json", tmp_path / "out.json"]
+    # what is found out about threads and ladders is kept there
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    methods = json.loads((tmp_path / "out.json").read_text())["methods"]
+    assert [1, 2] in [method["exits"] for method in methods]
+    assert all(method["identical"] for method in methods)
