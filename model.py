@@ -1,7 +1,8 @@
 """A Llama-style transformer that can be read at any depth.
 
 RMSNorm, rotary positions (RoPE), grouped-query attention and SwiGLU, as in Llama 2 and 3
-(arXiv 2302.13971, 2307.09288, 2407.21783). Two things are added for self-speculation:
+(arXiv 2302.13971, 2307.09288, 2407.21783); with a bias or two more norms, as in Qwen2 and Qwen3
+(2407.10671, 2505.09388). Two things are added for self-speculation:
 
 - `run` sends hidden states through any range of layers, with or without a cache, so that a deeper
   level can start from what a shallower one has already computed;
@@ -42,8 +43,8 @@ class Config:
     tie_embeddings: bool = True
     rope_scaling: "RopeScaling | None" = None
     head_dim: int = 0  # 0 or None: dim / n_heads; a few checkpoints choose it freely
-    qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2 (arXiv 2407.10671)
-    qk_norm: bool = False  # each query and key is normed, as in Qwen3 (arXiv 2505.09388)
+    qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
+    qk_norm: bool = False  # each head's queries and keys are normed before RoPE, as in Qwen3
 
     def __post_init__(self):
         counts = "vocab_size dim n_layers n_heads n_kv_heads ffn_dim max_seq_len"
