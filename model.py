@@ -1,7 +1,8 @@
 """A Llama-style transformer that can be read at any depth.
 
 RMSNorm, rotary positions (RoPE), grouped-query attention and SwiGLU, as in Llama 2 and 3
-(arXiv 2302.13971, 2307.09288, 2407.21783). Two things are added for self-speculation:
+(arXiv 2302.13971, 2307.09288, 2407.21783); with a bias or two more norms, as in Qwen2 and Qwen3
+(2407.10671, 2505.09388). Two things are added for self-speculation:
 
 - `run` sends hidden states through any range of layers, with or without a cache, so that a deeper
   level can start from what a shallower one has already computed;
@@ -42,6 +43,8 @@ class Config:
     tie_embeddings: bool = True
     rope_scaling: "RopeScaling | None" = None
     head_dim: int = 0  # 0 or None: dim / n_heads; a few checkpoints choose it freely
+    qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
+    qk_norm: bool = False  # each head's queries and keys are normed before RoPE, as in Qwen3
 
     def __post_init__(self):
         counts = "vocab_size dim n_layers n_heads n_kv_heads ffn_dim max_seq_len"
@@ -73,6 +76,7 @@ class Llama(nn.Module):
         self.config = config
         self.exits: tuple[int, ...] = ()  # the trained exits, shallow to deep: the default ladder
         self.fast: Any = None  # a faster step than the plain one, which `generate` then takes
+        self.family = ""  # the kind of checkpoint it came from, for saving it as one
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.rope = RoPE(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
@@ -174,7 +178,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
         # one product for queries, keys and values: fewer, larger reads
-        self.qkv = nn.Linear(config.dim, (self.heads + 2 * self.kv_heads) * self.head_dim, False)
+        width = (self.heads + 2 * self.kv_heads) * self.head_dim
+        self.qkv = nn.Linear(config.dim, width, bias=config.qkv_bias)
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = (norm(self.head_dim, config.norm_eps) for _ in range(2))
         self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, plan=None, layer: int | None = None) -> Tensor:
@@ -182,7 +189,7 @@ class Attention(nn.Module):
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, N, E)
         q, k, v = x.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        q, k, mask = rotate(q, rope), rotate(k, rope), None
+        q, k, mask = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), None
         if plan is not None:
             k, v = plan.write(layer, k, v)  # (B, G, T, E): also what earlier passes have written
             mask = plan.mask  # (N, T)

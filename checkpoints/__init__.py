@@ -1,5 +1,6 @@
-"""Llama checkpoints in, Llama checkpoints out: weights, configuration, trained exits, tokenizer.
+"""Checkpoints in and out: weights, configuration, trained exits, tokenizer.
 
+Of Llama, Mistral, Qwen2 and Qwen3 (families.py); every other kind is refused by name.
 `load` reads a GGUF file or a Hugging Face folder (LayerSkip's are ordinary ones), on disk or by
 name from the Hub; `save` writes a folder that `load` and transformers both read. No pickles.
 """

@@ -4,40 +4,19 @@ import json
 import os
 from dataclasses import astuple
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints import vocabulary
+from checkpoints.families import ABSENT, CONFIG, FAMILIES, ONLY, family_of
 from checkpoints.files import need, only, read_json, write_whole
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.weights import build, layout, linear
 from model import Config, ExitHead, Llama, RopeScaling
 
-CONFIG = dict(  # Config's name of a setting, and config.json's
-    vocab_size="vocab_size",
-    dim="hidden_size",
-    n_layers="num_hidden_layers",
-    n_heads="num_attention_heads",
-    n_kv_heads="num_key_value_heads",
-    head_dim="head_dim",
-    ffn_dim="intermediate_size",
-    rope_theta="rope_theta",
-    norm_eps="rms_norm_eps",
-    max_seq_len="max_position_embeddings",
-    tie_embeddings="tie_word_embeddings",
-)
-DEFAULTS = {"head_dim": 0, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6}  # LlamaConfig's
-DEFAULTS |= {"max_position_embeddings": 2048, "tie_word_embeddings": False}
-ONLY = dict(  # whatever else these ask for would have to be ignored
-    architectures=["LlamaForCausalLM"],
-    hidden_act="silu",
-    attention_bias=False,
-    mlp_bias=False,
-    quantization_config=None,
-    partial_rotary_factor=1.0,
-)
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -74,7 +53,7 @@ def load_folder(
         return where[names[name]].get_tensor(names[name])
 
     model = build(config, shapes, read, device, dtype)
-    model.exits = tuple(exits)
+    model.exits, model.family = tuple(exits), settings["model_type"]
     add_exit_heads(model, path / "exits.safetensors")
     return model, tokenizer
 
@@ -116,13 +95,13 @@ def add_exit_heads(model: Llama, path: Path) -> None:
 
 
 def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
-    """Write a Hugging Face Llama folder; `load` in the same dtype gives back every bit.
+    """Write a Hugging Face folder of the model's family; `load` in its dtype gives back every bit.
 
     Beyond what transformers reads, config.json lists `exits`, and exits.safetensors holds the heads
     they own, under names like 8.norm.weight, 8.vocab and 8.block.attn.qkv.weight. Each file appears
     whole or not at all, config.json last; what the model lacks is removed from an earlier save.
     """
-    folder = Path(folder)
+    folder, name = Path(folder), family_of(model.config, model.family)
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     weights: dict[str, torch.Tensor] = {}
@@ -138,13 +117,15 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     if tokenizer is not None:
         texts |= vocabulary.to_files(tokenizer)
     c, scaling = model.config, model.config.rope_scaling
+    family = FAMILIES[name]
     rope = scaling and {"rope_type": "llama3", **dict(zip(ROPE, astuple(scaling)))}
     if scaling and scaling == linear(scaling.factor, c.max_seq_len):
         rope = {"rope_type": "linear", "factor": scaling.factor}
     settings = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.architecture],
+        "model_type": name,
         **{key: getattr(c, ours) for ours, key in CONFIG.items()},
+        **family.only,
         "rope_scaling": rope,  # the older spelling, read before and since transformers 5
         "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
         "bos_token_id": tokenizer.bos[0] if tokenizer and tokenizer.bos else None,
@@ -152,25 +133,34 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
         "exits": list(model.exits),
     }
     texts["config.json"] = json.dumps(settings, indent=1)
-    for name, text in texts.items():
-        write_whole(folder / name, text)
+    for file, text in texts.items():
+        write_whole(folder / file, text)
 
 
 def _config(settings: dict) -> Config:
-    only("model_type", settings.get("model_type"), "llama")
+    only("model_type", settings.get("model_type"), *FAMILIES)
+    family = FAMILIES[settings["model_type"]]
+    classes = settings.get("architectures") or [family.architecture]
+    only("architectures", classes, [family.architecture])
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ValueError(f"rope_scaling must be an object, got {rope!r}")
-    said = {key: value for key, value in (settings | rope).items() if value is not None}
-    for key, value in ONLY.items():
+    said: dict[str, Any] = {"num_key_value_heads": settings.get("num_attention_heads"), **ABSENT}
+    said |= {k: v for k, v in {**family.absent, **settings, **rope}.items() if v is not None}
+    for key, value in {**ONLY, **family.only}.items():
         only(key, said.get(key, value), value)
-    said = DEFAULTS | {"num_key_value_heads": said.get("num_attention_heads")} | said
+    for kind in said.get("layer_types", ()):
+        only("layer_types", kind, "full_attention")
     kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     only("RoPE scaling", kind, "default", "linear", "llama3")
+    for key in rope:
+        only("RoPE setting", key, *ROPE, "rope_type", "type", "rope_theta", "partial_rotary_factor")
     if kind == "default" and "factor" in rope:
         raise ValueError("RoPE scaling has a factor, but no type")
     if kind == "linear":
         scaling = linear(need(rope, "factor"), said["max_position_embeddings"])
     elif kind == "llama3":
         scaling = RopeScaling(*(need(rope, key) for key in ROPE))
-    return Config(**{ours: need(said, key) for ours, key in CONFIG.items()}, rope_scaling=scaling)
+    own = {ours: need(said, key) for ours, key in CONFIG.items()}
+    own |= {"qkv_bias": family.qkv_bias, "qk_norm": family.qk_norm}
+    return Config(**own, rope_scaling=scaling)

@@ -1,4 +1,4 @@
-"""GGUF files: configuration, weights and vocabulary of a Llama, in one file or split into parts.
+"""GGUF files: configuration, weights and vocabulary of a model, in one file or split into parts.
 
 The gguf package reads the file and expands quantised weights. Sources: docs/gguf.md of
 ggml-org/ggml; llama.cpp's Hugging Face converter, for the order of q's and k's rows and for
@@ -16,22 +16,13 @@ import numpy as np
 import torch
 
 from checkpoints import vocabulary
+from checkpoints.families import FAMILIES, GGUF, GGUF_IDLE, GGUF_ONLY, GGUF_ROPE
 from checkpoints.files import need, only
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.weights import build, linear
 from model import Config, Llama, RopeScaling, rope_frequencies
 
-CONFIG = dict(  # Config's name of a setting, and the metadata's behind "llama."
-    dim="embedding_length",
-    n_layers="block_count",
-    ffn_dim="feed_forward_length",
-    n_heads="attention.head_count",
-    n_kv_heads="attention.head_count_kv",
-    head_dim="attention.key_length",
-    norm_eps="attention.layer_norm_rms_epsilon",
-    rope_theta="rope.freq_base",
-    max_seq_len="context_length",
-)
+ARCHITECTURES = {family.gguf: family for family in FAMILIES.values()}
 
 
 def load_gguf(
@@ -49,7 +40,8 @@ def load_gguf(
         only("byte order", reader.byte_order, "I")  # the gguf package expands no other
         meta = values | meta  # the first part has the metadata
         tensors |= {tensor.name: tensor for tensor in reader.tensors}
-    only("architecture", meta.get("general.architecture"), "llama")
+    arch: Any = meta.get("general.architecture")
+    only("architecture", arch, *ARCHITECTURES)
     shapes = {name: tuple(map(int, t.shape[::-1])) for name, t in tensors.items()}
 
     def read(name: str) -> torch.Tensor:
@@ -60,7 +52,7 @@ def load_gguf(
             message = f"{name}: quantisation {kind.name} cannot be expanded"
             raise ValueError(message) from None
         t = torch.from_numpy(np.require(values, requirements="W"))
-        if name.endswith(("attn_q.weight", "attn_k.weight")):
+        if ARCHITECTURES[arch].interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
             # rows come in interleaved pairs (2i, 2i+1); `rotate` pairs (i, i + E/2)
             pairs = t.view(-1, config.head_dim // 2, 2, config.dim)
             t = pairs.transpose(1, 2).reshape(t.shape)
@@ -70,8 +62,8 @@ def load_gguf(
     if shapes.pop("rope_freqs.weight", None):
         config = replace(config, rope_scaling=_rope_scaling(config, read("rope_freqs.weight")))
     tokenizer = vocabulary.from_gguf(meta, config.vocab_size, str(path))
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
-    spell = partial(names.get_name, try_suffixes=(".weight",))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.n_layers)
+    spell = partial(names.get_name, try_suffixes=(".weight", ".bias"))
     return build(config, shapes, read, device, dtype, spell), tokenizer
 
 
@@ -87,23 +79,30 @@ def _parts(path: Path) -> list[Path]:
 
 
 def _config(meta: dict, shapes: dict[str, tuple[int, ...]]) -> Config:
-    if count := meta.get("llama.expert_count"):
-        raise ValueError(f"llama.expert_count is {count}: mixtures of experts are not supported")
-    said = {"llama.rope.freq_base": 10_000.0, "llama.attention.key_length": 0, **meta}
-    said.setdefault("llama.attention.head_count_kv", meta.get("llama.attention.head_count"))
+    arch = meta["general.architecture"]
+    said = {f"{arch}.rope.freq_base": 10_000.0, f"{arch}.attention.key_length": 0, **meta}
+    said.setdefault(f"{arch}.attention.head_count_kv", meta.get(f"{arch}.attention.head_count"))
     config = Config(
         vocab_size=need(shapes, "token_embd.weight")[0],
         tie_embeddings="output.weight" not in shapes,
-        **{ours: need(said, f"llama.{key}") for ours, key in CONFIG.items()},
+        qkv_bias=ARCHITECTURES[arch].qkv_bias,
+        qk_norm=ARCHITECTURES[arch].qk_norm,
+        **{ours: need(said, f"{arch}.{key}") for ours, key in GGUF.items()},
     )
-    for key in ("llama.rope.dimension_count", "llama.attention.value_length"):
-        only(key, meta.get(key, config.head_dim), config.head_dim)
-    factor = meta.get("llama.rope.scale_linear")  # the older key
-    asked = [key for key in meta if key.startswith("llama.rope.scaling.")]
-    kind = meta.get("llama.rope.scaling.type", asked[0] if asked else "none")
+    one = dict.fromkeys(("rope.dimension_count", "attention.value_length"), config.head_dim)
+    one |= GGUF_ONLY
+    for key, value in meta.items():
+        name = key.removeprefix(f"{arch}.")
+        if name in one:
+            only(key, value, one[name])
+        elif name != key and name not in (*GGUF.values(), *GGUF_ROPE, *GGUF_IDLE):
+            raise ValueError(f"{key} is not supported")
+    factor = meta.get(f"{arch}.rope.scale_linear")  # the older key
+    asked = [key for key in meta if key.startswith(f"{arch}.rope.scaling.")]
+    kind = meta.get(f"{arch}.rope.scaling.type", asked[0] if asked else "none")
     only("RoPE scaling", kind, "none", "linear")
     if kind == "linear":
-        factor = need(meta, "llama.rope.scaling.factor")
+        factor = need(meta, f"{arch}.rope.scaling.factor")
     scaling = None if factor is None else linear(factor, config.max_seq_len)
     return replace(config, rope_scaling=scaling)
 

@@ -32,8 +32,15 @@ LLAMA3 = (
     r"(?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")  # each digit by itself
+_UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+TEKKEN = (  # Mistral's: a word ends before a capital letter
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 LEARNED = SMOLLM
-SPLITS = {"smollm": SMOLLM, "gpt-2": GPT2}  # by their names in a GGUF file
+# by their names in a GGUF file
+SPLITS = {"smollm": SMOLLM, "gpt-2": GPT2, "qwen2": QWEN2, "tekken": TEKKEN}
 SPLITS |= dict.fromkeys(["llama-bpe", "llama3", "llama-v3"], LLAMA3)
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)  # GGUF's token types
 
@@ -108,9 +115,12 @@ def from_gguf(meta: dict, vocab_size: int, where: str = "") -> Tokenizer | None:
     if own["model"] == "gpt2":
         only("tokenizer.ggml.pre", own.get("pre"), *SPLITS)
         split = SPLITS[own["pre"]]
-        own = {"add_bos_token": split == LLAMA3} | own
+        whole = split in (LLAMA3, TEKKEN)  # as llama.cpp has it, BOS too
+        own = {"add_bos_token": whole} | own
         merges = [tuple(merge.split(" ")) for merge in need(meta, "tokenizer.ggml.merges")]
-        engine = _byte_level(vocab, merges, split, split == LLAMA3)
+        engine = _byte_level(vocab, merges, split, whole)
+        if split == QWEN2:
+            engine.normalizer = tokenizers.normalizers.NFC()
     else:
         own = {"add_bos_token": True, "bos_token_id": 1, "eos_token_id": 2} | own
         scores = need(meta, "tokenizer.ggml.scores")

@@ -12,19 +12,24 @@ def layout(config: Config) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
     """Each parameter of the model, and what makes up its rows in a Hugging Face folder, by name."""
     D, F, V = config.dim, config.ffn_dim, config.vocab_size
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    rows = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
     layer: dict[str, dict[str, tuple[int, ...]]] = {
-        "attn_norm": {"input_layernorm": (D,)},
-        "attn.qkv": {f"self_attn.{x}_proj": (n, D) for x, n in (("q", q), ("k", kv), ("v", kv))},
-        "attn.out": {"self_attn.o_proj": (D, q)},
-        "mlp_norm": {"post_attention_layernorm": (D,)},
-        "mlp.gate_up": {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D)},
-        "mlp.down": {"mlp.down_proj": (D, F)},
+        "attn_norm.weight": {"input_layernorm.weight": (D,)},
+        "attn.qkv.weight": {f"{part}.weight": (n, D) for part, n in rows.items()},
+        "attn.out.weight": {"self_attn.o_proj.weight": (D, q)},
+        "mlp_norm.weight": {"post_attention_layernorm.weight": (D,)},
+        "mlp.gate_up.weight": {"mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D)},
+        "mlp.down.weight": {"mlp.down_proj.weight": (D, F)},
     }
+    if config.qkv_bias:
+        layer["attn.qkv.bias"] = {f"{part}.bias": (n,) for part, n in rows.items()}
+    if config.qk_norm:
+        layer["attn.q_norm.weight"] = {"self_attn.q_norm.weight": (config.head_dim,)}
+        layer["attn.k_norm.weight"] = {"self_attn.k_norm.weight": (config.head_dim,)}
     yield "embed.weight", {"model.embed_tokens.weight": (V, D)}
     for i in range(config.n_layers):
         for ours, parts in layer.items():
-            theirs = {f"model.layers.{i}.{part}.weight": shape for part, shape in parts.items()}
-            yield f"layers.{i}.{ours}.weight", theirs
+            yield f"layers.{i}.{ours}", {f"model.layers.{i}.{p}": s for p, s in parts.items()}
     yield "norm.weight", {"model.norm.weight": (D,)}
     if not config.tie_embeddings:
         yield "head.weight", {"lm_head.weight": (V, D)}

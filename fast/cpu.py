@@ -97,7 +97,7 @@ class PackedStep(hispec.Step):
 
 
 class Linear(nn.Linear):
-    """x @ weight.T, without a bias."""
+    """x @ weight.T, plus the bias if there is one."""
 
     turned: Tensor | None = None  # a small weight's transpose, as it lies in memory
     packed: Sequence[Tensor] = ()  # in oneDNN's own layout, for `block` inputs each
@@ -109,16 +109,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        if self.turned is not None and torch.is_inference_mode_enabled():
-            return x @ self.turned  # as F.linear, which turns the weight at each call
         if not self.packed:
-            return F.linear(x, self.weight)
+            turned = self.turned if torch.is_inference_mode_enabled() else None
+            # as F.linear, which turns the weight at each call
+            y = F.linear(x, self.weight) if turned is None else x @ turned
+            return y if self.bias is None else y + self.bias
         if len(self.packed) == 1:
-            return product(x, self.packed[0])
+            return product(x, self.packed[0], self.bias)
         (block, weight), *others = zip(x.split(self.block, dim=-1), self.packed)
-        y = product(block, weight)
+        y = product(block, weight, self.bias)
         for block, weight in others:
-            y = product(block, weight, y)
+            y = product(block, weight, to=y)
         return y
 
     def pack(self, keep: bool = False) -> None:
@@ -176,8 +177,9 @@ class Linear(nn.Linear):
         super()._load_from_state_dict(*args)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        plain = keep_vars and self.weight.numel()
-        destination[prefix + "weight"] = self.weight if plain else self.dense()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not (keep_vars and self.weight.numel()):
+            destination[prefix + "weight"] = self.dense()
 
     @property
     def nbytes(self) -> int:
@@ -185,10 +187,12 @@ class Linear(nn.Linear):
         return sum(block.nbytes for block in self.packed) or self.weight.nbytes
 
 
-def product(x: Tensor, weight: Tensor, to: Tensor | None = None) -> Tensor:
-    """x times a packed weight, added to `to` if that is given."""
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, to: Tensor | None = None
+) -> Tensor:
+    """x times a packed weight, plus a bias, or `to`, if that is given."""
     if to is None:
-        return torch.ops.mkldnn._linear_pointwise.default(x, weight, None, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise.binary(x, to, weight, None, "add")
 
 
@@ -284,7 +288,8 @@ class BlockAttention(plain.Attention):
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, N, E)
         q, k, v = x.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-        y = attend_in_blocks(plain.rotate(q, rope), plain.rotate(k, rope), v)
+        q, k = plain.rotate(self.q_norm(q), rope), plain.rotate(self.k_norm(k), rope)
+        y = attend_in_blocks(q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, N, -1))
 
 

@@ -115,6 +115,9 @@ class Attention(plain.Attention):
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
         qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+        if not isinstance(self.q_norm, nn.Identity):
+            q, k = qk.split([self.heads, self.kv_heads], dim=2)
+            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
         q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
         return q, k.transpose(1, 2), v.transpose(1, 2)
 

@@ -56,8 +56,11 @@ class Case:
 
 
 @st.composite
-def cases(draw, levels=st.integers(1, 4)) -> Case:  # noqa: B008, a strategy is no mutable default
-    """Random models and ladders of 1 to 4 levels, among them look-ups (exit 0) and exits with heads of their own."""
+def cases(draw, levels=st.integers(1, 4), shapes=st.just({})) -> Case:  # noqa: B008, a strategy is no mutable default
+    """Random models and ladders of 1 to 4 levels, among them look-ups (exit 0) and exits with heads of their own.
+
+    shapes: what else the models' Config has.
+    """
     n_levels = draw(levels)
     vocab, layers = draw(st.sampled_from([2, 3, 11, 40])), draw(st.integers(n_levels, 6))
     exits = tuple(sorted(draw(st.permutations(range(layers)))[: n_levels - 1]))
@@ -68,6 +71,7 @@ def cases(draw, levels=st.integers(1, 4)) -> Case:  # noqa: B008, a strategy is 
         n_kv_heads=draw(st.sampled_from([1, 2, 4])),
         tie_embeddings=draw(st.booleans()),
         max_seq_len=draw(st.sampled_from([24, 64])),
+        **draw(shapes),
     )
     for exit in exits:
         if exit and draw(st.booleans()):

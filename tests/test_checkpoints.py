@@ -202,7 +202,7 @@ def folder(tmp_path):
 
 
 CONFIG_REFUSED = {
-    "model_type 'mistral'": dict(model_type="mistral"),
+    "model_type 'gemma2'": dict(model_type="gemma2"),
     "architectures .*LlamaForSequence": dict(architectures=["LlamaForSequenceClassification"]),
     "attention_bias True": dict(attention_bias=True),
     "mlp_bias True": dict(mlp_bias=True),

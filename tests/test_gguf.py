@@ -147,7 +147,7 @@ REFUSED = {
     "got 0.0": {"llama.rope.scale_linear": 0.0},
     "RoPE scaling 'llama.rope.scaling.factor'": {"llama.rope.scaling.factor": 2.0},
     "llama.rope.dimension_count 4": {"llama.rope.dimension_count": 4},
-    "llama.expert_count is 8": {"llama.expert_count": 8},
+    "llama.expert_count 8": {"llama.expert_count": 8},
     "tokenizer.ggml.model 't5'": {"tokenizer.ggml.model": "t5"},
     "tokenizer.ggml.tokens is missing": {"tokenizer.ggml.model": "gpt2"},
     "tokenizer.ggml.scores is missing": tokenizer_keys("llama", ["a"], [1]),

@@ -55,6 +55,33 @@ DEEPSEEK = (
     "{% set content = content.split('</think>')[-1] %}{% endif %}{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
 )
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported') }}{% endif %}{% endfor %}"
+)
+QWEN_25 = (  # tools are told of in another system message, which no turn asks for
+    "{%- if tools %}\n    {{- '<|im_start|>system\\n<tools>' }}\n    {%- for tool in tools %}{{- tool | tojson }}{%- endfor %}\n"
+    "    {{- '</tools>, called in <tool_call></tool_call><|im_end|>\\n' }}\n{%- else %}\n"
+    "    {%- if messages[0]['role'] != 'system' %}\n        {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}\n    {%- endif %}\n"
+    "{%- endif %}\n{%- for message in messages %}\n    {%- if message.role == 'user' or message.role == 'assistant' and not message.tool_calls %}\n"
+    "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
+)
+QWEN_3 = (  # thoughts are kept after the last question only, where no turn of a conversation is
+    "{%- set ns = namespace(searching=true, last=messages | length - 1) %}\n{%- for message in messages[::-1] %}\n"
+    "    {%- if ns.searching and message.role == 'user' and message.content is string and not message.content.startswith('<tool_response>') %}\n"
+    "        {%- set ns.searching = false %}\n        {%- set ns.last = messages | length - 1 - loop.index0 %}\n    {%- endif %}\n"
+    "{%- endfor %}\n{%- for message in messages %}\n    {%- if message.role == 'user' %}\n"
+    "        {{- '<|im_start|>user\\n' + message.content + '<|im_end|>\\n' }}\n    {%- else %}\n"
+    "        {%- set content, thought = message.content, '' %}\n        {%- if '</think>' in content %}\n"
+    "            {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}\n"
+    "            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}\n        {%- endif %}\n"
+    "        {%- if loop.index0 > ns.last and thought %}\n            {%- set content = '<think>\\n' + thought + '\\n</think>\\n\\n' + content %}\n"
+    "        {%- endif %}\n        {{- '<|im_start|>assistant\\n' + content + '<|im_end|>\\n' }}\n    {%- endif %}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n    {%- if enable_thinking is defined and enable_thinking is false %}\n"
+    "        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}"
+)
 SYSTEM = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful"
     "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
@@ -97,6 +124,16 @@ SPLITS = {
         [pre.Digits(individual_digits=True), pre.ByteLevel(add_prefix_space=False)]
     ),
     "llama3": split_then_bytes(vocabulary.LLAMA3),
+    # as the families' own files have them
+    "qwen2": split_then_bytes(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "tekken": split_then_bytes(
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
 }
 
 
@@ -147,6 +184,7 @@ def llama_2(extra=(), scheme="prepend"):
 
 
 FAMILIES = ["llama-2", "llama-2 first", "tinyllama", "llama-3", "deepseek", "chatml", "smollm 2"]
+FAMILIES += ["mistral", "mistral nemo", "qwen 2.5", "qwen 3"]
 
 
 def family(name):
@@ -157,6 +195,24 @@ def family(name):
         settings = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
         template = {"tinyllama": ZEPHYR, "llama-2 first": INST}.get(name)
         return theirs, settings | ({"chat_template": template} if template else {})
+    if name == "mistral":
+        theirs = llama_2(["[INST]", "[/INST]"])
+        settings = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        return theirs, settings | dict(add_bos_token=True, chat_template=MISTRAL)
+    if name == "mistral nemo":
+        special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
+        theirs = byte_bpe(SPLITS["tekken"], special, ignore_merges=True)
+        frame = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+        theirs.post_processor = frame
+        settings = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        return theirs, settings | dict(chat_template=MISTRAL)
+    if name.startswith("qwen"):
+        theirs = byte_bpe(SPLITS["qwen2"], SPECIAL, first=False)
+        theirs.normalizer = tokenizers.normalizers.NFC()
+        for token in ["<tool_call>", "</tool_call>", "<think>", "</think>"]:
+            theirs.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False)])
+        settings = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", add_bos_token=False)
+        return theirs, settings | dict(chat_template=QWEN_3 if name == "qwen 3" else QWEN_25)
     if name == "llama-3":
         names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
         special = [f"<|{name}|>" for name in names]
