@@ -35,7 +35,7 @@ CONFIG = dict(  # Config's name of a setting, and the metadata's behind "llama."
 
 
 def load_gguf(
-    path: Path, device: torch.device, dtype: torch.dtype
+    path: Path, device: torch.device, dtype: torch.dtype, ranks=None
 ) -> tuple[Llama, Tokenizer | None]:
     """The model and tokenizer of a file, or of the split file that it is a part of."""
     meta: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def load_gguf(
     tokenizer = vocabulary.from_gguf(meta, config.vocab_size, str(path))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.n_layers)
     spell = partial(names.get_name, try_suffixes=(".weight",))
-    return build(config, shapes, read, device, dtype, spell), tokenizer
+    return build(config, shapes, read, device, dtype, spell, ranks), tokenizer
 
 
 def _parts(path: Path) -> list[Path]:
