@@ -41,8 +41,8 @@ def load(
     owner/name of one on the Hub. device: default cuda if there is one, else cpu. dtype: default
     bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has no exits; one
     loaded by name gets those in weights/NAME/exits.safetensors. plain: as model.py has it; else a
-    model on a CPU is packed (fast/), and `generate` takes the packed step. ranks: the processes that
-    share the model (fast.parallel.start): only this one's part of it is loaded, and left plain.
+    model on a CPU is packed (fast/), and `generate` takes the packed step. ranks: the processes
+    that share the model (fast.parallel.start): only this one's part is loaded, and left plain.
 
     On a CPU torch is left with at most half as many threads as there are cores, unless
     OMP_NUM_THREADS says how many: a product waits for its slowest thread, and one that waits for a

@@ -206,7 +206,7 @@ class Embedding(nn.Embedding):
     """An embedding whose rows are shared out: a token's is known to one process, and added to 0."""
 
     def __init__(self, ranks: Ranks, weight: Tensor):
-        super().__init__(*weight.shape, device="meta")
+        super().__init__(weight.shape[0], weight.shape[1], device="meta")
         self.ranks, self.weight = ranks, fixed(weight)
 
     def forward(self, ids: Tensor) -> Tensor:
