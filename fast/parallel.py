@@ -183,12 +183,12 @@ class Ranks:
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """Says in one line that another process has ended, or does not answer."""
+    """Says in one line that another process has ended, or has not answered for too long."""
     try:
         yield
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-        raise ConnectionError(f"another of the model's processes has ended ({why})") from error
+        raise ConnectionError(f"no answer from another of the model's processes ({why})") from error
 
 
 class Summed(nn.Linear):

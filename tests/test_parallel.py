@@ -179,7 +179,7 @@ def test_a_killed_process_ends_the_other_with_one_line(run):
     began = time.monotonic()
     made, _, err = run("killed", seconds=120)
     assert made == [None, None] and time.monotonic() - began < 50
-    assert err[0].startswith("error: another of the model's processes has ended (")
+    assert err[0].startswith("error: no answer from another of the model's processes (")
     assert len(err[0].splitlines()) == 1, err[0]
 
 
