@@ -82,7 +82,8 @@ class Decoder:
         self.tokens = torch.zeros(len(cache.columns) + 1, dtype=torch.long, device=device)
         self.tokens[: self.length] = torch.tensor(prompt)
         self.rng = torch.Generator(device)
-        self.rng.manual_seed(self.rng.seed() if options.seed is None else int(options.seed))
+        any_ = torch.randint(2**63 - 1, ())  # as torch.manual_seed says, if it has been called
+        self.rng.manual_seed(int(any_ if options.seed is None else options.seed))
         self.stats = [LevelStats(depth) for depth in self.depths]
         self.began = time.perf_counter()
 

@@ -35,6 +35,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     plain: bool = False,
+    ranks=None,
 ) -> tuple[Llama, Tokenizer | None]:
     """The model, in eval mode and without gradients, and its tokenizer (None if there is none).
 
@@ -42,7 +43,8 @@ def load(
     owner/name of one on the Hub. device: default cuda if there is one, else cpu. dtype: default
     bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has no exits; one
     loaded by name gets those in weights/NAME/exits.safetensors. plain: as model.py has it; else a
-    model on a CPU is packed (fast/), and `generate` takes the packed step.
+    model on a CPU is packed (fast/), and `generate` takes the packed step. ranks: the processes
+    that share the model (fast.parallel.start): only this one's part is loaded, and left plain.
 
     On a CPU torch is left with at most half as many threads as there are cores, unless
     OMP_NUM_THREADS says how many: a product waits for its slowest thread, and one that waits for a
@@ -55,15 +57,15 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     path = _find(name_or_path)
     try:
-        model, tokenizer = (load_folder if path.is_dir() else load_gguf)(path, device, dtype)
+        model, tokenizer = (load_folder if path.is_dir() else load_gguf)(path, device, dtype, ranks)
         if name_or_path in NAMES and not path.is_dir():
-            add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors")
+            add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors", ranks)
             model.exits = tuple(map(int, model.exit_heads))
     except Exception as error:  # each library has its own for what a damaged file can hold
         why = f"truncated or corrupt safetensors file ({error})"
         why = why if isinstance(error, SafetensorError) else str(error)
         raise ValueError(f"{path}: {_pointer(path) or why}") from error
-    if device.type == "cpu" and fast and not plain:
+    if device.type == "cpu" and fast and not plain and not ranks:
         fast.prepare(model)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), max(1, cores() // 2)))

@@ -22,7 +22,7 @@ EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_folder(
-    path: Path, device: torch.device, dtype: torch.dtype
+    path: Path, device: torch.device, dtype: torch.dtype, ranks=None
 ) -> tuple[Llama, Tokenizer | None]:
     if not (path / "config.json").is_file():
         raise ValueError("no config.json")
@@ -49,12 +49,13 @@ def load_folder(
         del names[HEAD]
     shapes = {name: tuple(where[key].get_slice(key).get_shape()) for name, key in names.items()}
 
-    def read(name: str) -> torch.Tensor:
-        return where[names[name]].get_tensor(names[name])
+    def read(name: str):
+        file, key = where[names[name]], names[name]
+        return file.get_slice(key) if ranks else file.get_tensor(key)
 
-    model = build(config, shapes, read, device, dtype)
+    model = build(config, shapes, read, device, dtype, ranks=ranks)
     model.exits, model.family = tuple(exits), settings["model_type"]
-    add_exit_heads(model, path / "exits.safetensors")
+    add_exit_heads(model, path / "exits.safetensors", ranks)
     return model, tokenizer
 
 
@@ -73,9 +74,10 @@ def _weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def add_exit_heads(model: Llama, path: Path) -> None:
+def add_exit_heads(model: Llama, path: Path, ranks=None) -> None:
     """Give the model the exit heads in the file, if there is one."""
-    weight, last = model.embed.weight, model.config.n_layers - 1
+    config = ranks.whole if ranks else model.config
+    weight, last = model.embed.weight, config.n_layers - 1
     heads: dict[int, dict[str, torch.Tensor]] = {}
     for name, t in load_file(path).items() if path.is_file() else ():
         exit, _, part = name.partition(".")
@@ -85,13 +87,13 @@ def add_exit_heads(model: Llama, path: Path) -> None:
     for depth, parts in sorted(heads.items()):
         down, vocab = parts.get("block.mlp.down.weight"), parts.get("vocab")
         width = 0 if down is None else down.shape[1]
-        head = ExitHead(model.config, width, None if vocab is None else vocab.tolist())
+        head = ExitHead(config, width, None if vocab is None else vocab.tolist())
         try:
             head.load_state_dict(parts)
         except RuntimeError as error:  # torch names each missing, unexpected or misshapen tensor
             raise ValueError(f"{path.name}, exit {depth}: {error}") from error
         head.to(weight.device, weight.dtype).requires_grad_(False).eval()
-        model.exit_heads[str(depth)] = head
+        model.exit_heads[str(depth)] = ranks.share_layers(head) if ranks else head
 
 
 def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:

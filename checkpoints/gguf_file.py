@@ -26,7 +26,7 @@ ARCHITECTURES = {family.gguf: family for family in FAMILIES.values()}
 
 
 def load_gguf(
-    path: Path, device: torch.device, dtype: torch.dtype
+    path: Path, device: torch.device, dtype: torch.dtype, ranks=None
 ) -> tuple[Llama, Tokenizer | None]:
     """The model and tokenizer of a file, or of the split file that it is a part of."""
     meta: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def load_gguf(
     tokenizer = vocabulary.from_gguf(meta, config.vocab_size, str(path))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config.n_layers)
     spell = partial(names.get_name, try_suffixes=(".weight", ".bias"))
-    return build(config, shapes, read, device, dtype, spell), tokenizer
+    return build(config, shapes, read, device, dtype, spell, ranks), tokenizer
 
 
 def _parts(path: Path) -> list[Path]:

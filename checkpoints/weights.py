@@ -42,8 +42,13 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     spell: Callable = str,
+    ranks=None,
 ) -> Llama:
-    """The model. read: fetches one of the tensors; spell: what a folder's is called in the file."""
+    """The model. read: fetches one of the tensors; spell: what a folder's is called in the file.
+
+    ranks: the processes that share the model (fast/parallel.py): only this one's part is built, and
+    of what `read` gives, a tensor or a slice of a file, only this part is copied.
+    """
     parameters: dict[str, list[str]] = {}
     shapes = dict(shapes)
     for ours, parts in layout(config):
@@ -57,10 +62,13 @@ def build(
         raise ValueError(f"unexpected tensor {min(shapes)} ({len(shapes)} in all)")
     with torch.device("meta"), _Unfilled():
         model = Llama(config)  # shapes alone: no memory, no random numbers
+        model = ranks.share(model) if ranks else model
     state = {}
     for ours, names in parameters.items():
-        tensors = [read(name).to(device, dtype) for name in names]
-        state[ours] = torch.cat(tensors)  # a copy also of one: it may be a page of the file
+        parts = [read(name) for name in names]
+        parts = ranks.cut(ours, parts) if ranks else parts
+        # a copy also of one: it may be a page of the file
+        state[ours] = torch.cat([part.to(device, dtype) for part in parts])
     model.load_state_dict(state, strict=False, assign=True)  # a tied head has no tensor of its own
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
