@@ -50,6 +50,8 @@ def generate(
     asked.check_model(model.config, list(map(int, model.draft_heads)))
     tokens, end = checked_prompt(model.config, prompt, max_new_tokens)
     step = fast or model.fast or Step(model)
+    if step.model is not model:
+        raise ValueError("fast: the step was made for another model")
     if drafter is None:
         drafter = HeadDrafter(asked.draft_head) if asked.draft_head else LookUp()
     with step.open(asked.exits, end, asked.draft_head) as cache:

@@ -8,8 +8,9 @@ is saved is the plain weight. There are two layouts, by size:
   as for one, and gives a row the same bits however many rows there are. How oneDNN cuts a long sum
   would depend on the number of rows: such a sum is cut here first, always in the same way.
 
-Plain float32 products (MKL's) have the same bits for any number of rows from ROWS on. Passes of a
-model that holds some are padded to a multiple of ROWS positions (`PackedStep`).
+Plain float32 products (MKL's) have the same bits for any number of rows from ROWS on, if the rows
+begin at multiples of 16 bytes. Passes of a model that holds some are padded to a multiple of ROWS
+positions (`PackedStep`).
 """
 
 import math
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 import hispec
 import model as plain
-from fast.layers import Attention, Cache, Layer, RoPE, replaced
+from fast.layers import Cache, Layer, RoPE, replaced
 from kvcache import KVCache
 from model import Llama
 
@@ -40,17 +41,23 @@ def prepare(model: Llama) -> "PackedStep":
     train(), to() and load_state_dict() undo the packing, and another call of this does it again. A
     weight that is changed in place is not seen.
     """
-    model._modules = replaced(model.eval(), KINDS)._modules
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.pack()
-        elif isinstance(module, ExitHead):
+    pack(model.eval())
+    model.fast = PackedStep(model)
+    return model.fast
+
+
+@torch.inference_mode(False)  # a gradient may pass through what is made here
+def pack(model: Llama) -> None:
+    """Put the modules below in place of plain ones, and pack them, unless the model trains."""
+    model._modules = replaced(model, KINDS)._modules
+    for module in [] if model.training else model.modules():
+        if isinstance(module, ExitHead):
             module.gather(model.head)
         elif isinstance(module, Linear):
             # the embedding goes on reading the plain matrix
             module.pack(keep=model.config.tie_embeddings and module is model.head)
-    model.fast = PackedStep(model)
-    return model.fast
+        elif isinstance(module, RMSNorm):
+            module.pack()
 
 
 def for_training(model: Llama) -> None:
@@ -69,6 +76,8 @@ class PackedStep(hispec.Step):
 
     @contextmanager
     def open(self, exits: tuple[int, ...], max_len: int, draft_head: int = 0) -> Iterator[KVCache]:
+        if any(type(module) in KINDS for module in self.model.modules()):  # of new heads
+            pack(self.model)
         modules: list[Any] = list(self.model.modules())
         linears = [m for m in modules if isinstance(m, Linear)]
         linears += [rows for m in modules if isinstance(m, ExitHead) for rows in m.rows]
@@ -96,16 +105,32 @@ class PackedStep(hispec.Step):
         return super().draft_logits(F.pad(states, (0, 0, 0, -n % self.pad)), exit)[:n]
 
 
-class Linear(nn.Linear):
+class Packed(nn.Module):
+    """What is laid out anew for inference, until it is trained, moved or loaded."""
+
+    def unpack(self) -> None:
+        raise NotImplementedError
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.unpack()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):  # another device or dtype has another layout
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args):
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
+
+class Linear(Packed, nn.Linear):
     """x @ weight.T, plus the bias if there is one."""
 
     turned: Tensor | None = None  # a small weight's transpose, as it lies in memory
     packed: Sequence[Tensor] = ()  # in oneDNN's own layout, for `block` inputs each
-
-    @property
-    def block(self) -> int:
-        """Inputs in a sum that is done at once: equal blocks of at most LONGEST."""
-        return -(-self.in_features // -(-self.in_features // LONGEST))
+    block = LONGEST
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
@@ -135,6 +160,8 @@ class Linear(nn.Linear):
                 self.turned = weight.t().contiguous()
                 self.weight.data = self.turned.t()
         elif weight.dtype in (torch.float32, torch.bfloat16) and can_pack(weight.dtype):
+            blocks = -(-self.in_features // LONGEST)
+            self.block = -(-self.in_features // blocks)
             self.packed = [packed(block) for block in weight.split(self.block, dim=1)]
             if not keep:  # the Parameter stays, empty: an optimizer may hold it
                 self.weight.data = weight.new_empty(0)
@@ -163,19 +190,6 @@ class Linear(nn.Linear):
             state["_parameters"] = {**self._parameters, "weight": weight}
         return state
 
-    def train(self, mode: bool = True) -> "Linear":
-        if mode:
-            self.unpack()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):  # another device or dtype has another layout
-        self.unpack()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args):
-        self.unpack()
-        super()._load_from_state_dict(*args)
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if not (keep_vars and self.weight.numel()):
@@ -197,8 +211,7 @@ def product(
 
 
 def packed(weight: Tensor) -> Tensor:
-    with torch.inference_mode(False):  # so that its gradient-free product may stand in a graph
-        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
 
 
 @cache
@@ -211,7 +224,7 @@ def can_pack(dtype: torch.dtype) -> bool:
         return False
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(Packed, nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
 
     Packed, by four operators in place of PyTorch's eight: in a small model calls set the pace.
@@ -234,49 +247,30 @@ class RMSNorm(nn.RMSNorm):
         D = len(weight)
         self.packed = weight * math.sqrt(D), weight.new_tensor(math.sqrt(D * (self.eps or 0.0)))
 
-    def _load_from_state_dict(self, *args):
+    def unpack(self) -> None:
         self.packed = None
-        super()._load_from_state_dict(*args)
-
-    def train(self, mode: bool = True) -> "RMSNorm":
-        self.packed = None if mode else self.packed
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
-        self.packed = None
-        return super()._apply(fn, recurse)
 
 
-class ExitHead(plain.ExitHead):
+class ExitHead(Packed, plain.ExitHead):
     """An exit's head whose rows of the output matrix are gathered once, and packed."""
 
     rows: Sequence[Linear] = ()  # in a list, so as to be no part of what is saved or trained
 
     def gather(self, head: nn.Linear) -> None:
-        """Take the rows that the exit reads out of the output layer, while that is plain."""
+        """Take the rows that the exit reads out of the output layer."""
         if self.rows or self.vocab is None:
             return
-        with torch.inference_mode(False):  # a gradient may pass through them later
-            dense = head.dense() if isinstance(head, Linear) else head.weight.detach()
-            rows = Linear(head.in_features, len(self.vocab), bias=False)
-            rows.weight = nn.Parameter(dense[self.vocab], requires_grad=False)
-            rows.pack()
-            self.rows = [rows]
+        dense = head.dense() if isinstance(head, Linear) else head.weight.detach()
+        rows = Linear(head.in_features, len(self.vocab), bias=False, device="meta")
+        rows.weight = nn.Parameter(dense[self.vocab], requires_grad=False)
+        rows.pack()
+        self.rows = [rows]
 
     def known(self, h: Tensor, head: nn.Linear) -> Tensor:
         return self.rows[0](self.norm(h)) if self.rows else super().known(h, head)
 
-    def train(self, mode: bool = True) -> "ExitHead":
-        self.rows = () if mode else self.rows
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):
+    def unpack(self) -> None:
         self.rows = ()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args):
-        self.rows = ()
-        super()._load_from_state_dict(*args)
 
 
 class BlockAttention(plain.Attention):
@@ -312,6 +306,6 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, size: int = 128) -> Tensor
 
 
 KINDS: dict[type, type] = {
-    nn.Linear: Linear, nn.RMSNorm: RMSNorm, plain.Layer: Layer, plain.Attention: Attention,
-    BlockAttention: Attention, plain.RoPE: RoPE, plain.ExitHead: ExitHead,
+    nn.Linear: Linear, nn.RMSNorm: RMSNorm, plain.Layer: Layer, plain.RoPE: RoPE,
+    plain.ExitHead: ExitHead,
 }  # fmt: skip

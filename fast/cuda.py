@@ -27,8 +27,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import hispec
 import model as plain
-from fast.cpu import BlockAttention, ExitHead
-from fast.layers import CHUNK, Attention, Cache, ChunkPlan, Layer, RoPE, replaced, up_to_chunk
+from fast.cpu import ExitHead
+from fast.layers import CHUNK, Cache, ChunkPlan, Layer, RoPE, replaced, up_to_chunk
 from kvcache import KVCache
 from model import Llama
 
@@ -58,6 +58,7 @@ class FixedStep(hispec.Step):
         for head in variant.modules():
             if isinstance(head, ExitHead):
                 head.gather(variant.head)
+        self.modules = list(model.modules())
         # padded positions write too: a pass that begins at the last position needs room behind it
         drafts = bool(len(model.draft_heads)) * c.n_layers
         self.cache = ReusedCache(model, model.blocks, max_len + PROMPT, 1, drafts)
@@ -81,7 +82,7 @@ class FixedStep(hispec.Step):
         """
         weight, keys = self.model.embed.weight, self.cache.keys
         same = weight.dtype == keys.dtype and weight.device == keys.device
-        if not same or not {*self.model.blocks} <= self.cache.block_layers.keys():
+        if not same or list(self.model.modules()) != self.modules:
             raise ValueError("the model has got another dtype or other exit heads since")
         if max_len > self.max_len:
             raise ValueError(
@@ -98,7 +99,8 @@ class FixedStep(hispec.Step):
 
     def run(self, cache: KVCache, tokens: Tensor, length: int, k: int, n: int) -> Tensor:
         for j in range(k):
-            self.segment(cache, tokens, j, length)
+            for _ in self.passes(cache, tokens, j, length):
+                pass  # its states stay in the cache
         logits = []
         for first, last, width in self.passes(cache, tokens, k, length):
             if last > length - n:
@@ -113,10 +115,12 @@ class FixedStep(hispec.Step):
         return torch.cat(states) if states else self.states[:0]
 
     def logits(self, states: Tensor, depth: int) -> Tensor:
-        n = len(states)  # at most WIDTH
-        self.states[:n] = states
-        self.replay(WIDTH, depth)
-        return self.out[:n].clone()
+        logits = []
+        for some in states.split(WIDTH):
+            self.states[: len(some)] = some
+            self.replay(WIDTH, depth)
+            logits.append(self.out[: len(some)].clone())
+        return torch.cat(logits)
 
     def draft(
         self, cache: KVCache, exit: int, states: Tensor, tokens: Tensor, first: int
@@ -134,10 +138,7 @@ class FixedStep(hispec.Step):
         return torch.cat(made)
 
     def draft_logits(self, states: Tensor, exit: int) -> Tensor:
-        n = len(states)  # at most WIDTH
-        self.states[:n] = states
-        self.replay(WIDTH, -exit)
-        return self.out[:n].clone()
+        return self.logits(states, -exit)
 
     def passes(
         self, cache: KVCache, tokens: Tensor, j: int, length: int
@@ -236,8 +237,8 @@ class ReusedCache(Cache):
 class CompiledLayer(Layer):
     """A layer whose parts around attention are compiled: a program for each width."""
 
-    def before(self, h: Tensor, rope: plain.Rope) -> tuple[Tensor, Tensor, Tensor]:
-        return compiled("before")(self, h, rope)
+    def before(self, h: Tensor, signed: plain.Rope) -> tuple[Tensor, Tensor, Tensor]:
+        return compiled("before")(self, h, signed)
 
     def after(self, h: Tensor, y: Tensor) -> Tensor:
         return compiled("after")(self, h, y)
@@ -249,7 +250,4 @@ def compiled(name: str, backend: str | Callable = "inductor") -> Callable:
     return torch.compile(getattr(Layer, name), dynamic=False, fullgraph=True, backend=backend)
 
 
-KINDS: dict[type, type] = {
-    plain.Attention: Attention, BlockAttention: Attention, plain.RoPE: RoPE,
-    plain.ExitHead: ExitHead,
-}  # fmt: skip
+KINDS: dict[type, type] = {plain.RoPE: RoPE, plain.ExitHead: ExitHead}

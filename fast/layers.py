@@ -8,6 +8,7 @@ a pass changes the rounding too: cpu.py pads them to a multiple of four, cuda.py
 """
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +22,20 @@ ROWS = 4  # attention takes its queries in fours: on a CPU fewer would get other
 
 
 def replaced(module: nn.Module, kinds: dict[type, type]) -> nn.Module:
-    """A copy of the tree of modules, of the same tensors, with subclasses in place of classes."""
-    new: nn.Module = object.__new__(kinds.get(type(module), type(module)))
-    new.__dict__.update(module.__dict__)
-    new._modules = {
-        name: None if child is None else replaced(child, kinds)
+    """The tree of modules with subclasses in place of classes.
+
+    What changes is a copy that holds the same tensors; what does not is the module itself.
+    """
+    below = {
+        name: child if child is None else replaced(child, kinds)
         for name, child in module._modules.items()
     }
+    kind = kinds.get(type(module), type(module))
+    if kind is type(module) and below == module._modules:
+        return module
+    new: nn.Module = object.__new__(kind)
+    new.__dict__.update(module.__dict__)
+    new._modules = below
     return new
 
 
@@ -63,7 +71,6 @@ class ChunkPlan(Plan):
 
     def __init__(self, cache: Cache, positions: Tensor, chunks: list[tuple[int, int]]):
         self.cache, self.positions, self.slots = cache, positions, positions
-        self.rope: plain.Rope | None = None  # as `rotate` below takes it, once a pass
         self.sizes = [n for n, _ in chunks]
         self.seen = []  # for each chunk: the layers' keys and values, and a mask added to scores
         for at, (_, end) in zip(positions.split(self.sizes), chunks):
@@ -77,7 +84,7 @@ class ChunkPlan(Plan):
                 cache.views[end] = list(pair)
             self.seen.append((cache.views[end], mask))
 
-    def write_chunks(self, layer: int, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def write_chunks(self, layer: Any, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Store k, v (B, G, N, E); for each chunk keys, values (B, G, end, E) and the mask."""
         keys, values = self.cache.layers[layer]
         keys.index_copy_(2, self.slots, k)
@@ -86,79 +93,79 @@ class ChunkPlan(Plan):
 
 
 class Layer(plain.Layer):
-    """A layer in three parts; what surrounds attention stands apart so that it can be compiled."""
+    """A layer that attends chunk by chunk; what surrounds that stands apart, to be compiled."""
 
-    attn: "Attention"
-
-    def forward(self, h: Tensor, rope: plain.Rope, plan=None, layer: int | None = None) -> Tensor:
+    def forward(self, h: Tensor, rope: Any, plan=None, layer: int | None = None) -> Tensor:
         if not isinstance(plan, ChunkPlan):
             return super().forward(h, rope, plan, layer)
-        if plan.rope is None:
-            (cos, sin) = rope
-            plan.rope = torch.cat([cos, cos], -1)[:, None], torch.cat([-sin, sin], -1)[:, None]
-        q, k, v = self.before(h, plan.rope)
-        return self.after(h, self.attn.attend(q, k, v, plan, layer))
+        q, k, v = self.before(h, rope.signed)
+        seen = plan.write_chunks(layer, k, v)
+        if len(seen) == 1:  # most passes are of one chunk
+            return self.after(h, attend(q, *seen[0]))
+        chunks = zip(q.split(plan.sizes, 1), seen)
+        return self.after(h, torch.cat([attend(some, *keys) for some, keys in chunks], 1))
 
-    def before(self, h: Tensor, rope: plain.Rope) -> tuple[Tensor, Tensor, Tensor]:
-        return self.attn.project(self.attn_norm(h), rope)
+    def before(self, h: Tensor, signed: plain.Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, N, H, E), keys and values (B, G, N, E) of h (B, N, D)."""
+        (B, N, _), attn = h.shape, self.attn
+        x = attn.qkv(self.attn_norm(h)).view(B, N, -1, attn.head_dim)  # (B, N, H+2G, E)
+        qk, v = x.split([attn.heads + attn.kv_heads, attn.kv_heads], dim=2)
+        if not isinstance(attn.q_norm, nn.Identity):
+            q, k = qk.split([attn.heads, attn.kv_heads], dim=2)
+            qk = torch.cat([attn.q_norm(q), attn.k_norm(k)], dim=2)
+        q, k = rotate(qk, signed).split([attn.heads, attn.kv_heads], dim=2)
+        return q, k.transpose(1, 2), v.transpose(1, 2)
 
     def after(self, h: Tensor, y: Tensor) -> Tensor:
+        """h (B, N, D) plus what was attended to, y (B, N, H*E), and the MLP behind it."""
         h = h + self.attn.out(y)
         return h + self.mlp(self.mlp_norm(h))
 
 
-class Attention(plain.Attention):
-    """Attention in which the query heads that share a key head are its rows, chunk by chunk."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """What queries (B, N, H, E) see (B, N, H*E); mask (N * H/G or more, T), added to the scores.
 
-    def project(self, x: Tensor, rope: plain.Rope) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, N, H, E), keys and values (B, G, N, E) of x (B, N, D)."""
-        B, N, _ = x.shape
-        x = self.qkv(x).view(B, N, -1, self.head_dim)  # (B, N, H+2G, E)
-        qk, v = x.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-        if not isinstance(self.q_norm, nn.Identity):
-            q, k = qk.split([self.heads, self.kv_heads], dim=2)
-            qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=2)
-        q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
-        return q, k.transpose(1, 2), v.transpose(1, 2)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, plan: ChunkPlan, layer) -> Tensor:
-        """What the positions see (B, N, H*E), to go through `out`."""
-        seen = plan.write_chunks(layer, k, v)
-        if len(seen) == 1:  # most passes are of one chunk
-            return self._attend(q, *seen[0])
-        chunks = zip(q.split(plan.sizes, 1), seen)
-        return torch.cat([self._attend(part, *keys) for part, keys in chunks], 1)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        """Every fused kernel takes query heads that are rows of their key head: (B, n, H*E)."""
-        B, N, _, E = q.shape
-        q = q.view(B, N, self.kv_heads, -1, E).transpose(1, 2).reshape(B, self.kv_heads, -1, E)
-        rows = q.shape[2]  # N * H/G
-        if rows < len(mask):
-            q = F.pad(q, (0, 0, 0, len(mask) - rows))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, G, rows, E)
-        y = y[:, :, :rows] if rows < len(mask) else y
-        return y.view(B, self.kv_heads, N, -1, E).transpose(1, 2).reshape(B, N, -1)
+    The query heads that share a key head are its rows: every fused kernel takes that.
+    """
+    (B, N, _, E), G = q.shape, k.shape[1]
+    q = q.view(B, N, G, -1, E).transpose(1, 2).reshape(B, G, -1, E)
+    rows = q.shape[2]  # N * H/G
+    if rows < len(mask):
+        q = F.pad(q, (0, 0, 0, len(mask) - rows))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, G, rows, E)
+    y = y[:, :, :rows] if rows < len(mask) else y
+    return y.view(B, G, N, -1, E).transpose(1, 2).reshape(B, N, -1)
 
 
 class RoPE(plain.RoPE):
     """The angles from a table: a cosine may round differently in other company."""
 
-    table: Tensor | None = None
+    table: Tensor | None = None  # of every position: cos twice, -sin and sin (2, T, 1, E)
 
-    def forward(self, positions: Tensor) -> plain.Rope:
+    def forward(self, positions: Tensor) -> Any:
         if self.table is None or self.table.device != positions.device:
             with torch.inference_mode(False):  # training may use what decoding has built
                 every = torch.arange(self.config.max_seq_len, device=positions.device)
-                self.table = torch.stack(super().forward(every))  # (2, T, E/2)
+                cos, sin = super().forward(every)  # (T, E/2)
+                rows = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+                self.table = torch.stack(rows)[:, :, None]
         at = positions.clamp(max=self.config.max_seq_len - 1)  # padding may lie past the context
-        cos, sin = self.table.index_select(1, at).unbind()
-        return cos, sin
+        return Angles(self.table.index_select(1, at))
 
 
-def rotate(x: Tensor, rope: plain.Rope) -> Tensor:
+class Angles:
+    """A pass's cos and sin, one by one, as the model's own layers take them; `signed` for these."""
+
+    def __init__(self, rows: Tensor):  # (2, N, 1, E)
+        self.rows, self.signed = rows, rows.unbind()
+
+    def __iter__(self):
+        return iter(self.rows[:, :, 0].chunk(2, dim=-1)[1])  # (N, E/2) each
+
+
+def rotate(x: Tensor, signed: plain.Rope) -> Tensor:
     """As the model's own, in fewer operators: x (B, N, heads, E), cos and signed sin (N, 1, E)."""
-    cos, sin = rope
+    cos, sin = signed
     y = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
     return y if y.dtype == x.dtype else y.to(x.dtype)  # an idle `to` costs a call
 
