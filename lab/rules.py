@@ -8,6 +8,7 @@ distribution, after the same prompts and from the same seeds, with the same ladd
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,12 +53,15 @@ def settings() -> list[tuple[str, float]]:
 def count(model, prompts, least: int, text: str, temperature: float) -> dict:
     """Full passes a token of both rules, the prompts' own passes and tokens left out."""
     ladder, found = parse_ladder(text), {}
-    options = dict(exits=ladder.exits, windows=ladder.windows, temperature=temperature)
+    options: dict[str, Any] = {"exits": ladder.exits, "windows": ladder.windows}
     for name, decoder in RULES.items():
         passes = tokens = seed = 0
         while tokens < least:
             prompt = prompts[seed % len(prompts)]
-            made = generate(model, prompt, LENGTH, **options, seed=seed, decoder=decoder)
+            made = generate(
+                model, prompt, LENGTH, **options, temperature=temperature, seed=seed,
+                decoder=decoder,
+            )  # fmt: skip
             passes += made.levels[-1].calls - 1
             tokens += len(made.tokens) - 1
             seed += 1
