@@ -488,8 +488,6 @@ SHORT = {"single-layer": "single", "draft alone": "draft", "paper windows": "pap
 
 COLUMNS = """x: tokens/s over greedy decoding's, its own draft alone's, the best single exit's.
 ladder: exit(window <threshold). a pass: tokens a full pass. accepted: by level, shallow to deep."""
-WRITTEN = """over greedy. distinct: different tokens among the first 64 that greedy writes, median;
-looping: the share of its tokens in a loop of eight or more."""
 
 
 def percent(values) -> str:
@@ -539,7 +537,6 @@ def report(results: list[dict], limit: dict, temperature: float) -> str:
     if "sampled" in results[0]:
         drawn = [r | r["sampled"] for r in results]
         parts.append(table(summary_rows(drawn, f"at temperature {temperature:g}"), 36))
-    parts.append(table(category_rows(results)) + "\n" + WRITTEN)
     return "\n" + "\n\n".join([*parts, limit_text(results[0], limit)])
 
 
@@ -553,23 +550,6 @@ def summary_rows(results: list[dict], title: str, identical: bool = False) -> li
         cells = [number(r["tokens_per_second"], 1), *map(number, speeds)]
         cells += [number(r["tokens_per_target_pass"]), percent(r["acceptance"])]
         rows.append([name, *cells, *[f"{r['identical']}/{r['prompts']}"] * identical])
-    return rows
-
-
-def category_rows(results: list[dict]) -> list[list[str]]:
-    """Speed-ups of as many methods as fit beside what was written: dull text is easy."""
-    room, picked = WIDE - 42, []
-    for r in results[1:]:
-        room -= max(4, len(SHORT.get(r["name"], r["name"]))) + 2
-        picked += [r] if room >= 0 else []
-    names = [SHORT.get(r["name"], r["name"]) for r in picked]
-    rows = [["by category", *names, "distinct", "looping"]]
-    greedy = results[0]
-    for category in [*greedy["by_category"], "all"]:
-        of = [(r["by_category"] | {"all": r})[category] for r in (*picked, greedy)]
-        speeds = [number(x["speedup_vs_greedy"]) for x in of[:-1]]
-        written = [f"{of[-1]['distinct']:g}", percent([of[-1]["looping"]])]
-        rows.append([category, *speeds, *written])
     return rows
 
 

@@ -33,12 +33,12 @@ bench() { # NAME MINUTES ARGUMENTS...
 # the fixed step and the bits first: they are what no CPU could show
 part tests 6 "$python" -m pytest -q \
     tests/test_captured.py tests/test_faststep.py tests/test_lossless.py tests/test_model.py
-bench tiny 9 --tune --figures results/figures-gpu
+bench tiny 9 --tune --ship --figures results/figures-gpu
 bench long 12 --max-new-tokens 1024 --temperature 0
 bench peers 4 --quick --peers
-bench smollm2 6 --model smollm2 --quick --tune --peers
+bench smollm2 6 --model smollm2 --quick --tune --ship --peers
 if [[ $# -gt 0 ]]; then
-    bench third 7 --model "$1" --quick --tune --peers
+    bench third 7 --model "$1" --quick --tune --ship --peers
 fi
 
 if ((${#failed[@]})); then

@@ -1,11 +1,9 @@
 """The figures of a whole run on a small random model, and the numbers behind them, worked out a
 second way."""
 
-from collections import defaultdict
 from functools import partial
 from random import Random
 
-import numpy as np
 import pytest
 import torch
 from conftest import random_model
@@ -87,43 +85,6 @@ def gather(run, tuned=None) -> figures.Data:
     return figures.gather(step, requests, results, tuned or {}, 12, (), decoder)
 
 
-def same_tokens(a: torch.Tensor, b: torch.Tensor) -> list[bool]:
-    return (a.argmax(-1) == b.argmax(-1)).flatten().tolist()
-
-
-# The numbers
-
-
-def test_agreement_and_rates_are_those_of_whole_passes(few_windows):
-    """Every exit's choices anew, by passes without a cache."""
-    model, requests, _ = run = small_run()
-    data = gather(run)
-    on_text, on_greedy, by = (
-        ({e: [] for e in range(1, 9)} for _ in range(2)),
-        None,
-        defaultdict(lambda: ([], [])),
-    )
-    on_text, on_greedy = on_text
-    for r in requests:
-        ids, n = torch.tensor([r.prompt + r.greedy]), len(r.prompt)
-        with torch.no_grad():
-            full, draft, middle = (model(ids, exit=e) for e in (None, 2, 4))
-            for e in range(1, 9):
-                same = same_tokens(model(ids, exit=e), full)
-                on_text[e] += same[: n - 1]
-                on_greedy[e] += same[n - 1 : -1]
-        for category in ("all", r.category):
-            by[category][0].extend(same_tokens(draft, middle)[n - 1 : -1])
-            by[category][1].extend(same_tokens(middle, full)[n - 1 : -1])
-    assert [len(on_text[1]), len(on_greedy[1])] == [2 + 0 + 1 + 3, 4 * 12]
-    for seen, expected in zip(data.agreement, (on_text, on_greedy), strict=True):
-        assert seen == pytest.approx([np.mean(expected[e]) for e in range(1, 9)])
-    assert 0 < np.mean(data.agreement) < 1
-    assert data.rates.keys() == by.keys() == {"all", "chat", "code", "maths"}
-    for category, both in by.items():
-        assert data.rates[category] == pytest.approx(tuple(map(np.mean, both)))
-
-
 def test_the_grid_is_run_and_its_texts_are_greedys(few_windows, monkeypatch):
     asked, real = {}, figures.run
 
@@ -150,17 +111,6 @@ def test_the_grid_is_run_and_its_texts_are_greedys(few_windows, monkeypatch):
     assert [measured for _, measured in data.compared["all prompts"]] == [1.5, 1.75]
     requests[2].greedy[5] += 1
     assert not gather((model, requests, results)).identical
-
-
-def test_ladders_that_tuning_ran_are_among_the_predictions(few_windows):
-    ran = [{"predicted": 1.0, "measured": 2.0}, {"predicted": 1.5, "measured": 1.25}]
-    data = gather(small_run(), {"hispec": {"ran": ran}})
-    assert data.compared["tuning: hispec"] == [(1.0, 2.0), (1.5, 1.25)]
-
-
-def test_thresholds_that_tuning_found_are_the_adaptive_line(few_windows):
-    data = gather(small_run(thresholds=(0.3, 0.1)))
-    assert list(data.speed)[-1] == ((2, 4), (2, 4), (0.3, 0.1))
 
 
 def test_one_token_is_sampled_where_draft_and_full_model_differ_most(few_windows, monkeypatch):
@@ -216,14 +166,6 @@ def test_the_wall_has_the_time_of_each_level(few_windows, monkeypatch):
         calls = [sum(g.levels[k].calls for g in made) for k in range(len(exits) + 1)]
         of = [1e3 * n * e / 24 for n, e in zip(calls, (*exits, 9))]
         assert wall[name] == pytest.approx([*[*of[:-1], 0.0, 0.0][:2], of[-1], 0.0])
-
-
-def test_a_step_takes_its_layers_its_head_and_the_loop():
-    widths = np.arange(WIDTHS[-1] + 1)
-    costs = Costs(
-        {e: list(e * (2.0 + widths)) for e in (0, 2, 8)}, {8: list(10 * widths)}, 0.0, {8: 0.5}
-    )
-    assert figures.step_seconds(costs, 8) == 8 * 3 + 10 + 0.5
 
 
 # The formula
@@ -300,17 +242,6 @@ def test_what_the_formula_leaves_out_is_charged_bit_by_bit(monkeypatch):
     assert found["widths"] == pytest.approx(best(costs, 0.0))
     assert found["prompt"] == pytest.approx(best(costs, 100.0))
     assert found["texts"] > found["widths"] > found["prompt"]
-
-
-def test_the_formula_at_its_ends():
-    grid = plots.RATES
-    for speed_up in figures.speed_up_by_rates(0.1, 0.3, grid[:, None], grid):
-        assert np.isfinite(speed_up).all() and speed_up.shape == (len(grid), len(grid))
-        assert (np.diff(speed_up, axis=1) > 0).all()  # the better the intermediate, the faster
-    # nothing is ever right: one token a pass
-    single, hispec = figures.speed_up_by_rates(0.1, 0.3, 0.0, 0.0)
-    assert float(single) == pytest.approx(1 / 1.1, rel=1e-3)
-    assert float(hispec) == pytest.approx(1 / 1.4, rel=1e-3)  # draft 0.1, intermediate 0.3, full 1
 
 
 # What is drawn

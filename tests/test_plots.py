@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import re
 from collections import defaultdict
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import matplotlib
@@ -17,7 +16,6 @@ from matplotlib.figure import Figure
 from test_figures import gather, small_run
 
 from lab import figures, plots, tune
-from lab.costs import WIDTHS
 
 few_windows = test_figures.few_windows  # the fixture: smaller grids
 small_bench = test_bench.small_bench  # the fixture: bench.main on a small random model
@@ -114,15 +112,6 @@ def test_the_wall_stacks_milliseconds_of_a_token(data):
     assert axes.get_title() == "A token takes 7.5 ms with one untuned exit, 6.2 ms with both"
 
 
-def test_one_pass_is_drawn_beside_as_many_of_one_position(data):
-    trunk = {9: [0.001 * (4 + w) for w in range(WIDTHS[-1] + 1)]}
-    costs = dataclasses.replace(data.costs, trunk=trunk, head={9: [0.001 for _ in trunk[9]]})
-    (axes,) = drawn(plots.plot_pass, dataclasses.replace(data, costs=costs))
-    many, one, each = (dict(zip(*line.get_data(), strict=True)) for line in axes.lines)
-    assert [line[7] for line in (many, one, each)] == pytest.approx([7 * 6, 12, 12 / 7])
-    assert "8 positions takes 2.2 times" in axes.get_title()
-
-
 def test_layers_are_counted_with_and_without_what_levels_share(data):
     """HiSpec's positions 2, 1.5 and 1.25 in segments of 2, 2 and 5 layers; alone they would be of
     2, 4 and 9."""
@@ -140,19 +129,6 @@ def test_layers_are_counted_with_and_without_what_levels_share(data):
     assert names == ["greedy\n\n1.0", "single-layer\n4\n2.0", "hispec\n2, 4\n3.0"]
 
 
-def test_agreement_is_drawn_at_its_layer(data):
-    (axes,) = drawn(plots.plot_agreement, dataclasses.replace(data, trained=(2, 3)))
-    for line, share in zip(axes.lines[:2], data.agreement, strict=True):
-        assert dict(zip(*line.get_data(), strict=True)) == {
-            e: 100 * a for e, a in enumerate(share, 1)
-        }
-    assert [line.get_xdata()[0] for line in axes.lines[2:4]] == [2, 4]
-    marked = [tuple(p) for p in axes.lines[4].get_xydata()]
-    assert marked == [(e, 100 * share[e - 1]) for share in data.agreement for e in (2, 3)]
-    (axes,) = drawn(plots.plot_agreement, data)  # a random model has no trained exit
-    assert len(axes.lines) == 4
-
-
 def test_one_token_is_drawn_by_the_full_models_likeliest_tokens(data, monkeypatch):
     monkeypatch.setattr(plots, "SHOWN", 2)
     rows = np.array([[0.5, 0.25, 0.25], [0.1, 0.3, 0.6], [0.15, 0.25, 0.6]])
@@ -165,12 +141,6 @@ def test_one_token_is_drawn_by_the_full_models_likeliest_tokens(data, monkeypatc
     )
 
 
-def test_both_steps_are_drawn_by_the_width_of_a_pass(data):
-    (axes,) = drawn(plots.plot_one_shape, data)
-    for line, far in zip(axes.lines, data.moved.values(), strict=True):
-        assert dict(zip(*line.get_data(), strict=True)) == dict(enumerate(far, 1))
-
-
 def test_windows_are_drawn_by_n_d_over_n_i(data):
     (axes,) = drawn(plots.plot_windows, data)
     one, three, adaptive, greedy = axes.lines
@@ -179,15 +149,6 @@ def test_windows_are_drawn_by_n_d_over_n_i(data):
     assert dict(zip(*three.get_data(), strict=True)) == {4: speed[3, 4]}
     assert adaptive.get_ydata()[0] == list(data.speed.values())[-1]
     assert greedy.get_ydata()[0] == data.speed[tune.GREEDY]
-
-
-def test_predictions_are_drawn_against_measurements():
-    compared = {"a": [(1.0, 2.0), (3.0, 2.0)], "b": [(2.0, 2.0)]}
-    (axes,) = drawn(plots.plot_predictions, SimpleNamespace(compared=compared))
-    *kinds, diagonal = axes.lines
-    assert [list(zip(*line.get_data(), strict=True)) for line in kinds] == list(compared.values())
-    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata())
-    assert "Half of 3 predictions are within 50%" in axes.get_title()
 
 
 def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):

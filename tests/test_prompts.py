@@ -1,6 +1,5 @@
 """The bench's questions: those that ship, and those that cannot be read."""
 
-import codeop
 import json
 import sys
 import sysconfig
@@ -12,15 +11,11 @@ import pytest
 import tiktoken
 from conftest import module
 
-import checkpoints
 from bench import HELD_OUT, PROMPTS, choose_questions, read_prompts
 from checkpoints.tokenizer import Tiktoken, Tokenizer
-from lab import prompts
 from lab.installed import is_held_out
 from lab.prompts import draw_held_out
 from train_exits import read_corpus
-
-KINDS = {"function", "class", "tests", "script", "data", "algorithms", "refactoring"}
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +24,6 @@ def beginnings():
     questions = read_prompts(PROMPTS / "python.jsonl")
     assert all(len(question["turns"]) == 1 for question in questions)
     return [(question["category"], question["turns"][0]) for question in questions]
-
-
-def test_the_chat_prompts():
-    questions = read_prompts(PROMPTS / "chat.jsonl")
-    per_category = {
-        c: sum(q["category"] == c for q in questions) for c in {q["category"] for q in questions}
-    }
-    assert set(per_category) == {"chat", "code", "summary", "maths", "translation", "retrieval"}
-    assert min(per_category.values()) >= 4
-    assert any(len(question["turns"]) > 1 for question in questions)
 
 
 @pytest.mark.parametrize(
@@ -52,28 +37,6 @@ def test_the_default_follows_from_the_tokenizer(settings, file):
     some = choose_questions(asked, byte_tokenizer(settings))
     categories = dict.fromkeys(q["category"] for q in read_prompts(PROMPTS / file))
     assert [question["category"] for question in some] == list(categories)
-
-
-def test_seven_kinds_of_beginnings(beginnings):
-    assert len(beginnings) >= 40
-    per_category = Counter(category for category, _ in beginnings)
-    assert per_category.keys() == KINDS
-    assert min(per_category.values()) >= 5
-    assert len({text for _, text in beginnings}) == len(beginnings)
-
-
-def test_beginnings_are_neither_short_nor_long(beginnings):
-    _, tokenizer = checkpoints.load("tiny", device="cpu")
-    lengths = {text: len(tokenizer.encode(text)) for _, text in beginnings}
-    assert [text for text, length in lengths.items() if not 100 <= length <= 400] == []
-
-
-def test_beginnings_are_python_so_far(beginnings):
-    """An interactive interpreter would run each or wait for more, and refuse none."""
-    for _, text in beginnings:
-        codeop.compile_command(text, symbol="exec")
-        assert text == text.rstrip()  # the answer begins with its own white space
-        assert max(map(len, text.splitlines())) <= 100
 
 
 def windows(text: str) -> set[tuple[str, ...]]:
@@ -167,8 +130,3 @@ def test_short_files_are_passed_over_and_none_is_an_error(site):
             file.write_text("value = 1  # it is\n" * 3, "utf-8")
     with pytest.raises(ValueError, match="no held-out files"):
         draw_held_out(byte_tokenizer())
-
-
-def test_a_module_without_a_folder_is_its_own_package():
-    assert prompts.package_of("site-packages/six.py") == "six"
-    assert prompts.package_of("site-packages/rich/deep/table.py") == "rich"
