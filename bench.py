@@ -151,9 +151,9 @@ def main() -> None:
     tell(report(results, header["limit"], args.temperature))
     for line in divergences(model, methods, requests):
         tell(line)
-    firsts = {request.category: request for request in reversed(requests)}
-    for request in [*firsts.values()][::-1][: 1 if args.quick else None]:
-        text = tokenizer.decode(request.greedy).strip()
+    samples = {request.category: request for request in reversed(requests)}
+    for request in [*samples.values()][::-1][: 1 if args.quick else None]:
+        text = tokenizer.decode(request.greedy, after=request.prompt).strip()
         tell(f"\nSample ({request.category}): {text}")
 
 
@@ -220,7 +220,7 @@ def choose_methods(
 
     draft, middle = default_exits(model)[:2]
     hispec = tuned.get("hispec", ((draft, middle), (2, 4), (0.0, 0.0)))
-    ladders = {
+    ladders: dict[str, Ladder | None] = {
         "greedy": GREEDY,
         "single-layer": tuned.get("single-layer", ((middle,), (4,), (0.0,))),
         "hispec": hispec,
@@ -239,10 +239,11 @@ def choose_methods(
             heads.append(Method(name, ladder, decode, draft_head=x.draft_head))
         else:
             ladders[name] = ladder
-    for ladder in [*ladders.values()]:
-        if (single := alone(ladder)) is not None and single not in ladders.values():
-            ladders[f"exit {single[0][0]} alone"] = single
-    return [Method(name, x, decoder(*x), alone(x)) for name, x in ladders.items()] + heads
+    every = {name: ladder for name, ladder in ladders.items() if ladder is not None}
+    for ladder in [*every.values()]:
+        if (single := alone(ladder)) is not None and single not in every.values():
+            every[f"exit {single[0][0]} alone"] = single
+    return [Method(name, x, decoder(*x), alone(x)) for name, x in every.items()] + heads
 
 
 def as_ladder(result: dict) -> Ladder:
@@ -317,7 +318,8 @@ def ask(decode, tokenizer, questions, max_new_tokens, stop, room, tell) -> Itera
                 tell(f"left out: {size}, too long for the model's context")
                 break
             greedy = decode(prompt, max_new_tokens, stop=stop).tokens
-            conversation.append(tokenizer.decode([token for token in greedy if token not in stop]))
+            answer = [token for token in greedy if token not in stop]
+            conversation.append(tokenizer.decode(answer, after=prompt))
             yield Request(question["category"], prompt, greedy)
 
 

@@ -1,6 +1,7 @@
 """Which of a file's tensors make up which of the model's. Knows no file."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -38,7 +39,7 @@ def layout(config: Config) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
 def build(
     config: Config,
     shapes: dict[str, tuple[int, ...]],
-    read: Callable[[str], torch.Tensor],
+    read: Callable[[str], Any],
     device: torch.device,
     dtype: torch.dtype,
     spell: Callable = str,
@@ -65,10 +66,10 @@ def build(
         model = ranks.share(model) if ranks else model
     state = {}
     for ours, names in parameters.items():
-        parts = [read(name) for name in names]
-        parts = ranks.cut(ours, parts) if ranks else parts
+        held = [read(name) for name in names]
+        held = ranks.cut(ours, held) if ranks else held
         # a copy also of one: it may be a page of the file
-        state[ours] = torch.cat([part.to(device, dtype) for part in parts])
+        state[ours] = torch.cat([tensor.to(device, dtype) for tensor in held])
     model.load_state_dict(state, strict=False, assign=True)  # a tied head has no tensor of its own
     if config.tie_embeddings:
         model.head.weight = model.embed.weight

@@ -13,6 +13,7 @@ where that loses; where none was found, two of the model's exits.
 
 import argparse
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from arguments import Event, Options, ladder_text
+from arguments import Event, Generation, Options, ladder_text
 from checkpoints import load
 from checkpoints.console import Parser, coloured, command, say, visible
 from checkpoints.files import describe, must_be_writable
@@ -32,9 +33,9 @@ from show import page
 from show.terminal import DIM, PLAIN, Painter, statistics
 
 try:
-    from fast import step_for
+    import fast
 except ModuleNotFoundError:  # the wing is not there: every pass is plain
-    step_for = None  # type: ignore[assignment]
+    fast = None  # type: ignore[assignment]
 
 FIRST = 16  # tokens by which the full model's speed without a ladder is measured
 
@@ -52,9 +53,13 @@ def main() -> None:
         tell("it ends in a blank or a new line, after which some models go on badly: leave it out")
     tell(f"ladder: {ladder_text(*ladder) or 'none'}, {why}")
 
-    alone = partial(generate, model, prompt, stop=tokenizer.stop, fast=step, **sampling(args))
+    alone: Callable[..., Generation] = partial(
+        generate, model, prompt, stop=tokenizer.stop, fast=step, **sampling(args)
+    )
     exits, windows, thresholds = ladder
-    run = partial(alone, exits=exits, windows=windows, thresholds=thresholds)
+    run: Callable[..., Generation] = partial(
+        alone, exits=exits, windows=windows, thresholds=thresholds
+    )
     run(2)  # the first passes of a process are slower than all that follow
     painter, colour = Painter(exits, tokenizer.spell), coloured()
     watcher = Watcher(painter if colour else None, args.pause)
@@ -110,9 +115,9 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict]:
         raise ValueError(f"{args.model} has no tokenizer, and the prompt is text")
     if args.chat == "never":
         tokenizer.template = None
-    Options(args.exits or (), [1] * len(args.exits or ())).check_model(model.config)
+    Options(tuple(args.exits or ()), (1,) * len(args.exits or ())).check_model(model.config)
     weight = model.embed.weight
-    name = model.fast.name if model.fast else "fixed" if step_for and weight.is_cuda else "plain"
+    name = model.fast.name if model.fast else "fixed" if fast and weight.is_cuda else "plain"
     header = {"step": name, **describe(args.model, weight.device, weight.dtype)}
     if not weight.is_cuda:
         if model.fast:
@@ -129,8 +134,8 @@ def load_as(name: str, dtype: str) -> Llama:
 
 def make_step(model: Llama, room: int) -> Step:
     """The fastest that starts at once, for texts of at most `room` tokens."""
-    if model.embed.weight.is_cuda and step_for:
-        return step_for(model, min(room, model.config.max_seq_len), compiled=False)
+    if model.embed.weight.is_cuda and fast:
+        return fast.step_for(model, min(room, model.config.max_seq_len), compiled=False)
     return model.fast or Step(model)
 
 
@@ -174,7 +179,7 @@ def parse_arguments() -> argparse.Namespace:
     # windows alone are those of two exits, though it is not yet known which
     exits = (0, 1) if args.exits is None and args.windows is not None else args.exits or ()
     windows = [1] * len(exits) if args.windows is None else args.windows
-    Options(exits, windows, **sampling(args))
+    Options(tuple(exits), tuple(windows), **sampling(args))
     if args.html:
         must_be_writable(args.html)  # said now, not when everything is generated
     return args

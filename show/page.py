@@ -170,8 +170,7 @@ def words(event: Event, depths: Sequence[int], pieces: Sequence[str], first: boo
 def visible(text: str) -> str:
     """The text with whitespace, control characters and the like each as something to see."""
     return "".join(
-        SIGNS.get(c) or (sign(c) if unicodedata.category(c)[0] in "CZ" else c)
-        for c in text
+        SIGNS.get(c) or (sign(c) if unicodedata.category(c)[0] in "CZ" else c) for c in text
     )
 
 
