@@ -151,8 +151,8 @@ def main() -> None:
     tell(report(results, header["limit"], args.temperature))
     for line in divergences(model, methods, requests):
         tell(line)
-    firsts = {request.category: request for request in reversed(requests)}
-    for request in [*firsts.values()][::-1][: 1 if args.quick else None]:
+    samples = {request.category: request for request in reversed(requests)}
+    for request in [*samples.values()][::-1][: 1 if args.quick else None]:
         text = tokenizer.decode(request.greedy).strip()
         tell(f"\nSample ({request.category}): {text}")
 
@@ -220,11 +220,11 @@ def choose_methods(
 
     draft, middle = default_exits(model)[:2]
     hispec = tuned.get("hispec", ((draft, middle), (2, 4), (0.0, 0.0)))
-    ladders = {
+    ladders: dict[str, Ladder] = {
         "greedy": GREEDY,
         "single-layer": tuned.get("single-layer", ((middle,), (4,), (0.0,))),
         "hispec": hispec,
-        "draft alone": alone(hispec),
+        "draft alone": alone(hispec) or GREEDY,  # it has one
         "paper windows": (hispec[0], (2, 4), (0.0, 0.0)),
         "look-up": tuned.get("look-up", ((0,), (4,), (0.0,))),
         "look-up, exit": tuned.get("look-up, exit", ((0, middle), (4, 4), (0.0, 0.0))),

@@ -112,7 +112,7 @@ def table(rows: list[list[str]], first: int = 100) -> str:
     """Columns side by side. A first cell of more than `first` characters has its line to itself."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     widths[0] = max(len(row[0]) for row in rows if len(row[0]) <= first)
-    lines = []
+    lines: list[str] = []
     for head, *cells in rows:
         if len(head) > widths[0]:
             lines, head = [*lines, head], ""
