@@ -220,11 +220,11 @@ def choose_methods(
 
     draft, middle = default_exits(model)[:2]
     hispec = tuned.get("hispec", ((draft, middle), (2, 4), (0.0, 0.0)))
-    ladders: dict[str, Ladder | None] = {
+    ladders: dict[str, Ladder] = {
         "greedy": GREEDY,
         "single-layer": tuned.get("single-layer", ((middle,), (4,), (0.0,))),
         "hispec": hispec,
-        "draft alone": alone(hispec),
+        "draft alone": alone(hispec) or GREEDY,  # it has one
         "paper windows": (hispec[0], (2, 4), (0.0, 0.0)),
         "look-up": tuned.get("look-up", ((0,), (4,), (0.0,))),
         "look-up, exit": tuned.get("look-up, exit", ((0, middle), (4, 4), (0.0, 0.0))),
@@ -239,11 +239,10 @@ def choose_methods(
             heads.append(Method(name, ladder, decode, draft_head=x.draft_head))
         else:
             ladders[name] = ladder
-    every = {name: ladder for name, ladder in ladders.items() if ladder is not None}
-    for ladder in [*every.values()]:
-        if (single := alone(ladder)) is not None and single not in every.values():
-            every[f"exit {single[0][0]} alone"] = single
-    return [Method(name, x, decoder(*x), alone(x)) for name, x in every.items()] + heads
+    for ladder in [*ladders.values()]:
+        if (single := alone(ladder)) is not None and single not in ladders.values():
+            ladders[f"exit {single[0][0]} alone"] = single
+    return [Method(name, x, decoder(*x), alone(x)) for name, x in ladders.items()] + heads
 
 
 def as_ladder(result: dict) -> Ladder:
