@@ -94,5 +94,7 @@ def test_every_file_has_its_room():
 @pytest.mark.parametrize("name", [n for n in TREES if room_of(n) not in MAY_BE_MISSING | ANYTHING])
 def test_what_may_be_missing_is_imported_where_it_is_asked_for(name):
     """Never at the top of a file, but within `try`, or in a function."""
-    top = ast.Module([n for n in TREES[name].body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+    top = ast.Module(
+        [n for n in TREES[name].body if isinstance(n, ast.Import | ast.ImportFrom)], []
+    )
     assert {room_of(other) for other in imported(top)} & MAY_BE_MISSING == set()

@@ -257,6 +257,5 @@ def test_the_page_needs_nothing_from_outside():
 
 def test_what_cannot_be_seen_is_shown():
     assert (
-        page.visible("a b\n\tc\r\u00a0\u202e\x00é日\ufffd")
-        == "a·b↵⇥c␍⟨U+00A0⟩⟨U+202E⟩␀é日\ufffd"
+        page.visible("a b\n\tc\r\u00a0\u202e\x00é日\ufffd") == "a·b↵⇥c␍⟨U+00A0⟩⟨U+202E⟩␀é日\ufffd"
     )

@@ -19,7 +19,7 @@ import hispec
 
 
 def off(q: Tensor, p: Tensor) -> float:
-    """How far the distribution of a token is from p (V,) if a draw from p replaces what is rejected.
+    """How far what is written is from p (V,) if a rejected draft is replaced by a draw from p.
 
     The draft is a sample of q (V,).
     """
