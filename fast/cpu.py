@@ -134,15 +134,16 @@ class Linear(Packed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
+        bias = self._parameters["bias"]  # found sooner there than as an attribute
         if not self.packed:
             turned = self.turned if torch.is_inference_mode_enabled() else None
             # as F.linear, which turns the weight at each call
             y = F.linear(x, self.weight) if turned is None else x @ turned
-            return y if self.bias is None else y + self.bias
+            return y if bias is None else y + bias
         if len(self.packed) == 1:
-            return product(x, self.packed[0], self.bias)
+            return product(x, self.packed[0], bias)
         (block, weight), *others = zip(x.split(self.block, dim=-1), self.packed)
-        y = product(block, weight, self.bias)
+        y = product(block, weight, bias)
         for block, weight in others:
             y = product(block, weight, to=y)
         return y

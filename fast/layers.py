@@ -110,7 +110,7 @@ class Layer(plain.Layer):
         (B, N, _), attn = h.shape, self.attn
         x = attn.qkv(self.attn_norm(h)).view(B, N, -1, attn.head_dim)  # (B, N, H+2G, E)
         qk, v = x.split([attn.heads + attn.kv_heads, attn.kv_heads], dim=2)
-        if not isinstance(attn.q_norm, nn.Identity):
+        if not isinstance(attn._modules["q_norm"], nn.Identity):  # an attribute takes longer
             q, k = qk.split([attn.heads, attn.kv_heads], dim=2)
             qk = torch.cat([attn.q_norm(q), attn.k_norm(k)], dim=2)
         q, k = rotate(qk, signed).split([attn.heads, attn.kv_heads], dim=2)
