@@ -196,7 +196,7 @@ def test_passes_of_any_size_add_up_to_the_same_gradients(recipe, rows):
         model.exits = (1, 3)
         args = Namespace(
             batch=7 * 32, micro=32 * most, context=8, seed=0, draft_vocab=20, width=8,
-            compile=False, bf16=False, freeze_trunk=recipe == "heads", model=None, corpus=None,
+            compile=False, bf16=False, freeze_trunk=recipe == "heads", draft_head=0, model=None, corpus=None,
             device=torch.device("cpu"),
         )  # fmt: skip
         train_exits.prepare(model, text, text, args)
