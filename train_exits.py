@@ -94,7 +94,7 @@ def options(description: str | None = __doc__) -> Parser:
     add("--minutes", type=float, help="a budget: the schedule fits itself to it, so reruns differ")
     add("--batch", type=int, default=8192, help="tokens a step")
     add("--micro", type=int, default=2048, help="tokens a pass, for less memory or more speed")
-    rows = f"tokens a row; every sixth step has rows {LONG} times as long, recipe 2 all {WHOLE} times"
+    rows = f"tokens a row; every sixth step has rows {LONG} times as long, exit heads all {WHOLE}"
     add("--context", type=int, default=128, help=rows)
     add("--lr", type=float, help="peak learning rate (default: 3e-3, 2e-3 for recipe 2)")
     add("--seed", type=int, default=0)
@@ -311,7 +311,7 @@ class LayerSkip:
         return F.cross_entropy(logits, target)
 
     def measure(self, held: Tensor) -> tuple[float, list[float]]:
-        """On rows (B, N+1) that are held out: the loss, and the agreement of all `names` but one."""
+        """On held-out rows (B, N+1): the loss, and the agreement of each of `names` but the first."""
         return measure(self.model, held, depths=self.model.exits)
 
     def exit_loss(
@@ -510,9 +510,9 @@ class LookBack(FrozenTrunk):
         embedded = model.embed(ids.long().to(h.device))
         rope, chain = model.rope(torch.arange(ids.shape[1], device=h.device)), Chain()
         for i in range(len(DRAFTS)):
-            before = F.pad(state[:, :-1], (0, 0, 1, 0))  # a state stands one position before its token
-            state = head(before, embedded, rope, chain)
-            logits = head.out.known(state, model.head)[:, i:].float()  # a chain begins at position 0
+            # a state belongs to the position before its token's; the first token has none
+            state = head(F.pad(state[:, :-1], (0, 0, 1, 0)), embedded, rope, chain)
+            logits = head.out.known(state, model.head)[:, i:].float()  # (R, N - i, known)
             loss = F.cross_entropy(logits.flatten(0, 1), goal[:, i:].flatten(0, 1))
             best = logits.argmax(-1)
             best = best if head.out.vocab is None else head.out.vocab[best]
@@ -543,7 +543,7 @@ class Chain:
         self.written: list[tuple[Tensor, Tensor]] = []  # each draft's keys and values (R, G, N, E)
 
     def write(self, layer: None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the next draft's keys and values; those of all drafts so far (R, G, drafts * N, E)."""
+        """Add a draft's keys and values; those of all drafts so far, (R, G, drafts * N, E)."""
         self.written.append((k, v))
         keys, values = zip(*self.written)
         return torch.cat(keys, 2), torch.cat(values, 2)
@@ -561,23 +561,26 @@ class Chain:
 def exit_logits(model: Llama, exit: int, h: Tensor, vocab: Tensor | None) -> Tensor:
     """An exit's logits (..., known) from h (..., D), of the tokens in vocab, which it knows."""
     if str(exit) in model.exit_heads:
-        return model.exit_heads[str(exit)].known(model.exit_block(h, exit), model.head)  # type: ignore
+        head: Any = model.exit_heads[str(exit)]
+        return head.known(model.exit_block(h, exit), model.head)
     return F.linear(model.norm(h), model.head.weight if vocab is None else model.head.weight[vocab])
 
 
 @torch.no_grad()
 def add_draft_head(model: Llama, text: Tensor, args: argparse.Namespace) -> None:
-    """Give the model a fresh draft head; it may draft what its exit knows, or common tokens."""
-    own: Any = model.exit_heads[str(args.draft_head)] if str(args.draft_head) in model.exit_heads else None
-    vocab = own and own.vocab is not None and own.vocab.tolist() or None
-    if own is None and model.config.vocab_size > args.draft_vocab:
+    """Give the model a fresh draft head, for the tokens that its exit knows, or common ones."""
+    exit, vocab = str(args.draft_head), None
+    reads: Any = model.exit_heads[exit] if exit in model.exit_heads else model
+    if reads is not model:
+        vocab = None if reads.vocab is None else reads.vocab.tolist()
+    elif model.config.vocab_size > args.draft_vocab:
         vocab = common_choices(model, text, args)
     head = DraftHead(model.config, vocab).to(args.device)
     embedded = model.embed(held_rows(text, args.context, 8).to(args.device))
     head.token_norm.weight.copy_(equaliser(embedded))
     head.state_norm.weight.copy_(equaliser(model.run(embedded, 0, args.draft_head)))
-    head.out.norm.weight.copy_((own or model).norm.weight)
-    model.draft_heads[str(args.draft_head)] = head
+    head.out.norm.weight.copy_(reads.norm.weight)
+    model.draft_heads[exit] = head
 
 
 # ---- a step, a checkpoint -----------------------------------------------------------------------
