@@ -579,7 +579,7 @@ def add_draft_head(model: Llama, text: Tensor, args: argparse.Namespace) -> None
     embedded = model.embed(held_rows(text, args.context, 8).to(args.device))
     head.token_norm.weight.copy_(equaliser(embedded))
     head.state_norm.weight.copy_(equaliser(model.run(embedded, 0, args.draft_head)))
-    head.out.norm.weight.copy_(reads.norm.weight)
+    head.out.norm.weight.copy_(reads.norm.weight / 2)  # smaller logits: at first it is unsure
     model.draft_heads[exit] = head
 
 
