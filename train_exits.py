@@ -311,7 +311,7 @@ class LayerSkip:
         return F.cross_entropy(logits, target)
 
     def measure(self, held: Tensor) -> tuple[float, list[float]]:
-        """On held-out rows (B, N+1): the loss, and the agreement of each of `names` but the first."""
+        """On held-out rows (B, N+1): the loss, and the agreement of each name but the first."""
         return measure(self.model, held, depths=self.model.exits)
 
     def exit_loss(
