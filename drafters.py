@@ -82,18 +82,19 @@ class HeadDrafter:
         first, last = min(self.length, decoder.unchanged), decoder.length
         for start in range(first, last, WIDEST):  # more than one pass after a long prompt only
             stop = min(start + WIDEST, last)
-            before = cache.hidden[self.exit][0, max(0, start - 1) : stop - 1]  # (N, D)
-            before = F.pad(before, (0, 0, stop - start - len(before), 0))  # none before the text
-            state = step.draft(cache, self.exit, before, tokens[start:stop], start)[-1:]
+            before = cache.hidden[self.exit][:, max(0, start - 1) : stop - 1]  # (1, N, D)
+            if start == 0:  # nothing stands before the text
+                before = F.pad(before, (0, 0, 1, 0))
+            state, logits = step.draft(cache, self.exit, before, tokens[start:stop], start)
         self.length = last
         drafts: list[Tensor] = []
         qs: list[Tensor | None] = []
         for position in range(last, last + want):
-            token, q = decoder.choose(step.draft_logits(state, self.exit))
+            token, q = decoder.choose(logits)
             drafts.append(token)
             qs.append(q)
             if position + 1 < last + want:
-                state = step.draft(cache, self.exit, state, token, position)
+                state, logits = step.draft(cache, self.exit, state, token, position)
         return torch.cat(drafts), None if qs[0] is None else torch.cat(qs)  # type: ignore[arg-type]
 
 

@@ -264,17 +264,15 @@ class Step:
 
     def draft(
         self, cache: KVCache, exit: int, states: Tensor, tokens: Tensor, first: int
-    ) -> Tensor:
-        """Run the draft head on `exit` over the N positions from `first` on: states (N, D).
+    ) -> tuple[Tensor, Tensor]:
+        """Run the draft head on `exit` over the N positions from `first` on.
 
-        states (N, D): the exit's, one position before each; tokens (N,): those at the positions.
+        states (1, N, D): the exit's, one position before each; tokens (N,): those at the positions.
+        Returns what the head makes of the last one: its state (1, 1, D), its logits (1, V).
         """
         plan = cache.plan(first, first + len(tokens))
-        return self.model.draft(exit, states[None], tokens[None], plan)[0]
-
-    def draft_logits(self, states: Tensor, exit: int) -> Tensor:
-        """The logits (n, V) of what `draft` left at n positions (n, D)."""
-        return self.model.draft_logits(states, exit)
+        h = self.model.draft(exit, states, tokens[None], plan)[:, -1:]
+        return h, self.model.draft_logits(h, exit)[0]
 
 
 def run_plan(model: Llama, plan: Plan, tokens: Tensor, start: int, depth: int) -> Tensor:

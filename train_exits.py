@@ -2,6 +2,7 @@
 
     python train_exits.py --out DIR                              1. a small model, from scratch
     python train_exits.py --out DIR --model M --freeze-trunk     2. exit heads for a model M
+    python train_exits.py --out DIR --model M --draft-head E     a draft head on exit E of M
 
 Recipe 1 is LayerSkip's (arXiv 2404.16710): layers are skipped at random, deep ones more often, and
 every exit is read through the final norm and output matrix. An exit learns the text and, in a share
@@ -13,10 +14,15 @@ Recipe 2 distils the full model into one ExitHead for each exit: a light block, 
 output rows of the tokens that M uses most. The trunk never changes. So it reads each row of text
 once, and its hidden states are kept while there is room; after that only the heads are computed.
 
+A draft head (model.DraftHead) learns an exit's whole distribution, at the full depth the model's,
+from the states which that exit has already computed. It is trained on a frozen trunk like recipe 2,
+and on several drafts in a row, as decoding will ask for them. M is `tiny` unless you say otherwise.
+
 The text is Python's standard library, or any file or folder that --corpus names. Recipe 1 learns
 its vocabulary from it. A twenty-eighth is held out to measure on. DIR gets model/, which
 checkpoints.load reads, training.safetensors, from which --resume goes on, and at the end
-agreement.csv: how often the exit after each layer picks the full model's token.
+agreement.csv: how often the exit after each layer picks the full model's token, or how often each
+draft in a row of a draft head is the token that its exit picks.
 
 This file knows nothing of drafting or verifying: it makes exits agree, and hispec.py turns
 agreement into speed. lab/train.py builds on it: all of a given model is trained, by several
@@ -49,7 +55,7 @@ from checkpoints.console import Parser, check_exits, command, must_take_files
 from checkpoints.files import describe, in_words, open_tensors, write_whole
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.vocabulary import END, learn
-from model import Config, ExitHead, Llama
+from model import Config, DraftHead, ExitHead, Llama
 
 try:
     import fast
@@ -67,7 +73,8 @@ DECAY = 0.45  # share of the run in which it falls to 0
 DIVERGED = 2.0  # a run ends in an error at so many times the loss of uniform guessing
 LONG = 8  # recipe 1: every sixth step reads rows so many times as long, to train far positions
 WHOLE = 4  # recipe 2: all rows are so many times --context
-KEPT = 4 * 2**30  # recipe 2: bytes of the trunk's hidden states that are kept for the next epoch
+KEPT = 4 * 2**30  # frozen trunk: bytes of its hidden states that are kept for the next epoch
+DRAFTS = (1.0, 0.5, 0.25)  # draft head: the loss weights of its first draft, second draft, ...
 HELD_OUT = 28  # one document in so many is never trained on
 FEW = 400  # documents; of fewer the ends are held out, since chance might take none, or too many
 SAVE_EVERY = 180  # seconds
@@ -79,6 +86,7 @@ def options(description: str | None = __doc__) -> Parser:
     add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
     add("--model", metavar="M", help="a name, .gguf file or folder to start from")
     add("--freeze-trunk", action="store_true", help="recipe 2: train only heads at the exits of M")
+    add("--draft-head", type=int, default=0, metavar="E", help="train only a draft head on exit E")
     add("--corpus", metavar="PATH", help="a text file or a folder (default: Python's library)")
     own = "default: M's own, or 1/16 and 1/4 of the depth; none: no exit losses at all"
     add("--exits", type=int, nargs="*", metavar="E", help=f"shallow to deep ({own})")
@@ -86,9 +94,9 @@ def options(description: str | None = __doc__) -> Parser:
     add("--minutes", type=float, help="a budget: the schedule fits itself to it, so reruns differ")
     add("--batch", type=int, default=8192, help="tokens a step")
     add("--micro", type=int, default=2048, help="tokens a pass, for less memory or more speed")
-    rows = f"tokens a row; every sixth step has rows {LONG} times as long, heads all {WHOLE} times"
+    rows = f"tokens a row; every sixth step has rows {LONG} times as long, exit heads all {WHOLE}"
     add("--context", type=int, default=128, help=rows)
-    add("--lr", type=float, help="peak learning rate (default: 3e-3, 2e-3 for heads)")
+    add("--lr", type=float, help="peak learning rate (default: 3e-3, 2e-3 for recipe 2)")
     add("--seed", type=int, default=0)
     where = "pays on GPUs, and on CPUs with AVX-512 BF16 or AMX"
     add("--bf16", action="store_true", help=f"compute in bfloat16; {where}")
@@ -97,9 +105,9 @@ def options(description: str | None = __doc__) -> Parser:
     shape = p.add_argument_group("the model made by recipe 1")
     for name, default in dict(layers=32, dim=128, heads=2, kv_heads=1, ffn=384, vocab=2048).items():
         shape.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    heads = p.add_argument_group("the heads made by recipe 2")
-    heads.add_argument("--width", type=int, help="of the SwiGLU (default: M's), 0 for no block")
-    heads.add_argument("--draft-vocab", type=int, default=8192, help="tokens an exit may draft")
+    heads = p.add_argument_group("the heads that are made")
+    heads.add_argument("--width", type=int, help="of an exit's SwiGLU (default: M's), 0: no block")
+    heads.add_argument("--draft-vocab", type=int, default=8192, help="tokens a head may draft")
     return p
 
 
@@ -109,6 +117,10 @@ def check(args: argparse.Namespace, writes: bool = True) -> None:
     writes: whether this process will write to --out.
     """
     args.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.draft_head:
+        if args.freeze_trunk or args.exits is not None:
+            raise ValueError("--draft-head trains one head alone: no --freeze-trunk, no --exits")
+        args.model = args.model or "tiny"
     if args.steps is None and args.minutes is None:
         args.steps = 1000
     if args.lr is None:
@@ -298,6 +310,10 @@ class LayerSkip:
     def last_loss(self, logits: Tensor, ids: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(logits, target)
 
+    def measure(self, held: Tensor) -> tuple[float, list[float]]:
+        """On held-out rows (B, N+1): the loss, and the agreement of each name but the first."""
+        return measure(self.model, held, depths=self.model.exits)
+
     def exit_loss(
         self, h: Tensor, exit: int, full: Tensor, target: Tensor, share: float
     ) -> tuple[Tensor, Tensor]:
@@ -335,9 +351,12 @@ def draw_skips(n_layers: int, drop: float, step: int, seed: int) -> frozenset[in
 class FrozenTrunk:
     """What a frozen trunk makes of the text: computed once a row, kept while there is room."""
 
+    whole = WHOLE  # times --context: the tokens of a row
+
     def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace):
         self.model, self.args, self.names = model, args, ["mean", *exit_names(model)]
-        length = WHOLE * args.context
+        self.depths = (*model.exits, model.config.n_layers)  # whose states the heads learn from
+        length = self.whole * args.context
         self.rows = text[: len(text) // length * length].view(-1, length)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.room = KEPT
@@ -366,8 +385,7 @@ class FrozenTrunk:
         heads: Any = model.exit_heads
         vocab = heads[str(model.exits[0])].vocab  # one for all exits
         with torch.no_grad():
-            weight = model.head.weight if vocab is None else model.head.weight[vocab]
-            goal = F.linear(model.norm(last), weight).float().softmax(-1)  # (R, N, known)
+            goal = exit_logits(model, self.depths[-1], last, vocab).float().softmax(-1)
         for exit, h in zip(model.exits, hidden, strict=True):
             logits = heads[str(exit)].known(model.exit_block(h, exit), model.head).float()
             best = logits.detach().argmax(-1)
@@ -377,25 +395,34 @@ class FrozenTrunk:
         table = torch.stack(stats)
         return torch.stack(losses).mean(), torch.cat([table.mean(0, keepdim=True), table])
 
-    @torch.no_grad()
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """States (N, K+1, D) at the exits and the last layer, the full model's choices (N,).
+        """What `run` returns for a row, by number; it is kept, on the CPU, if there is room.
 
         One row at a time, so that its last bits do not depend on its neighbours.
         """
         if row in self.kept:
             return self.kept[row]
-        model, first, states = self.model, 0, []
-        h = model.embed(self.rows[None, row].long().to(self.args.device))  # (1, N, D)
-        for depth in (*model.exits, model.config.n_layers):
-            h, first = model.run(h, first, depth), depth
-            states.append(h[0])
-        made = torch.stack(states, 1).cpu(), model.logits(h[0], depth).argmax(-1).cpu()
+        states, choices = self.run(self.rows[row])
+        made = states.cpu(), choices.cpu()
         size = sum(t.nbytes for t in made)
         if size <= self.room:
             self.kept[row] = made
             self.room -= size
         return made
+
+    @torch.no_grad()
+    def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of tokens ids (N,): states (N, K, D) at `depths`, and the last one's choices (N,)."""
+        model, first, states = self.model, 0, []
+        h = model.embed(ids[None].long().to(self.args.device))  # (1, N, D)
+        for depth in self.depths:
+            h, first = model.run(h, first, depth), depth
+            states.append(h[0])
+        logits = model.logits(model.exit_block(h, depth), depth)[0]
+        return torch.stack(states, 1), logits.argmax(-1)
+
+    def measure(self, held: Tensor) -> tuple[float, list[float]]:
+        return measure(self.model, held, depths=self.model.exits)
 
 
 def add_heads(model: Llama, text: Tensor, args: argparse.Namespace) -> None:
@@ -427,15 +454,133 @@ def common_choices(model: Llama, text: Tensor, args: argparse.Namespace) -> list
 def equalise_norms(head: ExitHead, h: Tensor, output: nn.Linear) -> None:
     """Start a head's norms so that all coordinates of h (B, N, D) leave them equally large.
 
-    Logits have size 1 then. A few coordinates of a trunk's hidden states are tens of times larger
-    than the rest, and would drown them.
+    Logits have size 1 then.
     """
-    scale = F.rms_norm(h, h.shape[-1:]).square().mean((0, 1)).clamp(min=1e-6).rsqrt()  # (D,)
+    scale = equaliser(h)
     head.norm.weight.copy_(scale)
     if head.block is not None:
         head.block.attn_norm.weight.copy_(scale)
         head.block.mlp_norm.weight.copy_(scale)
     head.norm.weight.div_(head.known(h, output).std())
+
+
+def equaliser(h: Tensor) -> Tensor:
+    """The weight (D,) of a norm that all coordinates of h (B, N, D) leave equally large.
+
+    A few coordinates of a trunk's hidden states are tens of times larger than the rest, and would
+    drown them.
+    """
+    return F.rms_norm(h, h.shape[-1:]).square().mean((0, 1)).clamp(min=1e-6).rsqrt()
+
+
+# ---- a draft head: the trunk is frozen, one head looks back -------------------------------------
+
+
+class LookBack(FrozenTrunk):
+    """A draft head learns what its exit will say, in several drafts one after the other.
+
+    A first draft is made from the exit's true states. At each further one the head's own output
+    stands in for a state that decoding does not have yet, so it has to learn from that too (HASS,
+    arXiv 2408.15766; EAGLE-3, 2503.01840). What it may attend to is what decoding lets it see
+    (`Chain`). One thing is approximated: the tokens are the text's, where decoding drafts its own.
+    """
+
+    whole = 1
+
+    def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace):
+        super().__init__(model, text, args)
+        self.exit, self.depths = args.draft_head, (args.draft_head,)
+        self.head: Any = model.draft_heads[str(self.exit)]
+        self.names = ["mean", *(f"draft {i + 1}" for i in range(len(DRAFTS)))]
+
+    def loss(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        read = zip(*map(self.read, rows.tolist()))
+        states, choices = (torch.stack(each).to(self.args.device) for each in read)
+        return self.drafts(self.rows[rows], states[:, :, 0], choices)
+
+    def drafts(self, ids: Tensor, h: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of rows ids (R, N), with the exit's states h (R, N, D) and choices (R, N).
+
+        And (1 + drafts, 2): the mean loss and agreement, then each draft's. The loss is the
+        cross-entropy with the exit's distribution, among the tokens that the head may draft.
+        """
+        model, head, table, state = self.model, self.head, [], h
+        with torch.no_grad():
+            goal = exit_logits(model, self.exit, h, head.out.vocab).float().softmax(-1)
+        embedded = model.embed(ids.long().to(h.device))
+        rope, chain = model.rope(torch.arange(ids.shape[1], device=h.device)), Chain()
+        for i in range(len(DRAFTS)):
+            # a state belongs to the position before its token's; the first token has none
+            state = head(F.pad(state[:, :-1], (0, 0, 1, 0)), embedded, rope, chain)
+            logits = head.out.known(state, model.head)[:, i:].float()  # (R, N - i, known)
+            loss = F.cross_entropy(logits.flatten(0, 1), goal[:, i:].flatten(0, 1))
+            best = logits.argmax(-1)
+            best = best if head.out.vocab is None else head.out.vocab[best]
+            table.append(torch.stack([loss, (best == choices[:, i:]).float().mean()]))
+        weights = h.new_tensor(DRAFTS, dtype=torch.float32)
+        mean = weights @ torch.stack(table) / weights.sum()  # (2,)
+        return mean[0], torch.stack([mean, *table]).detach()
+
+    @torch.no_grad()
+    def measure(self, held: Tensor) -> tuple[float, list[float]]:
+        tables: Any = 0
+        for ids in held[:, :-1]:
+            states, choices = self.run(ids)
+            tables = tables + self.drafts(ids[None], states[None, :, 0], choices[None])[1]
+        (loss, _), *drafts = (tables / len(held)).tolist()
+        return loss, [agreement for _, agreement in drafts]
+
+
+class Chain:
+    """What several drafts in a row may attend to, begun at every position of a text at once.
+
+    Stands in for the plan of a pass. The i-th draft at position p, counted from 0, sees what was
+    computed from true states up to position p - i, and from there on one guess of each draft after
+    the first, the last of them its own.
+    """
+
+    def __init__(self):
+        self.written: list[tuple[Tensor, Tensor]] = []  # each draft's keys and values (R, G, N, E)
+
+    def write(self, layer: None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add a draft's keys and values; those of all drafts so far, (R, G, drafts * N, E)."""
+        self.written.append((k, v))
+        keys, values = zip(*self.written)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    @property
+    def mask(self) -> Tensor:
+        """(N, drafts * N): whether the newest draft at a position may look at each of the keys."""
+        keys, last = self.written[0][0], len(self.written) - 1
+        at = torch.arange(keys.shape[2], device=keys.device)
+        behind = at[:, None] - at  # (N, N), how far a key's position lies behind the draft's
+        guesses = [behind == last - i for i in range(1, last + 1)]
+        return torch.cat([behind >= last, *guesses], 1)
+
+
+def exit_logits(model: Llama, exit: int, h: Tensor, vocab: Tensor | None) -> Tensor:
+    """An exit's logits (..., known) from h (..., D), of the tokens in vocab, which it knows."""
+    if str(exit) in model.exit_heads:
+        head: Any = model.exit_heads[str(exit)]
+        return head.known(model.exit_block(h, exit), model.head)
+    return F.linear(model.norm(h), model.head.weight if vocab is None else model.head.weight[vocab])
+
+
+@torch.no_grad()
+def add_draft_head(model: Llama, text: Tensor, args: argparse.Namespace) -> None:
+    """Give the model a fresh draft head, for the tokens that its exit knows, or common ones."""
+    exit, vocab = str(args.draft_head), None
+    reads: Any = model.exit_heads[exit] if exit in model.exit_heads else model
+    if reads is not model:
+        vocab = None if reads.vocab is None else reads.vocab.tolist()
+    elif model.config.vocab_size > args.draft_vocab:
+        vocab = common_choices(model, text, args)
+    head = DraftHead(model.config, vocab).to(args.device)
+    embedded = model.embed(held_rows(text, args.context, 8).to(args.device))
+    head.token_norm.weight.copy_(equaliser(embedded))
+    head.state_norm.weight.copy_(equaliser(model.run(embedded, 0, args.draft_head)))
+    head.out.norm.weight.copy_(reads.norm.weight / 2)  # smaller logits: at first it is unsure
+    model.draft_heads[exit] = head
 
 
 # ---- a step, a checkpoint -----------------------------------------------------------------------
@@ -456,10 +601,14 @@ class Run:
         self.params = list(trained.values())
         self.working = [p for p in self.work.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(trained)
-        if args.freeze_trunk:  # heads ship as they were computed with, the trunk as it came
+        # heads ship as they were computed with, the trunk as it came
+        if args.freeze_trunk:
             model.exit_heads = self.work.exit_heads
+        if args.draft_head:
+            model.draft_heads = self.work.draft_heads
         self.step, self.spent, self.began = 0, 0.0, time.time()
-        asked = ["model", "freeze_trunk", "bf16", "batch", "context", "seed", "draft_vocab"]
+        asked = ["model", "freeze_trunk", "draft_head", "bf16", "batch", "context", "seed"]
+        asked += ["draft_vocab"]
         asked += ["self_distill", "unlikelihood"]  # of lab/train.py
         vocabulary = [tokenizer.spell(id) for id in range(tokenizer.n_vocab)] if tokenizer else []
         self.kind = {  # what a checkpoint must share to be continued
@@ -520,7 +669,8 @@ class Run:
 
     def save(self) -> None:
         """Each file appears whole; training.safetensors last, since it is what --resume trusts."""
-        shipped = self.model if self.args.freeze_trunk else self.work
+        frozen = self.args.freeze_trunk or self.args.draft_head
+        shipped = self.model if frozen else self.work
         checkpoints.save(shipped, self.tokenizer, self.args.out / "model")
         tensors = {f"weights.{i}": p.detach() for i, p in enumerate(self.params)}
         for o, optimizer in enumerate(self.optimizers):
@@ -555,9 +705,10 @@ class Run:
 
 
 def make_optimizers(trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """Muon for matrices inside a trunk's layers, AdamW for all else: embeddings, norms, heads."""
-    matrices = [p for name, p in trained.items() if p.ndim == 2 and name.startswith("layers.")]
-    others = [p for name, p in trained.items() if p.ndim != 2 or not name.startswith("layers.")]
+    """Muon for matrices of a trunk's layers and a draft head, AdamW for all else."""
+    inside = {name: name.startswith(("layers.", "draft_heads.")) for name in trained}
+    matrices = [p for name, p in trained.items() if p.ndim == 2 and inside[name]]
+    others = [p for name, p in trained.items() if p.ndim != 2 or not inside[name]]
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)
     if not matrices:
         return [adamw]
@@ -584,9 +735,8 @@ def loop(args: argparse.Namespace, run: Run, recipe: Any, held: Tensor) -> None:
         bar.update(max(0.0, done - bar.n))
         if run.writes and (time.time() - saved_at > SAVE_EVERY or done >= 1):
             run.save()
-            rows, exits = held_rows(held, 2 * args.context), run.model.exits
-            loss, agreement = measure(run.work, rows, depths=exits)
-            shown = " ".join(f"{exit}: {a:.1%}" for exit, a in zip(exits, agreement))
+            loss, agreement = recipe.measure(held_rows(held, 2 * args.context))
+            shown = " ".join(f"{name}: {a:.1%}" for name, a in zip(recipe.names[1:], agreement))
             bar.write(f"step {run.step}: held-out loss {loss:.4f}, agreement {shown}")
             saved_at = time.time()
     bar.close()
@@ -616,20 +766,31 @@ def measure(
 
 
 def report(
-    folder: Path, header: dict, exits: tuple, loss: float, columns: dict[str, list[float]]
-) -> None:
-    """agreement.csv, and the same to read. columns: by its name, the agreement of every layer."""
+    folder: Path, header: dict, exits: tuple, loss: float, columns: dict[str, list[float]],
+    row: str = "layer", exit: str = "the full model",
+) -> None:  # fmt: skip
+    """agreement.csv, and the same to read. columns: by its name, the agreement of every layer.
+
+    Of a draft head `row` is "draft", and `exit` what it agrees with.
+    """
     layers = list(enumerate(zip(*columns.values()), 1))
     names = [name.replace("-", "_").replace(" ", "_") for name in columns]
-    lines = [f"# {in_words(header)}", f"# {header['command']}", ",".join(["layer", *names])]
+    lines = [f"# {in_words(header)}", f"# {header['command']}", ",".join([row, *names])]
     lines += [",".join(map(str, [layer, *shares])) for layer, shares in layers]
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "agreement.csv", "\n".join(lines) + "\n")
     print(f"\nheld-out loss {loss:.4f}, perplexity {math.exp(loss):.2f}")
-    print("agreement with the full model", "   ".join(["layer", *columns]), sep="\n")
+    print(f"agreement with {exit}", "   ".join([row, *columns]), sep="\n")
     for layer, shares in layers:
         said = [f"{share:{len(name)}.1%}" for name, share in zip(columns, shares)]
         print("   ".join([f"{layer:5}", *said, "<- exit" if layer in exits else ""]).rstrip())
+
+
+def report_drafts(args: argparse.Namespace, header: dict, model: Llama, held: Tensor) -> None:
+    """The same of a model's draft head: the agreement of each draft in a row with its exit."""
+    loss, agreement = LookBack(model, held, args).measure(held_rows(held, 2 * args.context))
+    columns = {"held-out text": agreement}
+    report(args.out, header, (), loss, columns, "draft", f"exit {args.draft_head}")
 
 
 # ---- main ---------------------------------------------------------------------------------------
@@ -641,10 +802,17 @@ def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Llama:
 
 
 def choose_exits(model: Llama, args: argparse.Namespace) -> None:
-    """Give the model the exits asked for, else leave its own, else 1/16 and 1/4 of its depth."""
+    """Give the model the exits asked for, else leave its own, else 1/16 and 1/4 of its depth.
+
+    A draft head reads any exit, and changes none.
+    """
     depth, longest = model.config.n_layers, model.config.max_seq_len
     if LONG * args.context > longest:
         raise ValueError(f"{LONG} x --context must fit the model's {longest}, got {args.context}")
+    if args.draft_head:
+        if not 1 <= args.draft_head <= depth:
+            raise ValueError(f"--draft-head must be an exit in 1..{depth}, got {args.draft_head}")
+        return
     own = model.exits or sorted({-(-depth // 16), -(-depth // 4)})
     model.exits = tuple(own if args.exits is None else args.exits)
     check_exits(model.exits, 1, depth)
@@ -656,15 +824,17 @@ def prepare(model: Llama, text: Tensor, held: Tensor, args: argparse.Namespace) 
     if len(text) < need or len(held) < kept:
         found = f"{len(text)} tokens to train on and {len(held)} held out"
         raise ValueError(f"the corpus is too short: {found}, at least {need} and {kept} are needed")
-    model.train().requires_grad_(not args.freeze_trunk)
+    model.train().requires_grad_(not (args.freeze_trunk or args.draft_head))
     if args.freeze_trunk:
         add_heads(model, text, args)
+    if args.draft_head:
+        add_draft_head(model, text, args)
 
 
 def main(argv: list[str] | None = None) -> None:
     """The whole run. Raises ValueError, before anything is written, for what cannot be trained."""
     args = options().parse_args(argv)
-    if bool(args.model) != args.freeze_trunk:
+    if bool(args.model) != args.freeze_trunk and not args.draft_head:
         raise ValueError("--freeze-trunk and --model M go together; lab/train.py trains all of M")
     if "WORLD_SIZE" in os.environ:
         raise ValueError("processes share a run as torchrun ... -m lab.train")
@@ -684,11 +854,13 @@ def main(argv: list[str] | None = None) -> None:
     run = Run(args, model, tokenizer)
     if args.resume:
         run.load()
-    recipe = (FrozenTrunk if args.freeze_trunk else LayerSkip)(run.work, text, args)
-    loop(args, run, recipe, held)
+    recipe = LookBack if args.draft_head else FrozenTrunk if args.freeze_trunk else LayerSkip
+    loop(args, run, recipe(run.work, text, args), held)
     written, _ = checkpoints.load(args.out / "model", args.device, run.work.embed.weight.dtype)
-    loss, agreement = measure(written, held_rows(held, 2 * args.context))
     header = describe(args.model or "a new model", args.device, written.embed.weight.dtype)
+    if args.draft_head:
+        return report_drafts(args, header, written, held)
+    loss, agreement = measure(written, held_rows(held, 2 * args.context))
     report(args.out, header, written.exits, loss, {"held-out text": agreement})
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from checkpoints.folder import add_exit_heads, load_folder, save
+from checkpoints.folder import add_heads, load_folder, save
 from checkpoints.gguf_file import load_gguf
 from checkpoints.hub import fetch
 from checkpoints.machine import cores
@@ -42,9 +42,10 @@ def load(
     name_or_path: a key of NAMES, a .gguf file (of a split one any part), a Hugging Face folder, or
     owner/name of one on the Hub. device: default cuda if there is one, else cpu. dtype: default
     bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has no exits; one
-    loaded by name gets those in weights/NAME/exits.safetensors. plain: as model.py has it; else a
-    model on a CPU is packed (fast/), and `generate` takes the packed step. ranks: the processes
-    that share the model (fast.parallel.start): only this one's part is loaded, and left plain.
+    loaded by name gets those in weights/NAME/exits.safetensors, and the draft heads beside them.
+    plain: as model.py has it; else a model on a CPU is packed (fast/), and `generate` takes the
+    packed step. ranks: the processes that share the model (fast.parallel.start): only this one's
+    part is loaded, and left plain.
 
     On a CPU torch is left with at most half as many threads as there are cores, unless
     OMP_NUM_THREADS says how many: a product waits for its slowest thread, and one that waits for a
@@ -59,7 +60,7 @@ def load(
     try:
         model, tokenizer = (load_folder if path.is_dir() else load_gguf)(path, device, dtype, ranks)
         if name_or_path in NAMES and not path.is_dir():
-            add_exit_heads(model, WEIGHTS / name_or_path / "exits.safetensors", ranks)
+            add_heads(model, WEIGHTS / name_or_path, ranks)
             model.exits = tuple(map(int, model.exit_heads))
     except Exception as error:  # each library has its own for what a damaged file can hold
         why = f"truncated or corrupt safetensors file ({error})"

@@ -3,19 +3,21 @@
 import json
 import os
 from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from checkpoints import vocabulary
 from checkpoints.families import ABSENT, CONFIG, FAMILIES, ONLY, family_of
 from checkpoints.files import need, only, read_json, write_whole
 from checkpoints.tokenizer import Tokenizer
 from checkpoints.weights import build, layout, linear
-from model import Config, ExitHead, Llama, RopeScaling
+from model import Config, DraftHead, ExitHead, Llama, RopeScaling
 
 ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -55,7 +57,7 @@ def load_folder(
 
     model = build(config, shapes, read, device, dtype, ranks=ranks)
     model.exits, model.family = tuple(exits), settings["model_type"]
-    add_exit_heads(model, path / "exits.safetensors", ranks)
+    add_heads(model, path, ranks)
     return model, tokenizer
 
 
@@ -74,34 +76,49 @@ def _weight_files(path: Path) -> list[Path]:
     return [path / name for name in names]
 
 
-def add_exit_heads(model: Llama, path: Path, ranks=None) -> None:
-    """Give the model the exit heads in the file, if there is one."""
-    config = ranks.whole if ranks else model.config
-    weight, last = model.embed.weight, config.n_layers - 1
-    heads: dict[int, dict[str, torch.Tensor]] = {}
-    for name, t in load_file(path).items() if path.is_file() else ():
-        exit, _, part = name.partition(".")
-        if not exit.isdecimal() or not 1 <= int(exit) <= last:
-            raise ValueError(f"{path.name}: {name} belongs to no exit between 1 and {last}")
-        heads.setdefault(int(exit), {})[part] = t
-    for depth, parts in sorted(heads.items()):
+def add_heads(model: Llama, folder: Path, ranks=None) -> None:
+    """Give the model the exit heads and the draft heads in the folder's files, if there are any."""
+    c, file = ranks.whole if ranks else model.config, folder / "exits.safetensors"
+    for exit, parts in _heads(file, c.n_layers - 1).items():
         down, vocab = parts.get("block.mlp.down.weight"), parts.get("vocab")
         width = 0 if down is None else down.shape[1]
-        head = ExitHead(config, width, None if vocab is None else vocab.tolist())
-        try:
-            head.load_state_dict(parts)
-        except RuntimeError as error:  # torch names each missing, unexpected or misshapen tensor
-            raise ValueError(f"{path.name}, exit {depth}: {error}") from error
-        head.to(weight.device, weight.dtype).requires_grad_(False).eval()
-        model.exit_heads[str(depth)] = ranks.share_layers(head) if ranks else head
+        head = ExitHead(c, width, None if vocab is None else vocab.tolist())
+        model.exit_heads[exit] = _filled(head, parts, model, f"{file.name}, exit {exit}", ranks)
+    file = folder / "draft.safetensors"
+    for exit, parts in _heads(file, c.n_layers).items():
+        vocab = parts.get("out.vocab")
+        draft = DraftHead(c, None if vocab is None else vocab.tolist())
+        model.draft_heads[exit] = _filled(draft, parts, model, f"{file.name}, exit {exit}", ranks)
+
+
+def _heads(path: Path, deepest: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Each exit's tensors in the file, by name, shallow to deep; none if there is no file."""
+    heads: dict[str, dict[str, torch.Tensor]] = {}
+    for name, t in load_file(path).items() if path.is_file() else ():
+        exit, _, part = name.partition(".")
+        if not exit.isdecimal() or not 1 <= int(exit) <= deepest:
+            raise ValueError(f"{path.name}: {name} belongs to no exit between 1 and {deepest}")
+        heads.setdefault(str(int(exit)), {})[part] = t
+    return dict(sorted(heads.items(), key=lambda head: int(head[0])))
+
+
+def _filled(head: nn.Module, parts: dict, model: Llama, where: str, ranks) -> nn.Module:
+    try:
+        head.load_state_dict(parts)
+    except RuntimeError as error:  # torch names each missing, unexpected or misshapen tensor
+        raise ValueError(f"{where}: {error}") from error
+    weight = model.embed.weight
+    head.to(weight.device, weight.dtype).requires_grad_(False).eval()
+    return ranks.share_layers(head) if ranks else head
 
 
 def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
     """Write a Hugging Face folder of the model's family; `load` in its dtype gives back every bit.
 
     Beyond what transformers reads, config.json lists `exits`, and exits.safetensors holds the heads
-    they own, under names like 8.norm.weight, 8.vocab and 8.block.attn.qkv.weight. Each file appears
-    whole or not at all, config.json last; what the model lacks is removed from an earlier save.
+    they own, under names like 8.norm.weight, 8.vocab and 8.block.attn.qkv.weight; so does
+    draft.safetensors the draft heads (8.fuse.weight, 8.out.vocab). Each file appears whole or not
+    at all, config.json last; what the model lacks is removed from an earlier save.
     """
     folder, name = Path(folder), family_of(model.config, model.family)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,9 +127,10 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
     for ours, parts in layout(model.config):
         rows = state[ours].split([shape[0] for shape in parts.values()])
         weights |= {name: part.clone() for name, part in zip(parts, rows)}  # none may be a view
-    heads = model.exit_heads.state_dict()
     write_whole(folder / "model.safetensors", lambda to: save_file(weights, to, {"format": "pt"}))
-    write_whole(folder / "exits.safetensors", (lambda to: save_file(heads, to)) if heads else None)
+    for kind, heads in (("exits", model.exit_heads), ("draft", model.draft_heads)):
+        write = partial(save_file, heads.state_dict()) if len(heads) else None
+        write_whole(folder / f"{kind}.safetensors", write)
     texts: dict[str, str | None] = dict.fromkeys(["tokenizer.json", "tokenizer_config.json"])
     texts |= dict.fromkeys(["tokenizer.model", "special_tokens_map.json"])
     texts |= dict.fromkeys(["chat_template.jinja", "generation_config.json"])  # said elsewhere then

@@ -94,15 +94,13 @@ class PackedStep(hispec.Step):
 
     def draft(
         self, cache: KVCache, exit: int, states: Tensor, tokens: Tensor, first: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         n, plan = len(tokens), cache.plan(first, first + len(tokens))
         padding = len(plan.slots) - n
         states, tokens = F.pad(states, (0, 0, 0, padding)), F.pad(tokens, (0, padding))
-        return self.model.draft(exit, states[None], tokens[None], plan)[0, :n]
-
-    def draft_logits(self, states: Tensor, exit: int) -> Tensor:
-        n = len(states)
-        return super().draft_logits(F.pad(states, (0, 0, 0, -n % self.pad)), exit)[:n]
+        h = self.model.draft(exit, states, tokens[None], plan)[:, -self.pad :]
+        at = self.pad - 1 - padding
+        return h[:, at : at + 1], self.model.draft_logits(h, exit)[0, at : at + 1]
 
 
 class Packed(nn.Module):

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hispec
 import model as plain
 from fast.cpu import ExitHead
-from fast.layers import CHUNK, Cache, ChunkPlan, Layer, RoPE, replaced, up_to_chunk
+from fast.layers import CHUNK, Cache, ChunkPlan, Layer, RoPE, mask, replaced, up_to_chunk
 from kvcache import KVCache
 from model import Llama
 
@@ -124,21 +124,18 @@ class FixedStep(hispec.Step):
 
     def draft(
         self, cache: KVCache, exit: int, states: Tensor, tokens: Tensor, first: int
-    ) -> Tensor:
-        made, at, last = [], first, first + len(tokens)
+    ) -> tuple[Tensor, Tensor]:
+        at, last = first, first + len(tokens)
         while at < last:
             end = up_to_chunk(at + 1)
-            stop = min(at + WIDTH, end, last)
+            n = min(at + WIDTH, end, last) - at
             self.first.fill_(at)
-            self.ids[: stop - at] = tokens[at - first : stop - first]
-            self.states[: stop - at] = states[at - first : stop - first]
+            self.ids[:n] = tokens[at - first : at - first + n]
+            self.states[:n] = states[0, at - first : at - first + n]
             self.replay(WIDTH, exit, end)
-            made.append(self.states[: stop - at].clone())
-            at = stop
-        return torch.cat(made)
-
-    def draft_logits(self, states: Tensor, exit: int) -> Tensor:
-        return self.logits(states, -exit)
+            at += n
+        self.replay(WIDTH, -exit)
+        return self.states[None, n - 1 : n].clone(), self.out[n - 1 : n].clone()
 
     def passes(
         self, cache: KVCache, tokens: Tensor, j: int, length: int
@@ -199,14 +196,18 @@ class FixedStep(hispec.Step):
 
         return replay
 
+    def plan(self, width: int, end: int) -> ChunkPlan:
+        """`width` positions from wherever `first` says, which see the keys before `end`."""
+        cache, positions = self.cache, self.first + self.cache.columns[:width]
+        masked = mask(positions, cache.columns[:end], cache.group, cache.keys)
+        return ChunkPlan(cache, positions, [(width, cache.before(end)[0], masked)])
+
     def _segment(self, width: int, start: int, depth: int, end: int) -> None:
-        positions = self.first + self.cache.columns[:width]
-        plan = ChunkPlan(self.cache, positions, [(width, end)])
+        plan = self.plan(width, end)
         self.states[:width] = hispec.run_plan(self.variant, plan, self.ids[:width], start, depth)
 
     def _draft(self, width: int, exit: int, end: int) -> None:
-        positions = self.first + self.cache.columns[:width]
-        plan, states = ChunkPlan(self.cache, positions, [(width, end)]), self.states[None, :width]
+        plan, states = self.plan(width, end), self.states[None, :width]
         self.states[:width] = self.variant.draft(exit, states, self.ids[None, :width], plan)[0]
 
     def _head(self, width: int, depth: int) -> None:

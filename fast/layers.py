@@ -52,37 +52,43 @@ class Cache(KVCache):
         c = model.config
         self.pad, self.group, self.dim = pad, c.n_heads // c.n_kv_heads, c.dim
         self.layers = list(zip(self.keys, self.values))
-        self.views: dict[int, list[tuple[Tensor, Tensor]]] = {}  # end: the layers' keys before it
+        # end: the layers' keys and values before it, and the masks of all rows of the last chunk
+        self.views: dict[int, tuple[list[tuple[Tensor, Tensor]], Tensor]] = {}
+        # the positions of a chunk, and those padded behind it: every mask is a part of this one
+        at = torch.arange(CHUNK + pad + ROWS, device=self.columns.device)
+        self.causal = mask(at, self.columns - len(self.columns) + CHUNK, self.group, self.keys)
 
     def plan(self, first: int, stop: int) -> "ChunkPlan":
         last = stop + -(stop - first) % self.pad
         cuts = [first, *range(up_to_chunk(first + 1), stop, CHUNK), last]
-        chunks = [(b - a, up_to_chunk(a + 1)) for a, b in pairwise(cuts)]
+        chunks = []
+        for a, b in pairwise(cuts):
+            pairs, masks = self.before(up_to_chunk(a + 1))
+            row, rows = a % CHUNK * self.group, (b - a) * self.group
+            chunks.append((b - a, pairs, masks[row : row + rows + -rows % ROWS]))
         return ChunkPlan(self, self.columns[first:last], chunks)
+
+    def before(self, end: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """The layers' keys and values (B, G, end, E) before `end`, and the last chunk's masks."""
+        if end not in self.views:
+            pairs = zip(self.keys[..., :end, :], self.values[..., :end, :])
+            self.views[end] = list(pairs), self.causal[:, -end:]
+        return self.views[end]
 
 
 class ChunkPlan(Plan):
     """A pass over positions (N,) that each see the keys up to the end of their chunk.
 
-    chunks: (n, end), n positions that see the keys 0 .. end-1, those ahead of them masked.
+    chunks: n positions, the keys and values of each layer that they see, those ahead of them
+    masked, and the mask.
     """
 
     cache: Cache
 
-    def __init__(self, cache: Cache, positions: Tensor, chunks: list[tuple[int, int]]):
+    def __init__(self, cache: Cache, positions: Tensor, chunks: list[tuple[int, list, Tensor]]):
         self.cache, self.positions, self.slots = cache, positions, positions
-        self.sizes = [n for n, _ in chunks]
-        self.seen = []  # for each chunk: the layers' keys and values, and a mask added to scores
-        for at, (_, end) in zip(positions.split(self.sizes), chunks):
-            # a row of the mask is a query head at a position; what is padded sees key 0: no NaN
-            rows = at.repeat_interleave(cache.group)  # (n * H/G,)
-            rows = F.pad(rows, (0, -len(rows) % ROWS))
-            ahead = cache.columns[:end] > rows[:, None]
-            mask = torch.zeros_like(ahead, dtype=cache.keys.dtype).masked_fill_(ahead, -torch.inf)
-            if end not in cache.views:
-                pair = zip(cache.keys[..., :end, :], cache.values[..., :end, :])
-                cache.views[end] = list(pair)
-            self.seen.append((cache.views[end], mask))
+        self.sizes = [n for n, _, _ in chunks]
+        self.seen = [(pairs, mask) for _, pairs, mask in chunks]
 
     def write_chunks(self, layer: Any, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Store k, v (B, G, N, E); for each chunk keys, values (B, G, end, E) and the mask."""
@@ -90,6 +96,15 @@ class ChunkPlan(Plan):
         keys.index_copy_(2, self.slots, k)
         values.index_copy_(2, self.slots, v)
         return [(*pairs[layer], mask) for pairs, mask in self.seen]
+
+
+def mask(positions: Tensor, columns: Tensor, group: int, like: Tensor) -> Tensor:
+    """What to add to the scores of columns (T,), -inf where they lie ahead: (N * group, T).
+
+    A row is a query head at one of the positions (N,); `group` of them share a key head.
+    """
+    ahead = columns > positions.repeat_interleave(group)[:, None]
+    return torch.zeros_like(ahead, dtype=like.dtype).masked_fill_(ahead, -torch.inf)
 
 
 class Layer(plain.Layer):

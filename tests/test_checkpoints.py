@@ -14,7 +14,7 @@ import checkpoints
 from checkpoints import folder as hugging_face_folder
 from checkpoints import save
 from checkpoints.weights import linear
-from model import ExitHead, RoPE, RopeScaling
+from model import DraftHead, ExitHead, RoPE, RopeScaling
 
 load = partial(checkpoints.load, device="cpu")
 IDS = torch.arange(40).view(2, 20) * 7 % 11
@@ -122,6 +122,8 @@ def with_exits(model):
     model.exit_heads["3"] = ExitHead(model.config)
     torch.nn.init.normal_(model.exit_heads["1"].block.mlp.down.weight)
     torch.nn.init.uniform_(model.exit_heads["3"].norm.weight)
+    model.draft_heads["3"] = DraftHead(model.config, vocab=[9, 4])
+    model.draft_heads["5"] = DraftHead(model.config)  # of the full model
     return model.to(model.embed.weight.dtype)
 
 
@@ -136,12 +138,15 @@ def test_a_round_trip_keeps_every_bit(tmp_path, tied, scaling, dtype):
     again, tokenizer = load(tmp_path, dtype=dtype, plain=True)
     assert tokenizer is None and again.config == model.config and again.exits == (1, 3)
     assert again.exit_heads["1"].vocab.tolist() == [2, 4, 9]
+    assert again.draft_heads["3"].out.vocab.tolist() == [4, 9]
     state, state_again = model.state_dict(), again.state_dict()
     assert state.keys() == state_again.keys()
     for name, t in state.items():
         assert t.dtype == state_again[name].dtype and torch.equal(t, state_again[name]), name
     for exit in (1, 3, None):
         assert torch.equal(model(IDS, exit), again(IDS, exit))
+    h = model.run(model.embed(IDS), 0, 3)
+    assert torch.equal(model.draft(3, h, IDS), again.draft(3, h, IDS))
     assert (again.head.weight is again.embed.weight) == tied
 
 
@@ -365,6 +370,44 @@ def test_exit_heads_must_fit(tmp_path):
         save_file(tensors, file)
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
+
+
+def test_draft_heads_must_fit(tmp_path):
+    save(with_exits(random_model()), None, tmp_path)
+    file = tmp_path / "draft.safetensors"
+    heads = load_file(file)
+    broken = {
+        "6.out.norm.weight belongs to no exit between 1 and 5": heads
+        | {"6.out.norm.weight": torch.ones(16)},
+        "x.fuse.weight belongs to no exit": heads | {"x.fuse.weight": torch.ones(16, 32)},
+        "draft.safetensors, exit 3: (?s:.*)colour": heads | {"3.colour": torch.ones(16)},
+        "exit 5: (?s:.*)block.attn.qkv.weight": {
+            name: t for name, t in heads.items() if name != "5.block.attn.qkv.weight"
+        },
+        "exit 3: (?s:.*)size mismatch": heads | {"3.fuse.weight": torch.ones(16, 16)},
+        "vocab must be distinct": heads | {"3.out.vocab": torch.tensor([1, 11])},
+    }
+    for message, tensors in broken.items():
+        save_file(tensors, file)
+        with pytest.raises(ValueError, match=message):
+            load(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="truncated or corrupt"):
+        load(tmp_path)
+
+
+def test_a_model_loaded_by_name_gets_the_draft_heads_in_its_folder(tmp_path, monkeypatch):
+    """As a .gguf file does, which holds none."""
+    save(with_exits(random_model()), None, tmp_path / "named")
+    for file in ("exits.safetensors", "draft.safetensors"):
+        (tmp_path / "weights" / "named").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "named" / file).rename(tmp_path / "weights" / "named" / file)
+    model = random_model().float()
+    monkeypatch.setattr(checkpoints, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setitem(checkpoints.NAMES, "named", lambda: tmp_path / "named.gguf")
+    monkeypatch.setattr(checkpoints, "load_gguf", lambda *_: (model, None))
+    again, _ = load("named", plain=True)
+    assert list(again.draft_heads) == ["3", "5"] and again.exits == (1, 3)
 
 
 def test_unknown_names_are_told_what_exists(tmp_path):

@@ -19,8 +19,9 @@ from safetensors.torch import save
 
 import checkpoints
 import train_exits
-from hispec import generate
-from model import ExitHead, Llama
+from hispec import Step, generate
+from kvcache import KVCache
+from model import DraftHead, ExitHead, Llama
 
 ROOT = Path(__file__).parent.parent
 SHAPE = "--layers 4 --dim 32 --heads 2 --ffn 48 --vocab 300 --exits 1 2"
@@ -60,7 +61,7 @@ def weights(folder):
 
 
 def trunk_of(model):
-    return {n: p for n, p in model.state_dict().items() if "exit_heads" not in n}
+    return {n: p for n, p in model.state_dict().items() if "_heads" not in n}
 
 
 def assert_same(a, b):
@@ -112,6 +113,64 @@ def test_a_frozen_trunk_keeps_every_bit(tmp_path, corpus, trunk, bf16):
     assert_same(trunk_of(after), before.state_dict())
     heads = after.exit_heads.values()
     assert all(isinstance(head, ExitHead) and len(head.vocab) <= 60 for head in heads)
+
+
+@pytest.mark.parametrize("exit", [2, 4])
+def test_a_draft_head_learns_and_drafts(tmp_path, corpus, trunk, exit):
+    """Several drafts in a row, on a trunk that keeps every bit; 4 is the full depth."""
+    before, tokenizer = checkpoints.load(trunk, "cpu", torch.float32)
+    options = f"--model {trunk} --draft-head {exit} {SPEED}"
+    after, _ = train(tmp_path / "run", corpus, f"{options} --steps 60")
+    assert_same(trunk_of(after), before.state_dict())
+    assert after.exits == before.exits and list(after.draft_heads) == [str(exit)]
+    *_, title, first, second, third = (tmp_path / "run/agreement.csv").read_text().splitlines()
+    assert title == "draft,held_out_text"
+    shares = [float(row.split(",")[1]) for row in (first, second, third)]
+    assert min(shares) > 0.4
+    prompt = tokenizer.encode("for i in")
+    ladder = dict(exits=(0,) if exit == 4 else (0, exit), draft_head=exit)
+    out = generate(after, prompt, 40, windows=(3, 4)[: len(ladder["exits"])], **ladder)
+    assert out.tokens == generate(before, prompt, 40).tokens
+    assert out.levels[0].accepted / out.levels[0].proposed > 0.25
+
+
+def test_a_draft_head_drafts_what_its_exit_knows(tmp_path, corpus, trunk):
+    """The exit's own head, which knows few tokens, is kept as it is."""
+    options = f"--freeze-trunk --exits 1 2 --width 24 --draft-vocab 60 {SPEED} --steps 5"
+    exits, _ = train(tmp_path / "exits", corpus, f"--model {trunk} {options}")
+    known = exits.exit_heads["2"].vocab.tolist()
+    options = f"--model {tmp_path / 'exits/model'} {SPEED} --steps 5 --bf16"
+    after, _ = train(tmp_path / "run", corpus, f"{options} --draft-head 2")
+    assert after.draft_heads["2"].out.vocab.tolist() == known
+    assert_same(exits.exit_heads.state_dict(), after.exit_heads.state_dict())
+    options = f"--model {trunk} {SPEED} --steps 5 --draft-vocab 60"
+    after, _ = train(tmp_path / "full", corpus, f"{options} --draft-head 4")
+    assert len(after.draft_heads["4"].out.vocab) <= 60
+
+
+def test_drafts_in_a_row_are_trained_as_decoding_makes_them(trunk):
+    """Each draft of a chain from each position has the state that decoding gives it."""
+    model, _ = checkpoints.load(trunk, "cpu", torch.float32, plain=True)
+    model = model.double()
+    model.draft_heads["2"] = DraftHead(model.config).double()
+    ids = torch.arange(12) * 7 % model.config.vocab_size
+    args = Namespace(context=12, draft_head=2, device=torch.device("cpu"))
+    recipe, seen = train_exits.LookBack(model, ids, args), []
+    hook = recipe.head.block.register_forward_hook(lambda *passed: seen.append(passed[-1]))
+    states, choices = recipe.run(ids)
+    recipe.drafts(ids[None], states[None, :, 0], choices[None])
+    hook.remove()
+    with torch.inference_mode():
+        for start in range(len(ids)):
+            cache, step = KVCache(model, (0, 2), 12, draft_head=2), Step(model)
+            before = torch.nn.functional.pad(states[None, :start, 0], (0, 0, 1, 0))
+            state, _ = step.draft(cache, 2, before, ids[: start + 1], 0)
+            for i, trained in enumerate(seen):
+                position = start + i
+                if position < len(ids):
+                    torch.testing.assert_close(trained[0, position], state[0, 0])
+                if position + 1 < len(ids):
+                    state, _ = step.draft(cache, 2, state, ids[[position + 1]], position + 1)
 
 
 def test_a_time_budget_ends_the_run(tmp_path, corpus):
@@ -186,7 +245,7 @@ def test_an_epoch_reads_every_window_once(length, rows, context):
 # ---- the same again -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["scratch", "heads"])
+@pytest.mark.parametrize("recipe", ["scratch", "heads", "draft"])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_passes_of_any_size_add_up_to_the_same_gradients(recipe, rows):
     """Every row counts alike, also where the last pass has fewer."""
@@ -196,20 +255,22 @@ def test_passes_of_any_size_add_up_to_the_same_gradients(recipe, rows):
         model.exits = (1, 3)
         args = Namespace(
             batch=7 * 32, micro=32 * most, context=8, seed=0, draft_vocab=20, width=8,
-            compile=False, bf16=False, freeze_trunk=recipe == "heads", model=None, corpus=None,
+            compile=False, bf16=False, freeze_trunk=recipe == "heads",
+            draft_head=3 * (recipe == "draft"), model=None, corpus=None,
             device=torch.device("cpu"),
         )  # fmt: skip
         train_exits.prepare(model, text, text, args)
-        made = train_exits.FrozenTrunk if args.freeze_trunk else train_exits.LayerSkip
+        recipes = train_exits.LayerSkip, train_exits.FrozenTrunk, train_exits.LookBack
+        made = recipes[["scratch", "heads", "draft"].index(recipe)]
         stats = made(model, text, args).gradients(train_exits.Run(args, model, None), 0.3)
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         found.append(torch.cat([*grads, stats.flatten()]))
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", ["", "--bf16", "--freeze-trunk"])
+@pytest.mark.parametrize("recipe", ["", "--bf16", "--freeze-trunk", "--draft-head 2"])
 def test_a_killed_run_continues_bit_for_bit(tmp_path, corpus, trunk, recipe):
-    start = f"--model {trunk} --exits 1 2" if "trunk" in recipe else SHAPE
+    start = SHAPE if recipe in ("", "--bf16") else f"--model {trunk}"
     options = f"{start} {SPEED} --steps 40 {recipe}"
     train(tmp_path / "whole", corpus, options)
     code = "import sys, train_exits; train_exits.SAVE_EVERY = 0; train_exits.main(sys.argv[1:])"
@@ -260,6 +321,8 @@ def test_bfloat16_where_it_is_slow_is_said(tmp_path, corpus):
         ("--freeze-trunk", "go together"),
         ("--model tiny", "lab/train.py trains all of M"),
         ("--model tiny --freeze-trunk --exits", "--exits names none"),
+        ("--model tiny --freeze-trunk --draft-head 8", "no --freeze-trunk, no --exits"),
+        ("--draft-head 2", "no --freeze-trunk, no --exits"),
         ("--steps 0", "--steps must be above 0"),
         ("--lr nan", "--lr must be above 0"),
         ("--minutes -1", "--minutes must be above 0"),
@@ -274,6 +337,13 @@ def test_bfloat16_where_it_is_slow_is_said(tmp_path, corpus):
 def test_errors_are_named_and_write_nothing(tmp_path, corpus, options, message):
     with pytest.raises(ValueError, match=message):
         train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 5 {options}")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("exit", [-1, 5])
+def test_a_draft_head_reads_an_exit_of_the_model(tmp_path, corpus, trunk, exit):
+    with pytest.raises(ValueError, match=f"--draft-head must be an exit in 1..4, got {exit}"):
+        train(tmp_path / "run", corpus, f"--model {trunk} {SPEED} --draft-head {exit}")
     assert not (tmp_path / "run").exists()
 
 
