@@ -240,8 +240,8 @@ class RMSNorm(Packed, nn.RMSNorm):
         return y if y.dtype == x.dtype else y.to(x.dtype)  # an idle `to` costs a call
 
     def pack(self) -> None:
-        if self.weight.device.type != "cpu":
-            return
+        if self.weight.device.type != "cpu" or self.weight.dtype == torch.float64:
+            return  # in float64 `hypot` rounds alone otherwise than with others
         weight = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
         D = len(weight)
         self.packed = weight * math.sqrt(D), weight.new_tensor(math.sqrt(D * (self.eps or 0.0)))
