@@ -26,12 +26,12 @@ from texts import PROSE, write_family
 
 import checkpoints
 import lab.train
+from checkpoints.variety import looped
 from checkpoints.vocabulary import from_folder
 from hispec import generate
 from lab.agreement import write_figure
 from lab.corpus import make_openings, openers, own_loops, sample
 from lab.installed import INSTALLED, everything, is_held_out
-from checkpoints.variety import looped
 from model import ExitHead, Llama
 from train_exits import Run, measure, read_corpus
 
