@@ -3,12 +3,11 @@
     python bench.py --quick
     python bench.py --ladder "1(1) 2(2) 8(4)"
 
-For each prompt greedy decoding writes the reference text; then the methods take turns, twice, and
-every speed-up is the median over those two of a ratio within one. Times are wall-clock seconds of
-whole generations, prompt included. On every second prompt of a category each method also samples,
-once: another text of the same distribution, which tests prove and no comparison of texts could. On
-every third prompt, outside the speeds, steps are timed and what becomes of drafts is counted. A
-line is printed after each prompt, all else after the last.
+For each prompt greedy decoding writes the reference text; then the methods take turns. Times are
+wall-clock seconds of whole generations, prompt included. On every second prompt of a category each
+method also samples: another text of the same distribution, which tests prove and no comparison of
+texts could. On every third prompt, outside the speeds, steps are timed and what becomes of drafts
+is counted. A line is printed after each prompt, all else after the last.
 
 Each method is compared with greedy decoding, with its own draft alone (its first exit straight
 below the full model) and with the best single exit. Ladders are those that --tune last found for
@@ -52,7 +51,6 @@ from model import Llama
 
 PROMPTS = Path(__file__).parent / "prompts"
 HELD_OUT = Path("held-out")  # in place of a file: beginnings of installed files, drawn by lab/
-REPEATS = 2  # of the greedy part
 WARM_UP = 8  # tokens before it: a process's first passes are slower than all that follow
 ROOM = 288  # positions that a step must have room for, so that passes can be timed by themselves
 GREEDY: Ladder = ((), (), ())
@@ -83,7 +81,7 @@ class Request:
     category: str
     prompt: list[int]  # token ids of the conversation so far
     greedy: list[int]  # the reference answer
-    repeats: list[list[Generation]] = field(default_factory=list)  # [repeat][method]
+    made: list[Generation] = field(default_factory=list)  # [method]
     sampled: list[Generation] = field(default_factory=list)  # [method], or empty
     watched: dict[object, Notes] = field(default_factory=dict)  # by Method.key, or empty
 
@@ -334,7 +332,7 @@ def measure(request: Request, before: list[Request], methods, limit, law: dict, 
     turn = partial(take_turn, methods, request.prompt, bar=bar, stop=stop)
     if not before:
         turn(0, min(new, WARM_UP))
-    request.repeats = [turn(len(before) + i, new) for i in range(REPEATS)]
+    request.made = turn(len(before), new)
     if law and sum(other.category == request.category for other in before) % 2 == 0:
         seed = (law["seed"] + sum(len(other.sampled) > 0 for other in before)) % 2**63
         request.sampled = turn(len(before), new, **law | {"seed": seed})
@@ -392,34 +390,27 @@ def by_category(methods, requests: list[Request], m: int, of: Callable) -> dict:
 
 
 def figures(methods: list[Method], requests: list[Request], m: int, sampled=False) -> dict:
-    """The figures of method m over these requests, or of the one repeat in which they sampled."""
-    runs = [  # [repeat][method][request]
-        list(zip(*repeat, strict=True))
-        for repeat in ([[r.sampled for r in requests]] if sampled
-                       else zip(*(r.repeats for r in requests), strict=True))
-    ]  # fmt: skip
+    """The figures of method m over these requests, of their greedy texts or of the sampled ones."""
+    turns = [request.sampled if sampled else request.made for request in requests]
+    made = list(zip(*turns, strict=True))  # [method][request]
     keys = [method.key for method in methods]
 
-    def rate(repeat, method: int) -> float:
-        return sum(len(g.tokens) for g in repeat[method]) / sum(g.seconds for g in repeat[method])
+    def rate(method: int) -> float:
+        return sum(len(g.tokens) for g in made[method]) / sum(g.seconds for g in made[method])
 
     def speedup_over(key: object) -> float | None:
-        if key not in keys:
-            return None
-        return statistics.median(rate(r, m) / rate(r, keys.index(key)) for r in runs)
+        return rate(m) / rate(keys.index(key)) if key in keys else None
 
     def seconds(part) -> float | None:
         """A prompt's, on average; None where levels are not known, and so neither is the part."""
-        each = [statistics.mean(map(part, repeat[m])) for repeat in runs]
-        return statistics.median(each) if levels else None
+        return statistics.mean(map(part, made[m])) if levels else None
 
-    last = runs[-1][m]  # decoding is deterministic: the counts are those of every repeat
-    levels = list(zip(*(generation.levels for generation in last), strict=True))
-    tokens = sum(len(generation.tokens) for generation in last)
+    levels = list(zip(*(generation.levels for generation in made[m]), strict=True))
+    tokens = sum(len(generation.tokens) for generation in made[m])
     prompts = sum(len(request.prompt) for request in requests)
     single = next(method.key for method in methods if method.name == "single-layer")
     found = {
-        "tokens_per_second": statistics.median(rate(repeat, m) for repeat in runs),
+        "tokens_per_second": rate(m),
         "speedup_vs_greedy": speedup_over(methods[0].key),
         "speedup_vs_draft_alone": speedup_over(methods[m].draft),
         "speedup_vs_single_layer": speedup_over(single),
@@ -431,14 +422,14 @@ def figures(methods: list[Method], requests: list[Request], m: int, sampled=Fals
         "positions": [(sum(s.positions for s in level) - prompts) / tokens for level in levels],
         "prefill_seconds": seconds(lambda g: g.prefill_seconds),
         "decode_seconds": seconds(lambda g: g.seconds - g.prefill_seconds),
-        "distinct": statistics.median(distinct(g.tokens) for g in last),
-        "looping": sum(looping(g.tokens) * len(g.tokens) for g in last) / tokens,
+        "distinct": statistics.median(distinct(g.tokens) for g in made[m]),
+        "looping": sum(looping(g.tokens) * len(g.tokens) for g in made[m]) / tokens,
         "prompts": len(requests),
         "tokens": tokens,
     }
     if sampled:
         return found
-    differing = [differing_tokens(g.tokens, r.greedy) for g, r in zip(last, requests, strict=True)]
+    differing = [differing_tokens(g.tokens, r.greedy) for g, r in zip(made[m], requests)]
     return found | {"identical": differing.count(0), "differing_tokens": sum(differing)}
 
 
@@ -513,7 +504,7 @@ def shown(methods: list[Method]) -> list[tuple[str, int]]:
 def how_long(questions: list[dict], methods: list[Method], seconds: float) -> str:
     """seconds: what one text took."""
     turns = sum(len(question["turns"]) for question in questions)
-    texts = turns * (1 + len({method.key for method in methods}) * (REPEATS + 1))
+    texts = turns * (1 + len({method.key for method in methods}) * 2)
     minutes = texts * seconds / 60
     return f"(up to {texts} texts, the first took {seconds:.1f} s: {minutes:.1f} minutes or less)"
 
@@ -571,7 +562,7 @@ def divergences(model: Llama, methods: list[Method], requests: list[Request]) ->
     """Where each text that is not greedy's first differs, and the two best logits there."""
     for m, method in enumerate(methods):
         for request in requests:
-            tokens, reference = request.repeats[-1][m].tokens, request.greedy
+            tokens, reference = request.made[m].tokens, request.greedy
             if tokens == reference:
                 continue
             pairs = enumerate(zip(tokens, reference, strict=False))
