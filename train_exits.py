@@ -34,9 +34,11 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
+import random
 import sysconfig
 import time
 from collections.abc import Callable
@@ -77,6 +79,7 @@ KEPT = 4 * 2**30  # frozen trunk: bytes of its hidden states that are kept for t
 DRAFTS = (1.0, 0.5, 0.25)  # draft head: the loss weights of its first draft, second draft, ...
 HELD_OUT = 28  # one document in so many is never trained on
 FEW = 400  # documents; of fewer the ends are held out, since chance might take none, or too many
+CUT = 500  # recipe 1: characters of text for each place where it is cut
 SAVE_EVERY = 180  # seconds
 
 
@@ -215,11 +218,21 @@ def digest(name: str) -> int:
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """All texts as one row of token ids (T,), each ended by END where the tokenizer has one."""
+def encode(tokenizer: Tokenizer, texts: list[str], cut: bool = False) -> Tensor:
+    """All texts as one row of token ids (T,), each ended by END where the tokenizer has one.
+
+    cut: each is cut at random places, and its pieces are encoded by themselves. What people type
+    may end in the middle of a word, which is then spelled with other tokens than the whole word,
+    and a model goes on from there only if it has met such ends.
+    """
     end = [tokenizer.special[END]] if END in tokenizer.special else []
-    ids = [tokenizer.encode(text) + end for text in texts]
-    return torch.cat([torch.tensor(row, dtype=torch.int32) for row in ids or [[]]])
+    rng = random.Random(0)
+    rows: list[list[int]] = [[]]
+    for text in texts:
+        places = sorted(rng.randrange(len(text)) for _ in range(len(text) // CUT if cut else 0))
+        pieces = [text[i:j] for i, j in itertools.pairwise([0, *places, len(text)])]
+        rows.append([id for piece in pieces for id in tokenizer.encode(piece)] + end)
+    return torch.cat([torch.tensor(row, dtype=torch.int32) for row in rows])
 
 
 def shuffled(i: int, n: int, seed: int) -> int:
@@ -849,7 +862,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = learn(texts, args.vocab)
         model = new_model(args, tokenizer)
     choose_exits(model, args)
-    text, held = encode(tokenizer, texts), encode(tokenizer, held_out)
+    text, held = encode(tokenizer, texts, cut=not args.model), encode(tokenizer, held_out)
     prepare(model, text, held, args)
     run = Run(args, model, tokenizer)
     if args.resume:

@@ -38,7 +38,9 @@ TEKKEN = (  # Mistral's: a word ends before a capital letter
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LEARNED = SMOLLM
+# What a learned vocabulary is cut by, for code. A newline is a piece by itself and so is the
+# indentation after it, so that a text may end after either and go on as the files it learned from.
+LEARNED = r"\n| {2,}|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s"
 # by their names in a GGUF file
 SPLITS = {"smollm": SMOLLM, "gpt-2": GPT2, "qwen2": QWEN2, "tekken": TEKKEN}
 SPLITS |= dict.fromkeys(["llama-bpe", "llama3", "llama-v3"], LLAMA3)

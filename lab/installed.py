@@ -85,6 +85,7 @@ def installed_tokens(args, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Tens
     if args.rank == 0 and not file.exists():
         documents = everything()
         rest = [name for name in documents if not is_held_out(name)]
+        cut = tokenizer is None
         if tokenizer is None:
             names = [n for n in rest if digest(n) % VOCABULARY_SAMPLE == 1]
             tokenizer = learn([documents[n] for n in names], args.vocab)
@@ -92,7 +93,7 @@ def installed_tokens(args, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Tens
         for name, content in to_files(tokenizer).items():
             write_whole(folder / name, content)
         held = [text for name, text in documents.items() if is_held_out(name)]
-        tensors = {"text": encode(tokenizer, [documents[n] for n in rest])}
+        tensors = {"text": encode(tokenizer, [documents[n] for n in rest], cut)}
         tensors["held"] = encode(tokenizer, held)
         write_whole(file, lambda to: save_file(tensors, to, metadata={"kind": kind}))
     if args.world > 1:

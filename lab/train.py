@@ -192,7 +192,7 @@ def read(args: argparse.Namespace) -> tuple[Llama, Tokenizer | None, Tensor, Ten
     else:
         texts, held_out = split(read_corpus(args.corpus))
         tokenizer = tokenizer or learn(texts, args.vocab)
-        text, held = encode(tokenizer, texts), encode(tokenizer, held_out)
+        text, held = encode(tokenizer, texts, cut=model is None), encode(tokenizer, held_out)
     if model is None:
         model = new_model(args, tokenizer)
         choose_exits(model, args)

@@ -402,3 +402,14 @@ def test_a_template_that_refuses_names_its_file(tmp_path, file):
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=f"{file}: the chat template refuses: no"):
         vocabulary.from_folder(tmp_path, {}, 400).chat(["hi"])
+
+
+def test_a_learned_vocabulary_keeps_newlines_apart_from_indentation():
+    """So that a text may end after either and go on as the files it was learned from."""
+    text = "def f(n):\n    if n:\n        return 12\n\n\nclass A:\n    x = 1\n" * 50
+    tokenizer = vocabulary.learn([text], 400)
+    tokens = [tokenizer.spell(id) for id in tokenizer.encode(text[:64])]
+    assert b"\n" in tokens and b"    " in tokens and b"        " in tokens
+    assert not any(b"\n" in token and len(token) > 1 for token in tokens)
+    begun = tokenizer.encode("def f(n):\n")
+    assert tokenizer.encode("def f(n):\n    if n:")[: len(begun)] == begun

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import module, random_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -19,6 +19,7 @@ from safetensors.torch import save
 
 import checkpoints
 import train_exits
+from checkpoints import vocabulary
 from hispec import Step, generate
 from kvcache import KVCache
 from model import DraftHead, ExitHead, Llama
@@ -420,3 +421,12 @@ def test_several_processes_are_sent_elsewhere(tmp_path, corpus, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="torchrun .* -m lab.train"):
         train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 1")
+
+
+def test_text_to_learn_from_is_cut_anywhere_and_loses_nothing():
+    text = module("cut", 80)
+    tokenizer = vocabulary.learn([text], 300)
+    whole, pieces = (train_exits.encode(tokenizer, [text, text], cut=cut) for cut in (False, True))
+    assert len(pieces) > len(whole)  # some word is spelled in two pieces
+    spelled = [b"".join(map(tokenizer.spell, ids.tolist())) for ids in (whole, pieces)]
+    assert spelled[0] == spelled[1] == 2 * (text.encode() + b"<|endoftext|>")
