@@ -11,6 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 WINGS = ("lab", "show", "lecture", "fast")
 PROPERTIES = ["lossless", "cache", "sampling", "block", "model", "arguments", "drafters"]
+# of these the longest are left out: they say the same on more levels, windows and truncations
+LONGEST = """
+truncated or three_levels or whole_texts or look_ups or contexts_end or planted_bugs
+or longer_than_a_pass or without_a_bug or float32
+"""
 FEW = """
 import sys
 import pytest
@@ -64,7 +69,8 @@ def test_exits_are_trained(tree):
 
 
 def test_the_core_keeps_its_properties(tree):
-    done = run(tree, "-c", FEW, *(f"tests/test_{name}.py" for name in PROPERTIES))
+    few = f"not ({' '.join(LONGEST.split())})"
+    done = run(tree, "-c", FEW, "-k", few, *(f"tests/test_{name}.py" for name in PROPERTIES))
     assert done.returncode == 0, done.stdout[-3000:]
 
 
