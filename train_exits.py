@@ -618,7 +618,8 @@ class Run:
         if args.freeze_trunk:
             model.exit_heads = self.work.exit_heads
         if args.draft_head:
-            model.draft_heads = self.work.draft_heads
+            exit = str(args.draft_head)
+            model.draft_heads[exit] = self.work.draft_heads[exit]
         self.step, self.spent, self.began = 0, 0.0, time.time()
         asked = ["model", "freeze_trunk", "draft_head", "bf16", "batch", "context", "seed"]
         asked += ["draft_vocab"]

@@ -11,7 +11,7 @@ also lets the model go on, greedily, with what it reads, and makes the tokens of
 
 --corpus installed reads Python's library and every package installed beside it; its tokens are kept
 in DIR/corpus. --self-distill trains recipes 2 and 3 on M's own writing, which is what decoding will
-meet; it is kept in DIR/samples.safetensors. A chat model is shown the mark that begins a user's
+meet, and so it does a draft head; it is kept in DIR/samples.safetensors. A chat model is shown the mark that begins a user's
 turn, and writes the question too (Magpie, arXiv 2406.08464).
 
 At the end agreement.csv has a second column, on greedy continuations, and agreement.png shows both.
@@ -43,6 +43,7 @@ from train_exits import (
     LONG,
     FrozenTrunk,
     LayerSkip,
+    LookBack,
     Run,
     check,
     choose_exits,
@@ -53,6 +54,7 @@ from train_exits import (
     prepare,
     read_corpus,
     report,
+    report_drafts,
     split,
 )
 
@@ -63,14 +65,14 @@ OWN = 0.5  # loss weight of the rows a model has written itself; the text's is 1
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options, checked. Raises ValueError for what can be seen to be wrong before any work."""
     p = options(__doc__)
-    own = "recipes 2 and 3: train M on so many tokens of its own writing"
+    own = "recipes 2 and 3, draft heads: train on so many tokens of M's own writing"
     p.add_argument("--self-distill", type=int, default=0, metavar="TOKENS", help=own)
     leave = "recipe 3: what weight the model's own loops have, which are to be unlikely"
     p.add_argument("--unlikelihood", type=float, default=0.0, metavar="W", help=leave)
     args = p.parse_args(argv)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    recipe_3 = args.model and not args.freeze_trunk
-    if (args.freeze_trunk or args.self_distill) and not args.model:
+    recipe_3 = args.model and not args.freeze_trunk and not args.draft_head
+    if (args.freeze_trunk or args.self_distill) and not (args.model or args.draft_head):
         raise ValueError("--freeze-trunk and --self-distill need a --model to start from")
     if args.unlikelihood and not recipe_3:
         raise ValueError("--unlikelihood changes the trunk of a --model, as recipe 3 does")
@@ -208,7 +210,9 @@ def train(args: argparse.Namespace) -> None:
     run = (SharedRun if args.world > 1 else Run)(args, model, tokenizer)
     recipe: LayerSkip | FrozenTrunk
     original = None
-    if args.model and not args.freeze_trunk:
+    if args.draft_head:
+        recipe = LookBack(run.work, text, args)
+    elif args.model and not args.freeze_trunk:
         original = copy.deepcopy(run.work).requires_grad_(False)
         recipe = WholeModel(run.work, text, args, original)
     else:
@@ -223,8 +227,10 @@ def train(args: argparse.Namespace) -> None:
 
 def draw(args: argparse.Namespace, model: Llama, held: Tensor, original: Llama | None) -> None:
     """Every layer's agreement, as a table and a figure, and what was kept of the original."""
-    loss, columns = agreement(model, held, args.context)
     header = describe(args.model or "a new model", args.device, model.embed.weight.dtype)
+    if args.draft_head:
+        return report_drafts(args, header, model, held)
+    loss, columns = agreement(model, held, args.context)
     report(args.out, header, model.exits, loss, columns)
     if original is not None:
         print(kept(original, model, held, args.context))

@@ -75,6 +75,7 @@ def whole_model(model, text=None, **asked):
     defaults = dict(
         batch=7 * 64, micro=1000, context=8, seed=0, device=torch.device("cpu"), compile=False,
         unlikelihood=0.0, rank=0, world=1, bf16=False, freeze_trunk=False, model="m", corpus=None,
+        draft_head=0,
     )  # fmt: skip
     return lab.train.WholeModel(model, text, Namespace(**(defaults | asked)), model)
 
@@ -212,6 +213,16 @@ def test_a_random_folder_without_tokenizer_learns_from_its_own_samples(tmp_path,
     rows = sample(random, torch.randint(50, (64, 4)), 32, torch.arange(64) % 2 == 1)
     untrained, trained = (measure(m, rows)[1][1] for m in (random, model))
     assert trained > untrained + 0.1, (untrained, trained)
+
+
+def test_a_draft_head_learns_from_its_models_own_samples(tmp_path, corpus):
+    checkpoints.save(random_model(vocab_size=50).float(), None, tmp_path / "random")
+    options = f"--model {tmp_path / 'random'} --draft-head 3 --self-distill 2000 --steps 3"
+    model, _ = lab_train(
+        tmp_path / "run", corpus, f"{options} --batch 256 --micro 256 --context 8"
+    )
+    assert list(model.draft_heads) == ["3"] and (tmp_path / "run/samples.safetensors").exists()
+    assert "draft,held_out_text" in (tmp_path / "run/agreement.csv").read_text()
 
 
 @pytest.mark.parametrize(
