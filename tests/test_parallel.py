@@ -35,6 +35,7 @@ def case(seed: int) -> tuple[Llama, list[int], int, dict]:
     vocab, layers = rng.choice([2, 11, 40]), rng.randint(2, 4)
     shape = dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=4, ffn_dim=rng.choice([2, 9, 24]))
     shape |= dict(n_layers=layers, vocab_size=vocab, tie_embeddings=rng.random() < 0.5)
+    shape |= dict(qkv_bias=rng.random() < 0.3, qk_norm=rng.random() < 0.3)
     shape |= dict(qkv_bias=seed % 5 == 1, qk_norm=seed % 7 == 2)
     model = random_model(seed, **shape)
     exits = tuple(sorted(rng.sample(range(layers), rng.randint(0, min(3, layers)))))
