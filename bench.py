@@ -2,6 +2,7 @@
 
     python bench.py --quick
     python bench.py --ladder "1(1) 2(2) 8(4)"
+    torchrun --nproc_per_node=2 bench.py --model M      # a model larger than one GPU
 
 For each prompt greedy decoding writes the reference text; then the methods take turns. Times are
 wall-clock seconds of whole generations, prompt included. On every second prompt of a category each
@@ -18,6 +19,7 @@ On a CPU the number of threads and the faster of float32 and bfloat16 are found 
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -130,7 +132,7 @@ def main() -> None:
     for request in ask(decoder(*GREEDY), tokenizer, questions, *limit, room, tell):
         if not requests:
             tell(how_long(questions, methods, time.perf_counter() - began))
-        with tqdm(total=1, desc=request.category, leave=False, disable=None) as bar:
+        with tqdm(total=1, desc=request.category, leave=False, disable=args.quiet or None) as bar:
             measure(request, requests, methods, limit, sampling(args), bar)
         requests.append(request)
         tell(row(methods, request, columns))
@@ -160,7 +162,8 @@ def main() -> None:
 
 def load_model(args: argparse.Namespace, tell: Callable) -> tuple[Llama, Tokenizer, dict]:
     """The model in the dtype that is faster here, its tokenizer, and the setting of the run."""
-    load_as = partial(load, args.model, args.device, plain=args.step == "plain")
+    plain = args.step == "plain"
+    load_as = partial(load, args.model, args.device, plain=plain, ranks=args.ranks)
     step = {"step": args.step}
     if args.dtype is None:
         either = step | describe(args.model, args.device, torch.float32)
@@ -173,7 +176,7 @@ def load_model(args: argparse.Namespace, tell: Callable) -> tuple[Llama, Tokeniz
     if args.chat == "never":
         tokenizer.template = None
     header = step | describe(args.model, args.device, dtype) | {"sampling": sampling(args)}
-    if args.device == "cpu":
+    if args.device == "cpu" and not args.ranks:
         header["threads"] = kept_threads(header, model, args.tune)
         torch.set_num_threads(header["threads"])
     threads = f"threads: {header['threads']}" if args.device == "cpu" else "GPU"
@@ -615,9 +618,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
     add("--figures", type=Path, metavar="DIR", help="also draw figures into DIR, as PNG and SVG")
     args = parser.parse_args()
+    args.ranks, args.quiet = None, False
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        share_out(args)
     fill_in(args)
     check(args)
     return args
+
+
+def share_out(args: argparse.Namespace) -> None:
+    """Started by torchrun: every process makes the same calls, with a part of the model each.
+
+    So nothing may be chosen by time, which each would measure for itself; one prints and writes.
+    """
+    if find_spec("fast") is None:
+        raise ValueError("several processes share a model by fast/, which is not here")
+    if args.tune or args.peers or args.figures or args.step not in (None, "plain"):
+        raise ValueError("several processes: no --tune, --peers or --figures, no --step but plain")
+    from fast.parallel import start
+
+    args.ranks = start(args.device)
+    args.device, args.step, args.quiet = args.ranks.device, "plain", not args.ranks.first
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.json = None if args.quiet else args.json
 
 
 def fill_in(args: argparse.Namespace) -> None:

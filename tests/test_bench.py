@@ -38,7 +38,7 @@ def small_bench(monkeypatch, tmp_path):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(ladders, "best_threads", lambda model: 1)
     monkeypatch.setattr(ladders, "SHIPPED", tmp_path / "shipped.json")
-    monkeypatch.setattr(bench, "load", lambda name, device, dtype, plain: (model, tokenizer))
+    monkeypatch.setattr(bench, "load", lambda *_, **options: (model, tokenizer))
     prompts = [
         ("chat", ["Hello", "And then?"]),
         ("chat", ["Again"]),

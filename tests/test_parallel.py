@@ -18,6 +18,7 @@ import torch
 from conftest import random_model
 from safetensors import safe_open
 
+import bench
 import checkpoints
 from fast.parallel import Ranks, start
 from hispec import generate
@@ -35,6 +36,7 @@ def case(seed: int) -> tuple[Llama, list[int], int, dict]:
     vocab, layers = rng.choice([2, 11, 40]), rng.randint(2, 4)
     shape = dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=4, ffn_dim=rng.choice([2, 9, 24]))
     shape |= dict(n_layers=layers, vocab_size=vocab, tie_embeddings=rng.random() < 0.5)
+    shape |= dict(qkv_bias=rng.random() < 0.3, qk_norm=rng.random() < 0.3)
     shape |= dict(qkv_bias=seed % 5 == 1, qk_norm=seed % 7 == 2)
     model = random_model(seed, **shape)
     exits = tuple(sorted(rng.sample(range(layers), rng.randint(0, min(3, layers)))))
@@ -174,6 +176,14 @@ def test_a_killed_process_ends_the_other_with_one_line(run):
     assert made == [None, None] and time.monotonic() - began < 50
     assert err[0].startswith("error: no answer from another of the model's processes (")
     assert len(err[0].splitlines()) == 1, err[0]
+
+
+@pytest.mark.parametrize("option", [["--tune"], ["--peers"], ["--step", "packed"]])
+def test_the_bench_refuses_what_each_process_would_decide_by_its_own_clock(monkeypatch, option):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["bench.py", *option])
+    with pytest.raises(ValueError, match="several processes: no --tune"):
+        bench.parse_arguments()
 
 
 def test_smollm2_by_two_processes(run):
