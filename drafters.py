@@ -4,12 +4,17 @@ A drafter is an object with one method,
 
     draft(decoder, want) -> (tokens, q)
 
-It proposes at most `want` token ids that may follow `decoder.text`, a list, or a tensor on the
-model's device; none is allowed. q (n, V) are the distributions that they were drawn from, or None
-if they were not drawn: then all the probability is on them. `decoder.choose(logits)` draws a token
-as the generation's options ask, and gives its distribution. The first `decoder.unchanged` tokens of
-the text are as the drafter last saw or wrote them, 0 at the first call of a generation: so far a
-cache of its own still holds.
+It proposes at most `want` token ids that may follow `decoder.text`, as a list, or as a tensor on
+the model's device; none is allowed. q (n, V) are the distributions that they were drawn from, or
+None if they were not drawn: then all the probability is on them. For example
+
+    class Again:  # the last token, again and again
+        def draft(self, decoder, want):
+            return [decoder.text[-1]] * want, None
+
+`decoder.choose(logits)` draws a token as the generation's options ask, and gives its distribution.
+The first `decoder.unchanged` tokens of the text are as the drafter last saw or wrote them: what it
+has cached for these is still right. At the first call of a generation it is 0: forget everything.
 """
 
 from collections import defaultdict

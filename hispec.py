@@ -41,7 +41,8 @@ def generate(
     watch: called with an Event after every step but a drafter's. drafter: what drafts at depth 0
     (drafters.py; default: the look-up). decoder: a subclass of Decoder, to count, to time, or to
     decide otherwise. fast: the step to use; default: the model's own, or the plain one.
-    Raises ValueError, before any work, for arguments out of range; and if logits are not finite.
+    Raises ValueError for arguments out of range, before any work, and for logits that are not
+    finite.
     """
     began = time.perf_counter()
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
@@ -67,7 +68,10 @@ def generate(
 class Decoder:
     """The state of one generation, and the recursion that advances it.
 
-    tokens[:length] is the text so far: what the last level wrote, then drafts it has not judged.
+    tokens[:length] is the text so far, on the device: what the last level wrote, then drafts that
+    it has not judged. `text` is its copy on the host, which lags behind while level 0 drafts. A
+    level never runs the last token of the text before it has to: it has run position length - 1
+    only once something was appended behind it.
     """
 
     def __init__(self, prompt: list[int], end: int, options: Options, step: "Step",
@@ -84,8 +88,8 @@ class Decoder:
         self.tokens = torch.zeros(len(cache.columns) + 1, dtype=torch.long, device=device)
         self.tokens[: self.length] = torch.tensor(prompt)
         self.rng = torch.Generator(device)
-        any_ = torch.randint(2**63 - 1, ())  # as torch.manual_seed says, if it has been called
-        self.rng.manual_seed(int(any_ if options.seed is None else options.seed))
+        drawn = torch.randint(2**63 - 1, ())  # repeatable after torch.manual_seed
+        self.rng.manual_seed(int(drawn if options.seed is None else options.seed))
         self.stats = [LevelStats(depth) for depth in self.depths]
         self.began = time.perf_counter()
 
@@ -96,7 +100,8 @@ class Decoder:
         self.settle(self.top, base, own, kept)
 
     def propose(self, k: int, want: int) -> Tensor | None:
-        """Append at least `want` tokens that level k accepts; fewer at the end or in doubt.
+        """Append at least `want` tokens that level k accepts; fewer at the end of the text, or once
+        level k's probability of what it appended is below its threshold.
 
         Returns the distributions (n, V) that the n tokens are samples of; at temperature 0 None.
         """
@@ -131,15 +136,16 @@ class Decoder:
         """
         drafts = self.tokens[base : self.length]  # (n,), none for level 0
         if self.options.temperature == 0:
-            best, choice = logits.max(dim=-1)  # (n+1,)
-            own, kept, written = *accept_equal(drafts, choice), None
+            to_check, choice = logits.max(dim=-1)  # (n+1,)
+            (own, kept), written = accept_equal(drafts, choice), None
         else:
             p = self.options.distribution(logits)  # (n+1, V)
             q = p[:0] if q is None else q
             own, kept, written = self.accept(k, drafts, q, p)
-            best = torch.cat([p[:, 0], q[:, 0]])  # of logits with a NaN the whole row is NaN
-        if self.reads(k):  # -1 is what `settle` finds an error by: no further read for it
-            own = torch.where(best.isfinite().all(), own, -1)
+            to_check = torch.cat([p[:, 0], q[:, 0]])  # of logits with a NaN the whole row is NaN
+        if self.reads(k):
+            # an own token of -1 means "not finite": `settle` raises, without a second host read
+            own = torch.where(to_check.isfinite().all(), own, -1)
         return own, kept, written
 
     def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
@@ -147,12 +153,14 @@ class Decoder:
         return accept_block(drafts, q, p, self.rng)
 
     def reads(self, k: int) -> bool:
-        """Whether the host waits for level k's steps: a drafting level judges nothing."""
+        """Whether the host reads what level k decides. The lowest level, if it only drafts, never
+        judges, so that its tokens may stay on the device.
+        """
         return k > 0 or self.top == 0
 
     def settle(self, k: int, base: int, own: Tensor, kept: Tensor) -> None:
         """Keep the accepted drafts and level k's own token behind them; roll back the rest."""
-        n, drafts = 0, []
+        n, drafts = 0, []  # as it is where nothing is read: no drafts, and one token of its own
         if self.reads(k):  # the one host read of a verification without thresholds
             read = torch.cat([kept, own, self.tokens[base : self.length]])
             n, token, *drafts = read.tolist()
@@ -197,7 +205,7 @@ class Decoder:
         q = self.options.distribution(logits)
         return draw(q[0], self.rng), q
 
-    # ---- what was done, for who wants to know ---------------------------------------------------
+    # ---- what was done, for whoever wants to know -----------------------------------------------
 
     def report(self, k: int, base: int, drafts: list[int], kept: int) -> None:
         """Count what a step of level k did, and tell whoever watches."""
@@ -322,21 +330,28 @@ def accept_tokens(
 def accept_block(
     drafts: Tensor, q: Tensor, p: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Block verification (arXiv 2403.10444): the same, and it never keeps fewer drafts.
+    """Block verification (arXiv 2403.10444): the same, and on average it keeps no fewer drafts.
 
-    What matters is how likely the whole text up to a draft is, not each draft by itself: b_i is the
-    share of q's probability of drafts 1..i that p lets stand. The longest text that passes is kept.
+    A draft that p likes more than q makes up for a later one that it likes less (the argument is in
+    lecture/acceptance.md). For drafts x_1 .. x_n
+
+        b_0 = 1,  b_i = min(1, b_{i-1} p_i(x_i) / q_i(x_i))
+        r_i = sum over v of max(b_i p_{i+1}(v) - q_{i+1}(v), 0)
+        pass_i = r_i / (r_i + 1 - b_i) for i < n,  pass_n = b_n
+
+    and the largest i whose coin, of probability pass_i, says yes is how many are kept. The level's
+    own token is drawn from that sum's terms, or from p behind the last draft.
     """
-    n, b = len(drafts), [p.new_ones(())]
+    n, steps = len(drafts), [p.new_ones(())]
     for ratio in ratios(drafts, q, p):
-        b.append((b[-1] * ratio).clamp(max=1))
-    stands = torch.stack(b).unsqueeze(1)  # (n+1, 1)
-    # what p lets stand and q does not offer: from here the level's own token is drawn
-    residual = torch.cat([(stands[:-1] * p[:-1] - q).clamp(min=0), p[-1:]])  # (n+1, V)
-    left = residual[1:-1].sum(-1)  # (n-1,), after drafts 1 .. n-1
-    pass_ = torch.cat([left / (left + 1 - stands[1:-1, 0]), stands[1:, 0][-1:]])  # (n,)
-    order = torch.arange(1, n + 1, device=p.device)
-    kept = torch.cat([order.new_zeros(1), order * coin(pass_.nan_to_num(0), rng)]).amax(0, True)
+        steps.append((steps[-1] * ratio).clamp(max=1))
+    b = torch.stack(steps)  # (n+1,): b_0 .. b_n
+    residual = torch.cat([(b[:-1, None] * p[:-1] - q).clamp(min=0), p[-1:]])  # (n+1, V)
+    r = residual[1:-1].sum(dim=-1)  # (n-1,): r_1 .. r_{n-1}
+    passes = torch.cat([r / (r + 1 - b[1:-1]), b[1:][-1:]])  # (n,): pass_1 .. pass_n
+    numbers = torch.arange(1, n + 1, device=p.device)
+    says_yes = coin(passes.nan_to_num(0), rng)  # 0/0 where p and q are the same: never needed
+    kept = torch.cat([numbers.new_zeros(1), numbers * says_yes]).amax(dim=0, keepdim=True)
     return draw(residual.index_select(0, kept).squeeze(0), rng), kept, p
 
 
@@ -364,4 +379,4 @@ def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
 def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
     """A token (1,) in proportion to weights (V,), with no host read."""
     clocks = torch.empty_like(weights).exponential_(generator=rng)
-    return (weights / clocks).argmax(dim=0, keepdim=True)  # sped up so, the first clock to ring
+    return (weights / clocks).argmax(dim=0, keepdim=True)  # the token whose clock rings first

@@ -49,7 +49,7 @@ class KVCache:
         c, weight = model.config, model.embed.weight
         self.depths = (*exits, c.n_layers)
         self.lengths = [0] * len(self.depths)  # positions that each segment has processed
-        self.processed = [0] * len(self.depths)  # the same, those rolled back later included
+        self.processed = [0] * len(self.depths)  # the same, and those rolled back since
         blocks = [exit for exit in exits if exit in model.blocks]
         self.block_layers = {exit: c.n_layers + i for i, exit in enumerate(blocks)}
         self.draft_layer = c.n_layers + len(blocks)
@@ -78,7 +78,7 @@ class KVCache:
 
     def rollback(self, length: int) -> None:
         """Forget what any segment holds at positions >= length."""
-        self.lengths = [min(processed, length) for processed in self.lengths]
+        self.lengths = [min(n, length) for n in self.lengths]
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +91,9 @@ class Plan:
     """One pass of N tokens through some layers: where they stand, are written, and may look.
 
     Positions and slots are the same for tokens that follow each other. A tree of drafts has
-    several tokens at one position, each in a slot of its own that only its descendants see.
+    several tokens at one position, each in a slot of its own that only its descendants see; the
+    cache must have room for them, and to keep a branch its slots are copied into line (exercise 8
+    of the lecture). `hispec.run_plan` runs a plan.
     """
 
     cache: KVCache

@@ -11,8 +11,8 @@ also lets the model go on, greedily, with what it reads, and makes the tokens of
 
 --corpus installed reads Python's library and every package installed beside it; its tokens are kept
 in DIR/corpus. --self-distill trains recipes 2 and 3 on M's own writing, which is what decoding will
-meet, and so it does a draft head; it is kept in DIR/samples.safetensors. A chat model is shown the mark that begins a user's
-turn, and writes the question too (Magpie, arXiv 2406.08464).
+meet, and so it does a draft head; it is kept in DIR/samples.safetensors. A chat model is shown the
+mark that begins a user's turn, and writes the question too (Magpie, arXiv 2406.08464).
 
 At the end agreement.csv has a second column, on greedy continuations, and agreement.png shows both.
 """

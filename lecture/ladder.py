@@ -20,15 +20,17 @@ def predict(model: Llama, seq: list[int], depth: int) -> list[int]:
 
 
 def propose(model: Llama, seq: list[int], depths: list[int], windows: list[int], k: int, want: int):
-    """Append at least `want` tokens to seq that level k, the model cut at depths[k], expects."""
+    """Append at least `want` tokens to seq that level k, the model cut at depths[k], expects.
+
+    depths: the exits and, last, the full model's; windows: one for each exit.
+    """
     goal = len(seq) + want
     while len(seq) < goal:
         base = len(seq)
         if k > 0:  # the level below drafts
             propose(model, seq, depths, windows, k - 1, min(windows[k - 1], goal - base))
-        expected = predict(model, seq, depths[k])[
-            base - 1 :
-        ]  # of the drafts, and of one token more
+        expected = predict(model, seq, depths[k])
+        expected = expected[base - 1 :]  # for each draft, and for one token more
         kept = 0
         while base + kept < len(seq) and seq[base + kept] == expected[kept]:
             kept += 1  # a draft is right
@@ -36,10 +38,11 @@ def propose(model: Llama, seq: list[int], depths: list[int], windows: list[int],
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the model is tiny: threads would only wait for each other
     torch.manual_seed(0)
     model = Llama(Config(vocab_size=50, dim=32, n_layers=8, n_heads=4, n_kv_heads=2, ffn_dim=64))
     for weight in model.parameters():
-        weight.data *= 5  # as it begins, every depth would write the same token for ever
+        weight.data *= 5  # with fresh, small weights every depth predicts the same token
     prompt, exits, windows = [3, 1, 4], [2, 4], [2, 4]
     text = list(prompt)
     with torch.no_grad():

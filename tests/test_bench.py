@@ -133,7 +133,7 @@ def test_how_long_it_takes_is_said_once_one_text_is_written():
         for name, ladder in (("a", ((1,),)), ("b", ((2,),)), ("c", ((2,),)))
     ]
     said = bench.how_long([{"turns": ["x", "y"]}, {"turns": ["z"]}], methods, 2.0)
-    assert said == "(up to 21 texts, the first took 2.0 s: 0.7 minutes or less)"  # 3 x (1 + 2 x 3)
+    assert said == "(up to 15 texts, the first took 2.0 s: 0.5 minutes or less)"  # 3 x (1 + 2 x 2)
 
 
 def test_ladders_of_ones_own_and_their_drafts_alone(small_bench, capsys):
@@ -150,9 +150,7 @@ def test_ladders_of_ones_own_and_their_drafts_alone(small_bench, capsys):
     alone = next(m for m in result["methods"] if m["name"] == "draft alone")
     assert alone["exits"] == [1]
     ratio = first["tokens_per_second"] / alone["tokens_per_second"]
-    assert first["speedup_vs_draft_alone"] == pytest.approx(
-        ratio, rel=0.3
-    )  # a median, the other not
+    assert first["speedup_vs_draft_alone"] == pytest.approx(ratio)
     assert methods["exit 3 alone"]["speedup_vs_draft_alone"] == 1
     assert "3(4), exit 3 alone, was not tuned" in capsys.readouterr().out
 
@@ -352,7 +350,7 @@ def test_results_are_written_though_nobody_reads_the_lines(small_bench):
 
 
 def test_what_a_model_writes_cannot_move_the_cursor(small_bench, monkeypatch, capsys):
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens: "\x1b[2Jgone\x08")
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, tokens, after=(): "\x1b[2Jgone\x08")
     small_bench("--quick", "--max-new-tokens", "2", "--temperature", "0")
     assert "Sample (chat): ␛[2Jgone␈" in capsys.readouterr().out
 

@@ -336,7 +336,7 @@ def test_linear_scaling_is_transformers_to_the_bit(tmp_path):
 
 def test_load_leaves_a_core_for_others(tmp_path, monkeypatch):
     save(random_model(), None, tmp_path)
-    monkeypatch.setattr(checkpoints.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(checkpoints, "cores", lambda: 8)
     before, chosen = torch.get_num_threads(), []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)

@@ -218,9 +218,7 @@ def test_a_random_folder_without_tokenizer_learns_from_its_own_samples(tmp_path,
 def test_a_draft_head_learns_from_its_models_own_samples(tmp_path, corpus):
     checkpoints.save(random_model(vocab_size=50).float(), None, tmp_path / "random")
     options = f"--model {tmp_path / 'random'} --draft-head 3 --self-distill 2000 --steps 3"
-    model, _ = lab_train(
-        tmp_path / "run", corpus, f"{options} --batch 256 --micro 256 --context 8"
-    )
+    model, _ = lab_train(tmp_path / "run", corpus, f"{options} --batch 256 --micro 256 --context 8")
     assert list(model.draft_heads) == ["3"] and (tmp_path / "run/samples.safetensors").exists()
     assert "draft,held_out_text" in (tmp_path / "run/agreement.csv").read_text()
 
