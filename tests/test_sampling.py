@@ -229,6 +229,25 @@ def test_a_lossy_rule_in_the_middle_leaves_the_last_levels_law_unharmed(monkeypa
         assert distance(law, markov_law(tables[-1], 2)) < 1e-12
 
 
+class KeepsTheLikeliest(hispec.Decoder):
+    """A lossy rule that also refuses: level 1 keeps its two likeliest tokens, else it draws from p."""
+
+    def accept(self, k, drafts, q, p):
+        if k != 1:
+            return super().accept(k, drafts, q, p)
+        likely = torch.zeros_like(q).scatter_(1, p[:-1].topk(2).indices, 1.0)  # (n, V)
+        kept = hispec.leading(likely.gather(1, drafts[:, None]).squeeze(1) > 0)
+        own = hispec.draw(p.index_select(0, kept).squeeze(0), self.rng)
+        refused = (q * (1 - likely)).sum(-1, keepdim=True)
+        return own, kept, torch.cat([q * likely + refused * p[:-1], p[-1:]])
+
+
+def test_a_lossy_rule_that_refuses_leaves_the_last_levels_law_unharmed(monkeypatch):
+    run = table_ladder([DRAFT3, TIES3, TARGET3], KeepsTheLikeliest)
+    law = output_law(monkeypatch, lambda: run(2, (1, 1)))
+    assert distance(law, markov_law(TARGET3, 2)) < 1e-12
+
+
 def test_a_lossy_rule_that_claims_to_be_exact_is_caught(monkeypatch):
     class Lies(KeepsEverything):
         def accept(self, k, drafts, q, p):
