@@ -151,9 +151,9 @@ class Decoder:
     def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
         """The acceptance rule for sampled text: override it to try another.
 
-        drafts (n,) are samples of the rows of q (n, V); p (n+1, V) is level k's own. Returns its own
-        token (1,), how many drafts it keeps before that (1,), and what is written, (n+1, V): row i
-        is the distribution of the token at draft i's place, over all that could have happened
+        drafts (n,) are samples of the rows of q (n, V); p (n+1, V) is level k's own. Returns its
+        own token (1,), how many drafts it keeps before that (1,), and what is written, (n+1, V):
+        row i is the distribution of the token at draft i's place, over all that could have happened
         there, whether the draft was kept or not. If a rule keeps what is in a set S, and else draws
         from p, then written = q * S + (q outside S).sum() * p. The last level's rule has to write
         p, so call super() there. At temperature 0 `judge` decides, by the argmax alone.
