@@ -32,7 +32,7 @@ bench() { # NAME MINUTES ARGUMENTS...
 
 # the fixed step and the bits first: they are what no CPU could show
 part tests 6 "$python" -m pytest -q \
-    tests/test_captured.py tests/test_faststep.py tests/test_lossless.py tests/test_model.py
+    tests/test_fast_cuda.py tests/test_lossless.py tests/test_model.py tests/test_draft_head.py
 bench tiny 9 --tune --ship --figures results/figures-gpu
 bench long 12 --max-new-tokens 1024 --temperature 0
 bench peers 4 --quick --peers
