@@ -87,12 +87,12 @@ class Options:
         check_tokens(config, self.stop, "stop")
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """What a level draws from (..., V), in float64: softmax of logits / temperature.
+        """What a level draws from (..., V), see `precise`: softmax of logits / temperature.
 
         It is cut to the top_k likeliest tokens, then to the fewest that hold top_p of what is left.
         Ties with the last one kept are kept. At temperature 0 it is that of temperature 1.
         """
-        logits = logits.double()
+        logits = logits.to(precise(logits.device))
         gap = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: nothing overflows
         p = torch.softmax(gap / (float(self.temperature) or 1.0), dim=-1)
         if 0 < self.top_k < p.shape[-1]:
@@ -104,6 +104,11 @@ class Options:
             p = p * (p >= falling.gather(-1, kept - 1))
             p = p / p.sum(-1, keepdim=True)
         return p
+
+
+def precise(device: torch.device) -> torch.dtype:
+    """What distributions are computed in: float64, or float32 on Apple's GPUs, which lack it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def checked_prompt(config: Config, prompt, max_new_tokens) -> tuple[list[int], int]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from arguments import Event, Generation, LevelStats, Options, check_tokens, checked_prompt
+from arguments import Event, Generation, LevelStats, Options, check_tokens, checked_prompt, precise
 from drafters import HeadDrafter, LookUp
 from kvcache import KVCache, Plan
 from model import Llama
@@ -203,7 +203,7 @@ class Decoder:
         if self.options.temperature == 0:
             return None
         if q is None:  # not drawn: all the probability is on each draft
-            q = F.one_hot(drafts, self.step.model.config.vocab_size).double()
+            q = F.one_hot(drafts, self.step.model.config.vocab_size).to(precise(drafts.device))
         return q[: len(drafts)]
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -9,7 +9,7 @@ import torch
 from conftest import random_model
 
 import hispec
-from arguments import ladder_text, parse_ladder
+from arguments import Options, ladder_text, parse_ladder, precise
 from hispec import generate
 from model import Config, ExitHead
 
@@ -80,6 +80,12 @@ def test_an_option_that_does_not_exist():
 def test_autocast_is_refused_in_one_line():
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="autocast"):
         generate(random_model(), [1], 4)
+
+
+def test_distributions_are_as_precise_as_the_device_can():
+    assert precise(torch.device("mps")) == torch.float32  # which has no float64
+    logits = torch.tensor([1.0, 2.0])
+    assert Options().distribution(logits).dtype == precise(logits.device) == torch.float64
 
 
 LADDERS = [
