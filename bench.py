@@ -326,19 +326,21 @@ def ask(decode, tokenizer, questions, max_new_tokens, stop, room, tell) -> Itera
 # ---- measuring ----------------------------------------------------------------------------------
 
 
-def measure(request: Request, before: list[Request], methods, limit, law: dict, bar=None) -> None:
+def measure(
+    request: Request, before: list[Request], methods, limit, sampling: dict, bar=None
+) -> None:
     """Decode one request by every method, after those `before` it.
 
-    limit: max_new_tokens and the stop tokens. law: how to sample, if at all.
+    limit: max_new_tokens and the stop tokens. sampling: how to sample, if at all.
     """
     new, stop = limit
     turn = partial(take_turn, methods, request.prompt, bar=bar, stop=stop)
     if not before:
         turn(0, min(new, WARM_UP))
     request.made = turn(len(before), new)
-    if law and sum(other.category == request.category for other in before) % 2 == 0:
-        seed = (law["seed"] + sum(len(other.sampled) > 0 for other in before)) % 2**63
-        request.sampled = turn(len(before), new, **law | {"seed": seed})
+    if sampling and sum(other.category == request.category for other in before) % 2 == 0:
+        seed = (sampling["seed"] + sum(len(other.sampled) > 0 for other in before)) % 2**63
+        request.sampled = turn(len(before), new, **sampling | {"seed": seed})
     if len(before) % 3 == 0:  # which says enough, and nobody waits for it
         for method in methods:
             if method.ours and method.key not in request.watched:
@@ -364,7 +366,7 @@ def take_turn(
 
 def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> list[dict]:
     """One result a method: over all requests, by category, and of the sampled texts."""
-    said = choices(model, {e for m in methods for e in m.ladder[0] if e > 0}, requests)
+    predicted = choices(model, {e for m in methods for e in m.ladder[0] if e > 0}, requests)
     drawn = [request for request in requests if request.sampled]
     results = []
     for m, method in enumerate(methods):
@@ -378,7 +380,7 @@ def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> l
         if method.ours:
             result |= what_was_seen([r.watched[method.key] for r in requests if r.watched])
         if any(exits):
-            result |= level_agreement(said, exits)
+            result |= level_agreement(predicted, exits)
         results.append(result)
     return results
 
