@@ -69,9 +69,8 @@ class Decoder:
     """The state of one generation, and the recursion that advances it.
 
     tokens[:length] is the text so far, on the device: what the last level wrote, then drafts that
-    it has not judged. `text` is its copy on the host, which lags behind while level 0 drafts. A
-    level never runs the last token of the text before it has to: it has run position length - 1
-    only once something was appended behind it.
+    it has not judged. `text` is its copy on the host, which lags behind while level 0 drafts. The
+    newest token has always been written, and no level has run it yet.
     """
 
     def __init__(self, prompt: list[int], end: int, options: Options, step: "Step",
@@ -85,7 +84,8 @@ class Decoder:
         self.unchanged = 0  # tokens of the text that are as they were when the drafter last saw it
         self.end = end  # no text beyond it; a stop token that the last level writes lowers it
         device = cache.keys.device
-        self.tokens = torch.zeros(len(cache.columns) + 1, dtype=torch.long, device=device)
+        room = len(cache.columns) + 1  # a level's own token may fall right behind the text's end
+        self.tokens = torch.zeros(room, dtype=torch.long, device=device)
         self.tokens[: self.length] = torch.tensor(prompt)
         self.rng = torch.Generator(device)
         drawn = torch.randint(2**63 - 1, ())  # repeatable after torch.manual_seed
