@@ -511,7 +511,7 @@ def how_long(questions: list[dict], methods: list[Method], seconds: float) -> st
     turns = sum(len(question["turns"]) for question in questions)
     texts = turns * (1 + len({method.key for method in methods}) * 2)
     minutes = texts * seconds / 60
-    return f"(up to {texts} texts, the first took {seconds:.1f} s: {minutes:.1f} minutes or less)"
+    return f"(up to {texts} texts; if all took {seconds:.1f} s as the first, {minutes:.1f} minutes)"
 
 
 def row(methods: list[Method], request: Request, columns: list[tuple[str, int]]) -> str:

@@ -133,7 +133,9 @@ def test_how_long_it_takes_is_said_once_one_text_is_written():
         for name, ladder in (("a", ((1,),)), ("b", ((2,),)), ("c", ((2,),)))
     ]
     said = bench.how_long([{"turns": ["x", "y"]}, {"turns": ["z"]}], methods, 2.0)
-    assert said == "(up to 15 texts, the first took 2.0 s: 0.5 minutes or less)"  # 3 x (1 + 2 x 2)
+    assert (
+        said == "(up to 15 texts; if all took 2.0 s as the first, 0.5 minutes)"
+    )  # 3 x (1 + 2 x 2)
 
 
 def test_ladders_of_ones_own_and_their_drafts_alone(small_bench, capsys):
