@@ -24,7 +24,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +68,7 @@ class Method:
     draft: Ladder | None = None  # its own draft alone: its first exit straight below the full model
     ours: bool = True
     draft_head: int = 0
+    sampled: "Method | None" = None  # the same kind, tuned for sampled text; None: this one
 
     @property
     def key(self) -> object:
@@ -102,17 +103,23 @@ def main() -> None:
     decoder = partial(decode_with, model, step)
 
     ran, (tuned, where) = {}, kept_ladders(header, model)
+    drawn, _ = kept_ladders(header, model, sampled=True)
     if args.tune:
         from lab.tune import tune, tuning_table
 
         tell("tuning: thousands of ladders are predicted and dozens run, which takes minutes")
         firsts = {q["category"]: tokenizer.chat(q["turns"][:1]) for q in reversed(questions)}
         prompts = [p for p in firsts.values() if len(p) + args.max_new_tokens <= room]
-        ran = tune(step, prompts, *limit, decoder)
+        ran = tune(step, prompts, *limit, decoder, sampling(args))
         save_ladders(header, ran, ship=args.ship)
         tell(tuning_table(ran) + "\n")
-        tuned, where = {name: as_ladder(best) for name, best in ran.items()}, "this machine, now"
+        of_sampled = ran.pop("sampled", {})
+        tuned, drawn = ({name: as_ladder(best) for name, best in found.items()}
+                        for found in (ran, ran | of_sampled))  # fmt: skip
+        where = "this machine, now"
     methods = choose_methods(model, tuned, own, decoder, every_kind=args.tune)
+    others = {m.name: m for m in choose_methods(model, drawn, own, decoder, every_kind=args.tune)}
+    methods = [replace(method, sampled=others.get(method.name)) for method in methods]
     header["ladders"] = f"tuned on {where}" if where else "not tuned: the paper's windows"
     tell("ladders:", header["ladders"])
     drafts = {method.draft for method in methods if method.draft and len(method.ladder[0]) > 1}
@@ -340,11 +347,16 @@ def measure(
     request.made = turn(len(before), new)
     if sampling and sum(other.category == request.category for other in before) % 2 == 0:
         seed = (sampling["seed"] + sum(len(other.sampled) > 0 for other in before)) % 2**63
-        request.sampled = turn(len(before), new, **sampling | {"seed": seed})
+        drawing = partial(take_turn, for_sampled(methods), request.prompt, bar=bar, stop=stop)
+        request.sampled = drawing(len(before), new, **sampling | {"seed": seed})
     if len(before) % 3 == 0:  # which says enough, and nobody waits for it
         for method in methods:
             if method.ours and method.key not in request.watched:
                 request.watched[method.key] = watch(method.decode, request.prompt, new, stop)
+
+
+def for_sampled(methods: list[Method]) -> list[Method]:
+    return [method.sampled or method for method in methods]
 
 
 def take_turn(
@@ -370,19 +382,24 @@ def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> l
     drawn = [request for request in requests if request.sampled]
     results = []
     for m, method in enumerate(methods):
-        exits, windows, thresholds = method.ladder
-        result: dict = {"name": method.name, "exits": exits, "windows": windows}
-        result |= {"thresholds": thresholds} | by_category(methods, requests, m, figures)
+        result: dict = {"name": method.name} | ladder_of(method)
+        result |= by_category(methods, requests, m, figures)
         if method.draft_head:
             result["draft_head"] = method.draft_head
         if drawn:
-            result["sampled"] = by_category(methods, drawn, m, partial(figures, sampled=True))
+            drawing = for_sampled(methods)
+            counted = by_category(drawing, drawn, m, partial(figures, sampled=True))
+            result["sampled"] = ladder_of(drawing[m]) | counted
         if method.ours:
             result |= what_was_seen([r.watched[method.key] for r in requests if r.watched])
-        if any(exits):
-            result |= level_agreement(predicted, exits)
+        if any(method.ladder[0]):
+            result |= level_agreement(predicted, method.ladder[0])
         results.append(result)
     return results
+
+
+def ladder_of(method: Method) -> dict:
+    return dict(zip(("exits", "windows", "thresholds"), method.ladder, strict=True))
 
 
 def by_category(methods, requests: list[Request], m: int, of: Callable) -> dict:

@@ -47,20 +47,19 @@ def default_exits(model: Llama) -> tuple[int, ...]:
 # ---- what is asked for --------------------------------------------------------------------------
 
 
-def kept_ladders(header: dict, model: Llama) -> tuple[dict[str, Ladder], str]:
+def kept_ladders(
+    header: dict, model: Llama, sampled: bool = False
+) -> tuple[dict[str, Ladder], str]:
     """The ladders tuned for this model, by kind, and where that was; ({}, "") if nowhere.
 
     All are of one tuning: this machine's, or that of a processor of the same name, or another's,
     with the same dtype and step first. Ladders that do not fit the model are passed over.
+    sampled: those for sampled text, where a kind was tuned for it too.
     """
     for found, where in _found(header):
-        ladders = {
-            name: ladder
-            for name, kept in found.items()
-            if (ladder := _fitting(kept, model)) is not None
-        }
-        if ladders:
-            return ladders, where
+        if ladders := _all_fitting(found, model):
+            of_sampled = found.get("sampled", {}) if sampled else {}
+            return ladders | _all_fitting(of_sampled, model), where
     return {}, ""
 
 
@@ -200,6 +199,12 @@ def _found(header: dict) -> Iterator[tuple[dict, str]]:
             kept.append((unlike, where, found))
     for _, where, found in sorted(kept, key=lambda x: x[0]):
         yield found, where
+
+
+def _all_fitting(found: object, model: Llama) -> dict[str, Ladder]:
+    entries = found.items() if isinstance(found, dict) else ()
+    ladders = {name: _fitting(kept, model) for name, kept in entries}
+    return {name: ladder for name, ladder in ladders.items() if ladder}
 
 
 def _fitting(kept: object, model: Llama) -> Ladder | None:

@@ -1,21 +1,23 @@
 """What the parts of a generation cost on this machine, and what a ladder made of them would take.
 
-`measure_costs` times passes by width, `trace` records what every exit says along a greedy text, and
-`replay` adds up the steps that a ladder would take along it. Which ladders are worth running is not
-decided here but in tune.py.
+`measure_costs` times passes by width, `trace` records what every exit says along a text of the full
+model, and `replay` adds up the steps that a ladder would take along it. Along a sampled text the
+exits' choices are drawn first (`coupled`). Which ladders are worth running is not decided here but
+in tune.py.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from arguments import Options
 from checkpoints.ladders import Ladder
 from checkpoints.machine import pass_seconds, timed
 from drafters import LookUp
-from hispec import Generation, Step, probability
+from hispec import Generation, Step, accept_block, probability
 from model import Llama
 
 # positions in a timed pass, up to more than any ladder takes; others in between. A fixed step takes
@@ -77,22 +79,42 @@ def with_loop(
     return costs
 
 
+def with_sampling(costs: Costs, step: Step, sampling: dict) -> Costs:
+    """The same for sampled text, where a step also works out distributions and flips coins.
+
+    Each step is charged for a check of four drafts.
+    """
+    asked, device = Options(**sampling), step.model.embed.weight.device
+    logits = torch.randn(5, step.model.config.vocab_size, device=device)
+    drafts, rng = torch.arange(4, device=device), torch.Generator(device)
+    q = asked.distribution(logits[1:])
+    longer = timed(lambda: accept_block(drafts, q, asked.distribution(logits), rng), device)
+    return replace(costs, loop={depth: beyond + longer for depth, beyond in costs.loop.items()})
+
+
 @dataclass(frozen=True)
 class Trace:
-    """What every exit predicts along a greedy text of n tokens: its choices, and how sure it is."""
+    """What every exit predicts along a text of n tokens: its choices, and how sure it is of them.
+
+    The text is the full model's. Of a sampled one also each exit's distributions p (n, V) by depth.
+    """
 
     prompt: list[int]
     prefill: float  # seconds to read the prompt
     choices: dict[int, list[int]]
     sure: dict[int, list[float]]
+    p: dict[int, Tensor] = field(default_factory=dict)
 
 
 @torch.inference_mode()
 def trace(
-    model: Llama, prompt: list[int], max_new_tokens: int, stop, exits: tuple[int, ...], decode
-) -> Trace:
+    model: Llama, prompt: list[int], max_new_tokens: int, stop, exits: tuple[int, ...], decode,
+    **sampling,
+) -> Trace:  # fmt: skip
+    """Along the greedy text; with sampling (arguments.Options' names) along a sampled one."""
     prefill = min(decode(prompt, 1).seconds for _ in range(2))
-    text = decode(prompt, max_new_tokens, stop=stop).tokens
+    text = decode(prompt, max_new_tokens, stop=stop, **sampling).tokens
+    p = {}
     ids = torch.tensor([prompt + text[:-1]], device=model.embed.weight.device)
     h, first, choices, sure = model.embed(ids), 0, {}, {}
     for depth in (*exits, model.config.n_layers):
@@ -100,8 +122,29 @@ def trace(
         logits = model.logits(model.exit_block(h, depth)[0, len(prompt) - 1 :], depth)
         best = logits.float().softmax(-1).max(-1)
         choices[depth], sure[depth] = best.indices.tolist(), best.values.tolist()
+        if sampling:
+            p[depth] = Options(**sampling).distribution(logits)
     choices[depth] = text
-    return Trace(prompt, prefill, choices, sure)
+    return Trace(prompt, prefill, choices, sure, p)
+
+
+def coupled(trace: Trace, exits: tuple[int, ...], n_layers: int, seed: int) -> Trace:
+    """The trace of a sampled text with choices drawn for this ladder's exits, deep to shallow.
+
+    Each exit's choices are samples of its own p, drawn so that they are the next level's as often
+    as that level would keep them token by token: with probability min(1, p(x) / p_above(x)).
+    """
+    rng = torch.Generator().manual_seed(seed)
+    token, above = torch.tensor(trace.choices[n_layers])[:, None], trace.p[n_layers].cpu()
+    choices, sure = {n_layers: trace.choices[n_layers]}, {n_layers: trace.sure[n_layers]}
+    for exit in (exit for exit in reversed(exits) if exit > 0):
+        p = trace.p[exit].cpu()
+        same = torch.rand(token.shape, generator=rng) < p.gather(1, token) / above.gather(1, token)
+        clocks = torch.empty_like(p).exponential_(generator=rng)
+        other = ((p - above).clamp(min=0) / clocks).argmax(-1, keepdim=True)
+        token, above = torch.where(same, token, other), p
+        choices[exit], sure[exit] = token.flatten().tolist(), p.gather(1, token).flatten().tolist()
+    return replace(trace, choices=choices, sure=sure)
 
 
 def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:

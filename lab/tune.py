@@ -18,6 +18,7 @@ over fewer windows and thresholds.
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 from itertools import combinations, combinations_with_replacement, product
 
 from tqdm import tqdm
@@ -26,13 +27,24 @@ from arguments import ladder_text
 from checkpoints.console import table
 from checkpoints.ladders import Ladder, default_exits
 from hispec import Generation, Step
-from lab.costs import Costs, Trace, measure_costs, replay, trace, with_loop
+from lab.costs import (
+    Costs,
+    Trace,
+    coupled,
+    measure_costs,
+    replay,
+    trace,
+    with_loop,
+    with_sampling,
+)
 
 WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)  # what is tried at each level
 COARSE = (1, 2, 4, 8, 16)  # the same where three levels draft
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
 DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # exits that are tried where all share the model's head
 RUN = 6  # ladders that are run, of each kind
+SEEDS = 3  # sampled text: so often each prompt is continued in a run,
+COUPLINGS = 4  # and so often the exits' choices are drawn for a replay
 KINDS = {  # how many exits below the full model, and whether the first is a look-up in the text
     "single-layer": (1, False),
     "hispec": (2, False),
@@ -44,8 +56,9 @@ GREEDY: Ladder = ((), (), ())
 
 
 def tune(
-    step: Step, prompts: list[list[int]], max_new_tokens: int, stop, make_decoder: Callable
-) -> dict[str, dict]:
+    step: Step, prompts: list[list[int]], max_new_tokens: int, stop, make_decoder: Callable,
+    sampling: dict | None = None,
+) -> dict[str, dict]:  # fmt: skip
     """The fastest ladder of each kind, for the texts that follow these prompts.
 
     make_decoder(exits, windows, thresholds) gives the function that decodes with a ladder, by this
@@ -53,32 +66,60 @@ def tune(
     with them. The best RUN of each kind are run, then those next to the fastest. Then the first
     exit of each ladder of two or more is tuned alone, which is its own draft. Returns {name:
     {"exits", "windows", "thresholds", "predicted": speed-up over greedy, "measured": the same,
-    "ran": all that were run, with their speed-ups}}.
+    "ran": all that were run, with their speed-ups}}, and with `sampling` (options of generate) one
+    entry more, "sampled": the same for sampled text, with speed-ups over plain sampling.
     """
     model, depth = step.model, step.model.config.n_layers
     exits = default_exits(model)
     if not model.exit_heads:
         exits = tuple(sorted({*exits, *(d for d in DEPTHS if d <= depth // 2)}))
-    decode = make_decoder()
-    traces = [trace(model, prompt, max_new_tokens, stop, exits, decode) for prompt in prompts]
-    costs = costs_of_ladders(step, exits, traces, max_new_tokens, stop, make_decoder)
+    decode, limit = make_decoder(), (max_new_tokens, stop)
 
-    def predicted(ladder: Ladder) -> float:
+    def record(options: dict) -> list[Trace]:
+        return [trace(model, prompt, *limit, exits, decode, **options) for prompt in prompts]
+
+    traces = record({})
+    costs = costs_of_ladders(step, exits, traces, *limit, make_decoder)
+
+    def seconds(ladder: Ladder) -> float:
         return sum(t.prefill + replay(t, ladder, costs, depth) for t in traces)
+
+    found = search(KINDS, exits, seconds, lambda some: run(some, prompts, *limit), make_decoder)
+    if not sampling:
+        return found
+    drawn, dearer = record(sampling), with_sampling(costs, step, sampling)
+
+    @cache
+    def paths(exits: tuple[int, ...]) -> list[Trace]:
+        return [coupled(t, exits, depth, seed) for t in drawn for seed in range(COUPLINGS)]
+
+    def seconds_sampled(ladder: Ladder) -> float:
+        return sum(t.prefill + replay(t, ladder, dearer, depth) for t in paths(ladder[0]))
+
+    kinds = {name: kind for name, kind in KINDS.items() if kind[0] < 3}
+    attempt = partial(run, prompts=prompts, max_new_tokens=max_new_tokens, stop=stop)
+    attempt = partial(attempt, sampling=sampling)
+    return found | {"sampled": search(kinds, exits, seconds_sampled, attempt, make_decoder)}
+
+
+def search(
+    kinds: dict[str, tuple[int, bool]], exits: tuple[int, ...], predicted: Callable,
+    attempt: Callable, make_decoder: Callable,
+) -> dict[str, dict]:  # fmt: skip
+    """`tune`, of one sort of text: predicted(ladder) in seconds; attempt(decoders) runs them."""
 
     def best_of(name: str, levels: int, looks_up: bool, exits: tuple[int, ...]) -> dict:
         chosen = promising(name, levels, looks_up, exits, predicted)
-        measured = climb(chosen, make_decoder, prompts, max_new_tokens, stop)
         ran = [
             dict(zip(("exits", "windows", "thresholds"), ladder, strict=True))
             | {"predicted": predicted(GREEDY) / predicted(ladder), "measured": speed}
-            for ladder, speed in measured.items()
+            for ladder, speed in climb(chosen, make_decoder, attempt).items()
         ]
         return max(ran, key=lambda r: r["measured"]) | {"ran": ran}
 
     best = {
         name: best_of(name, levels, looks_up, exits)
-        for name, (levels, looks_up) in KINDS.items()
+        for name, (levels, looks_up) in kinds.items()
         if levels - looks_up <= len(exits)
     }
     alone = {best["hispec"]["exits"][0]: "draft alone"}
@@ -91,7 +132,9 @@ def tune(
 def tuning_table(best: dict[str, dict]) -> str:
     """The ladders that were run, with the speed-ups over greedy that had been predicted."""
     rows = [["tuning", "ladder", "predicted", "measured"]]
-    for name, kind in best.items():
+    kinds = {name: kind for name, kind in best.items() if name != "sampled"}
+    kinds |= {f"sampled: {name}": kind for name, kind in best.get("sampled", {}).items()}
+    for name, kind in kinds.items():
         for r in kind["ran"]:
             ladder = ladder_text(r["exits"], r["windows"], r["thresholds"])
             rows.append([name, ladder, f"{r['predicted']:.2f}x", f"{r['measured']:.2f}x"])
@@ -148,14 +191,15 @@ def can_matter(windows: tuple[int, ...], thresholds: tuple[float, ...]) -> bool:
     return all(window > 1 or threshold == 0 for window, threshold in zip(windows, thresholds))
 
 
-def climb(chosen: list[Ladder], make_decoder, prompts, max_new_tokens: int, stop) -> dict:
+def climb(chosen: list[Ladder], make_decoder: Callable, attempt: Callable) -> dict[Ladder, float]:
     """Speed-ups over greedy of the chosen, then of what is next to the fastest, until none wins."""
     measured: dict[Ladder, float] = {}
     while chosen:
-        decoders = {ladder: make_decoder(*ladder) for ladder in [GREEDY, *chosen]}
-        made = run(decoders, prompts, max_new_tokens, stop)
-        took = {ladder: sum(g.seconds for g in made[ladder]) for ladder in made}
-        measured |= {ladder: took[GREEDY] / took[ladder] for ladder in chosen}
+        made = attempt({ladder: make_decoder(*ladder) for ladder in [GREEDY, *chosen]})
+        speed = {
+            x: sum(len(g.tokens) for g in m) / sum(g.seconds for g in m) for x, m in made.items()
+        }
+        measured |= {ladder: speed[ladder] / speed[GREEDY] for ladder in chosen}
         fastest = max(measured, key=measured.__getitem__)
         chosen = [near for near in neighbours(fastest) if near not in measured]
     return measured
@@ -174,15 +218,23 @@ def neighbours(ladder: Ladder) -> list[Ladder]:
 
 
 def run(
-    decoders: dict[Ladder, Callable], prompts, max_new_tokens: int, stop
-) -> dict[Ladder, list[Generation]]:
-    """Each ladder's generation for each prompt: they take turns, the faster of two counts."""
+    decoders: dict[Ladder, Callable], prompts, max_new_tokens: int, stop,
+    sampling: dict | None = None,
+) -> dict[Ladder, list[Generation]]:  # fmt: skip
+    """Each ladder's generations for each prompt. They take turns, and the faster of two counts.
+
+    Sampled text differs from seed to seed: there all SEEDS turns count.
+    """
+    options: list[dict] = [{}, {}]
+    if sampling:
+        options = [sampling | {"seed": (sampling["seed"] + turn) % 2**63} for turn in range(SEEDS)]
     made: dict[Ladder, list[Generation]] = {ladder: [] for ladder in decoders}
     for prompt in tqdm(prompts, "running ladders", leave=False):
         turns = [
-            [decode(prompt, max_new_tokens, stop=stop) for decode in decoders.values()]
-            for turn in range(2)
+            {x: decode(prompt, max_new_tokens, stop=stop, **turn) for x, decode in decoders.items()}
+            for turn in options
         ]
-        for ladder, *two in zip(made, *turns):
-            made[ladder].append(min(two, key=lambda g: g.seconds))
+        for ladder, kept in made.items():
+            each = [turn[ladder] for turn in turns]
+            kept += each if sampling else [min(each, key=lambda g: g.seconds)]
     return made

@@ -93,7 +93,10 @@ def test_a_whole_run(small_bench, capsys, tmp_path):
         assert method["by_category"]["code"].keys() == OF_TEXTS | {"identical", "differing_tokens"}
         assert sum(method["time_share"]) + method["time_share_loop"] == pytest.approx(1)
         drawn = method["sampled"]  # one of each category
-        assert drawn.keys() == OF_TEXTS | {"by_category"} and drawn["tokens"] == 2 * 24
+        assert (
+            drawn.keys() == OF_TEXTS | {"by_category", "exits", "windows", "thresholds"}
+            and drawn["tokens"] == 2 * 24
+        )
         assert method["peak_bytes"] is None
     assert result["sampling"] == {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "seed": 0}
     hispec = methods["hispec"]
