@@ -276,7 +276,7 @@ def plot_where(figure: Figure, data: Data) -> str:
     )
 
 
-PLOTS: dict[str, Callable[[Figure, Data], str]] = {
+PLOTS: dict[str, Callable[..., str]] = {
     "one-pass": plot_pass,
     "verification-wall": plot_wall,
     "agreement": plot_agreement,
@@ -291,14 +291,19 @@ PLOTS: dict[str, Callable[[Figure, Data], str]] = {
 
 def save(folder: Path, data: Data, header: dict) -> None:
     """Write each figure as PNG and SVG; below it what its plot says, then its setting."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, plot in PLOTS.items():
-        with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=(9.6, 5.6), layout="constrained")
-            below = (plot(figure, data), in_words(header), header["command"])
-            lines = [x for text in below for x in textwrap.wrap(text, 125, break_on_hyphens=False)]
-            at: dict[str, Any] = dict(x=0.01, ha="left", fontsize=9, color="0.3")
-            figure.supxlabel("\n".join(lines), parse_math=False, **at)  # a path may hold a $
-            for kind, about in (("png", None), ("svg", {"Date": None})):
-                options: dict[str, Any] = dict(format=kind, dpi=150, metadata=about)
-                write_whole(folder / f"{name}.{kind}", partial(figure.savefig, **options))
+        draw(folder / name, partial(plot, data=data), header)
+
+
+def draw(file: Path, plot: Callable[[Figure], str], header: dict) -> None:
+    """Write a figure as FILE.png and FILE.svg; below it what its plot says, then its setting."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.6, 5.6), layout="constrained")
+        below = (plot(figure), in_words(header), header["command"])
+        lines = [x for text in below for x in textwrap.wrap(text, 125, break_on_hyphens=False)]
+        at: dict[str, Any] = dict(x=0.01, ha="left", fontsize=9, color="0.3")
+        figure.supxlabel("\n".join(lines), parse_math=False, **at)  # a path may hold a $
+        for kind, about in (("png", None), ("svg", {"Date": None})):
+            options: dict[str, Any] = dict(format=kind, dpi=150, metadata=about)
+            write_whole(file.parent / f"{file.name}.{kind}", partial(figure.savefig, **options))

@@ -19,6 +19,7 @@ At the end agreement.csv has a second column, on greedy continuations, and agree
 
 import argparse
 import copy
+import dataclasses
 import datetime
 import math
 import os
@@ -67,6 +68,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = options(__doc__)
     own = "recipes 2 and 3, draft heads: train on so many tokens of M's own writing"
     p.add_argument("--self-distill", type=int, default=0, metavar="TOKENS", help=own)
+    start = (
+        "recipe 1: begin with the layers of M, a model of the same shape, in place of random ones"
+    )
+    p.add_argument("--layers-of", metavar="M", help=start)
     leave = "recipe 3: what weight the model's own loops have, which are to be unlikely"
     p.add_argument("--unlikelihood", type=float, default=0.0, metavar="W", help=leave)
     args = p.parse_args(argv)
@@ -74,6 +79,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     recipe_3 = args.model and not args.freeze_trunk and not args.draft_head
     if (args.freeze_trunk or args.self_distill) and not (args.model or args.draft_head):
         raise ValueError("--freeze-trunk and --self-distill need a --model to start from")
+    if args.layers_of and (args.model or args.draft_head):
+        raise ValueError("--layers-of begins a new model, as recipe 1 does: no --model")
     if args.unlikelihood and not recipe_3:
         raise ValueError("--unlikelihood changes the trunk of a --model, as recipe 3 does")
     if not 0 <= args.unlikelihood < math.inf or args.self_distill < 0:
@@ -197,8 +204,30 @@ def read(args: argparse.Namespace) -> tuple[Llama, Tokenizer | None, Tensor, Ten
         text, held = encode(tokenizer, texts, cut=model is None), encode(tokenizer, held_out)
     if model is None:
         model = new_model(args, tokenizer)
+        if args.layers_of:
+            take_layers(model, tokenizer, args.layers_of)
         choose_exits(model, args)
     return model, tokenizer, text, held
+
+
+@torch.no_grad()
+def take_layers(model: Llama, tokenizer: Tokenizer, name: str) -> None:
+    """Give a new model what another of its shape has learned, though their vocabularies differ.
+
+    A token's embedding becomes the mean of those with which the other spells it (Fast Vocabulary
+    Transfer, arXiv 2402.09977). Raises ValueError if the shapes differ.
+    """
+    other, speller = checkpoints.load(name, model.embed.weight.device, torch.float32, plain=True)
+    want = dataclasses.replace(model.config, vocab_size=other.config.vocab_size)
+    if speller is None or other.config != want:
+        raise ValueError(f"--layers-of {name}: a tokenizer and {want} are needed")
+    shared = {k: w for k, w in other.state_dict().items() if k.startswith(("layers.", "norm."))}
+    model.load_state_dict(shared, strict=False)
+    ids = {speller.spell(id): [id] for id in range(speller.n_vocab)}
+    for token in range(tokenizer.n_vocab):
+        text = tokenizer.spell(token)
+        pieces = ids.get(text) or speller.encode(text.decode("utf-8", "replace"))
+        model.embed.weight[token] = other.embed.weight[pieces].mean(0)
 
 
 def train(args: argparse.Namespace) -> None:

@@ -27,7 +27,9 @@ def test_choices_along_sampled_text_follow_each_exits_law_and_agree_as_drafts_wo
         assert found.sure[exit][:9] == p[exit][0][chosen[:9]].tolist()
     for below, above in ((1, 2), (2, 4)):
         same = sum(a == b for a, b in zip(found.choices[below], found.choices[above])) / n
-        assert same == pytest.approx(torch.minimum(p[below][0], p[above][0]).sum().item(), abs=0.005)
+        assert same == pytest.approx(
+            torch.minimum(p[below][0], p[above][0]).sum().item(), abs=0.005
+        )
 
 
 def test_sampled_text_is_decoded_with_ladders_of_its_own(small_bench, monkeypatch, free):
