@@ -196,11 +196,13 @@ def make_step(model: Llama, args: argparse.Namespace, room: int) -> Step:
     """The step that all of our methods take, for texts of at most `room` tokens."""
     if args.step == "plain":
         return Step(model)
-    import fast
-
     if args.step == "packed":
-        return fast.prepare(model)
-    return fast.FixedStep(model, room, args.compile and args.device != "cpu")
+        from fast.cpu import prepare
+
+        return prepare(model)
+    from fast.cuda import FixedStep
+
+    return FixedStep(model, room, args.compile and args.device != "cpu")
 
 
 def decode_with(model: Llama, step: Step, *ladder: tuple, draft_head: int = 0) -> Callable:

@@ -60,9 +60,9 @@ from checkpoints.vocabulary import END, learn
 from model import Config, DraftHead, ExitHead, Llama
 
 try:
-    import fast
+    from fast.training import for_training
 except ModuleNotFoundError:  # the wing is not there: training on a CPU is slower
-    fast = None  # type: ignore[assignment]
+    for_training = None  # type: ignore[assignment]
 
 # ---- settings -----------------------------------------------------------------------------------
 
@@ -608,8 +608,8 @@ class Run:
         self.args, self.model, self.tokenizer = args, model, tokenizer
         # bfloat16 has too few bits to add up small steps: it computes, in a copy, float32 adds up
         self.work = copy.deepcopy(model).bfloat16() if args.bf16 else model
-        if fast:
-            fast.for_training(self.work)
+        if for_training is not None:
+            for_training(self.work)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.params = list(trained.values())
         self.working = [p for p in self.work.parameters() if p.requires_grad]

@@ -13,17 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from checkpoints.cores import cores
 from checkpoints.folder import add_heads, load_folder, save
 from checkpoints.gguf_file import load_gguf
 from checkpoints.hub import fetch
-from checkpoints.machine import cores
 from checkpoints.tokenizer import Tokenizer
 from model import Llama
-
-try:
-    import fast
-except ModuleNotFoundError:  # the wing is not there: every model is plain
-    fast = None  # type: ignore[assignment]
 
 __all__ = ["load", "save"]
 
@@ -66,8 +61,10 @@ def load(
         why = f"truncated or corrupt safetensors file ({error})"
         why = why if isinstance(error, SafetensorError) else str(error)
         raise ValueError(f"{path}: {_pointer(path) or why}") from error
-    if device.type == "cpu" and fast and not plain and not ranks:
-        fast.prepare(model)
+    if device.type == "cpu" and not plain and not ranks and importlib.util.find_spec("fast"):
+        from fast.cpu import prepare
+
+        prepare(model)
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), max(1, cores() // 2)))
     return model, tokenizer

@@ -23,8 +23,9 @@ except ImportError:  # Windows
 
 from arguments import Options
 from checkpoints.console import must_take_files
+from checkpoints.cores import cores
 from checkpoints.files import must_be_writable, read_json, write_whole
-from checkpoints.machine import best_threads, cores, seconds_of_few
+from checkpoints.machine import best_threads, seconds_of_few
 from model import Llama
 
 SHIPPED = Path(__file__).parent.parent / "results" / "ladders.json"

@@ -4,58 +4,22 @@ Nothing is chosen here: ladders.py keeps what was found, bench.py and lab/ measu
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from arguments import LevelStats
+from checkpoints.cores import cores
 from hispec import Decoder, Step, generate
 from model import Llama
 
 WIDTH = 16  # positions: the widest pass that `limits` times
 
 
-# ---- cores and threads --------------------------------------------------------------------------
-
-
-def cores(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many threads can run at once here: as many as OMP_NUM_THREADS says, if it is set.
-
-    Else the cores that this process may run on, or fewer if its control group (version 1 or 2, or
-    one above it) has a quota of processor time. own, groups: where Linux says so.
-    """
-    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list is one number a depth
-    if said.isdecimal() and int(said) > 0:
-        return int(said)
-    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
-    count = len(affinity(0)) if affinity else os.cpu_count() or 1
-    for line in own.read_text().splitlines() if own.exists() else ():
-        _, controllers, path = line.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):
-            base = groups / controllers if controllers else groups
-            folders = [base / path.lstrip("/"), *(base / path.lstrip("/")).parents]
-            for folder in folders[: folders.index(base) + 1]:
-                count = min(count, quota(folder) or count)
-    return count
-
-
-def quota(folder: Path) -> int | None:
-    """The cores that a control group's processor time is worth, rounded up; None: no limit."""
-    try:
-        if (folder / "cpu.max").exists():
-            time_, period = (folder / "cpu.max").read_text().split()
-        else:
-            time_, period = (
-                (folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period")
-            )
-    except (OSError, ValueError):
-        return None
-    return None if time_ in ("max", "-1") else max(1, math.ceil(int(time_) / int(period)))
+# ---- threads ------------------------------------------------------------------------------------
 
 
 def best_threads(model: Llama) -> int:

@@ -1,26 +1,30 @@
 """The same steps, faster: what generate(fast=...) takes. The core does not need this folder.
 
-    prepare(model)             packs a model on a CPU, in place, and gives it its step
-    step_for(model, max_len)   a step for the model's device: packed on a CPU, captured on CUDA
-    for_training(model)        attention in blocks, for training on a CPU
+    step_for(model, max_len)           a step for the model's device: packed on a CPU, else captured
+    fast.cpu.prepare(model)            packs a model on a CPU, in place, and gives it its step
+    fast.cuda.FixedStep(model, room)   passes of one shape, captured on CUDA
+    fast.training.for_training(model)  attention in blocks, for training on a CPU
+    fast.parallel.start(device)        several processes share a model
 
-layers.py holds what both kinds of step share, cpu.py packed weights, cuda.py captured graphs. A
-plain model is changed by replacing its modules by subclasses that compute the same.
+layers.py holds what both kinds of step share. A plain model is changed by replacing its modules by
+subclasses that compute the same. A file is imported by whoever needs it: on a CPU nothing of CUDA.
 """
 
-from fast.cpu import PackedStep, for_training, prepare
-from fast.cuda import FixedStep
+from typing import Any
+
 from model import Llama
 
-__all__ = ["FixedStep", "PackedStep", "for_training", "prepare", "step_for"]
 
-
-def step_for(model: Llama, max_len: int, compiled: bool = True) -> PackedStep | FixedStep:
+def step_for(model: Llama, max_len: int, compiled: bool = True) -> Any:
     """The fastest step for the model where it is.
 
     max_len: the longest sequence that a captured step has room for, prompt included, in tokens.
     compiled: whether its layers are compiled before they are captured, which takes some seconds.
     """
     if model.embed.weight.is_cuda:
+        from fast.cuda import FixedStep
+
         return FixedStep(model, max_len, compiled)
+    from fast.cpu import prepare
+
     return prepare(model)

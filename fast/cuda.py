@@ -28,7 +28,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hispec
 import model as plain
 from fast.cpu import ExitHead
-from fast.layers import CHUNK, Cache, ChunkPlan, Layer, RoPE, mask, replaced, up_to_chunk
+from fast.layers import CHUNK, Cache, ChunkPlan, Layer, RoPE, mask, up_to_chunk
+from fast.modules import replaced
 from kvcache import KVCache
 from model import Llama
 

@@ -21,24 +21,6 @@ CHUNK = 64  # positions: more would read more masked keys, fewer would cut more 
 ROWS = 4  # attention takes its queries in fours: on a CPU fewer would get other bits
 
 
-def replaced(module: nn.Module, kinds: dict[type, type]) -> nn.Module:
-    """The tree of modules with subclasses in place of classes.
-
-    What changes is a copy that holds the same tensors; what does not is the module itself.
-    """
-    below = {
-        name: child if child is None else replaced(child, kinds)
-        for name, child in module._modules.items()
-    }
-    kind = kinds.get(type(module), type(module))
-    if kind is type(module) and below == module._modules:
-        return module
-    new: nn.Module = object.__new__(kind)
-    new.__dict__.update(module.__dict__)
-    new._modules = below
-    return new
-
-
 class Cache(KVCache):
     """The shared cache, with passes cut into chunks and padded to a multiple of `pad` positions.
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import model as plain
-from fast.layers import replaced
+from fast.modules import replaced
 from model import Config
 
 TIMEOUT = timedelta(minutes=10)  # for a process that does not answer: loading takes time too

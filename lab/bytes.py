@@ -19,18 +19,18 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from bench import PROMPTS, decode_with, read_prompts
 from checkpoints import load
 from checkpoints.console import Parser, command, say, table
 from checkpoints.files import describe, must_be_writable, write_whole
 from checkpoints.ladders import Ladder, default_exits
-from hispec import Step
+from hispec import Step, generate
 from lab.costs import Costs, Trace, replay, trace
 from lab.figures import rates, speed_up_by_rates, step_seconds
 from lab.plots import COLOURS, draw
 from lab.tune import GREEDY, WINDOWS, costs_of_ladders
 from model import Llama
 
+PROMPTS = Path(__file__).parent.parent / "prompts" / "python.jsonl"
 TOKENS = 64  # of a text
 CHAIN = 4  # drafts in a row whose agreement is counted
 
@@ -46,7 +46,8 @@ def main() -> None:
     torch.set_num_threads(1)
     model, tokenizer = load(args.model, "cpu", torch.float32)
     assert tokenizer is not None
-    prompts = [tokenizer.chat(q["turns"][:1]) for q in read_prompts(PROMPTS / "python.jsonl")]
+    questions = map(json.loads, PROMPTS.read_text("utf-8").splitlines())
+    prompts = [tokenizer.chat(question["turns"][:1]) for question in questions]
     found = measure(model, prompts, [tokenizer.spell(i) for i in range(tokenizer.n_vocab)])
     header = describe(args.model, "cpu", torch.float32)
     say(table(rows(found)))
@@ -60,7 +61,10 @@ def measure(model: Llama, prompts: list[list[int]], spell: list[bytes]) -> dict:
     """{"tokens", "bytes"}: what `compared` finds along greedy texts, read in either way."""
     step, n, stop = model.fast or Step(model), model.config.n_layers, ()
     exits = default_exits(model)[:2]
-    decoder = lambda *ladder: decode_with(model, step, *ladder)  # noqa: E731
+
+    def decoder(exits=(), windows=(), thresholds=()):
+        return partial(generate, model, exits=exits, windows=windows, thresholds=thresholds)
+
     # temperature 1 without sampling: each exit's distribution along the greedy text
     traces = [trace(model, p, TOKENS, stop, exits, decoder(), temperature=0.0) for p in prompts]
     costs = costs_of_ladders(step, exits, traces, TOKENS, stop, decoder)

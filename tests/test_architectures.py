@@ -21,8 +21,9 @@ from test_gguf import F32, write_gguf
 import checkpoints
 from checkpoints import save, vocabulary
 from checkpoints.families import FAMILIES
-from fast import FixedStep, for_training, prepare
-from fast.cpu import Linear, RMSNorm, can_pack
+from fast.cpu import Linear, RMSNorm, can_pack, prepare
+from fast.cuda import FixedStep
+from fast.training import for_training
 from hispec import generate
 
 transformers = pytest.importorskip("transformers")

@@ -31,9 +31,9 @@ LADDERS = [((0, 3), (3, 4)), ((0,), (3,)), ((0, 2, 3), (2, 3, 5)), ((0, 1), (1, 
 
 def steps(model: Llama):
     yield None
-    fast = pytest.importorskip("fast")
-    yield fast.FixedStep(model, 40, compiled=False)
-    fast.prepare(model)
+    cpu, cuda = pytest.importorskip("fast.cpu"), pytest.importorskip("fast.cuda")
+    yield cuda.FixedStep(model, 40, compiled=False)
+    cpu.prepare(model)
     yield model.fast
 
 

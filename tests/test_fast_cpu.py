@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 import checkpoints
 import fast.cpu
 import fast.layers
-from fast import PackedStep, for_training, prepare
-from fast.cpu import ROWS, Linear, RMSNorm, can_pack
+from fast.cpu import ROWS, Linear, PackedStep, RMSNorm, can_pack, prepare
 from fast.layers import CHUNK, Cache
+from fast.training import for_training
 from hispec import Step, generate
 from model import ExitHead, Llama
 

@@ -18,9 +18,11 @@ import fast
 import model as plain
 from arguments import Options
 from checkpoints.tokenizer import Tokenizer
-from fast import FixedStep, cuda, prepare
-from fast.cuda import KERNELS, PROMPT, WIDTH, CompiledLayer, compiled
-from fast.layers import CHUNK, Cache, ChunkPlan, Layer, replaced
+from fast import cuda
+from fast.cpu import prepare
+from fast.cuda import KERNELS, PROMPT, WIDTH, CompiledLayer, FixedStep, compiled
+from fast.layers import CHUNK, Cache, ChunkPlan, Layer
+from fast.modules import replaced
 from hispec import Decoder, Step, generate
 from model import ExitHead, Llama
 

@@ -9,9 +9,9 @@ import torch
 from conftest import random_model
 
 import bench
-import fast
 from bench import Request
 from checkpoints import machine
+from fast.cpu import prepare
 from hispec import Step, generate
 from lab import costs as costs_room
 from lab import figures, plots
@@ -139,7 +139,7 @@ def test_how_far_company_moves_logits():
     moved = figures.moved(Moving(random_model(4)), [3, 1, 4])
     assert moved["ours"] == pytest.approx([0.5 * more for more in range(16)], abs=1e-9)
     assert moved["plain"] == pytest.approx([0.0] * 16, abs=1e-9)
-    packed = figures.moved(fast.prepare(random_model(4, dim=64, ffn_dim=96).float()), [3, 1, 4])
+    packed = figures.moved(prepare(random_model(4, dim=64, ffn_dim=96).float()), [3, 1, 4])
     assert packed["ours"] == [0.0] * 16 and max(packed["plain"]) < 1e-2
 
 

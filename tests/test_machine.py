@@ -1,14 +1,17 @@
 """What the machine has and takes: cores, threads, passes, memory, and generations that are watched."""
 
+import os
 from functools import partial
 
 import pytest
 import torch
 from conftest import random_model
 
-import fast
 from checkpoints import machine
-from checkpoints.machine import Notes, cores, pass_seconds, watch, what_was_seen
+from checkpoints.cores import cores
+from checkpoints.machine import Notes, pass_seconds, watch, what_was_seen
+from fast.cpu import prepare
+from fast.cuda import FixedStep
 from hispec import Generation, Step, generate
 
 
@@ -40,7 +43,7 @@ def test_best_threads_is_the_fewest_of_the_fastest(monkeypatch, seconds, best):
 )  # fmt: skip
 def test_a_quota_of_processor_time_counts(monkeypatch, tmp_path, said, files, expected):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     (tmp_path / "own").write_text(said)
     for name, content in files.items():
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,8 +57,8 @@ def test_a_quota_of_processor_time_counts(monkeypatch, tmp_path, said, files, ex
 def test_passes_are_timed_by_any_step_alike(monkeypatch, kind):
     """A clock that counts the positions that each layer and each head really takes."""
     model = random_model(n_layers=6).float()
-    step = {"plain": Step, "packed": fast.prepare}.get(
-        kind, partial(fast.FixedStep, max_len=64, compiled=False)
+    step = {"plain": Step, "packed": prepare}.get(
+        kind, partial(FixedStep, max_len=64, compiled=False)
     )(model)
     ran = []
     run, logits = type(model).run, type(model).logits

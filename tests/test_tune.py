@@ -7,7 +7,8 @@ import test_bench
 from conftest import random_model
 
 import bench
-import fast
+from fast.cpu import prepare
+from fast.cuda import FixedStep
 from hispec import Generation, LevelStats, Step, generate
 from lab import costs as costs_room
 from lab import tune
@@ -187,7 +188,7 @@ def test_costs_by_depth_and_width_of_any_step(monkeypatch, fixed):
     assert costs.head[3] == pytest.approx(own_block)
 
 
-@pytest.mark.parametrize("step", [Step, fast.prepare, lambda m: fast.FixedStep(m, 64, False)])
+@pytest.mark.parametrize("step", [Step, prepare, lambda m: FixedStep(m, 64, False)])
 def test_costs_of_real_passes(step):
     costs = measure_costs(step(random_model()), (1, 3))
     for row in costs.trunk[5], *costs.head.values():
