@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=2 bench.py --model M      # a model larger than one GPU
 
 For each prompt greedy decoding writes the reference text; then the methods take turns. Times are
-wall-clock seconds of whole generations, prompt included. On every second prompt of a category each
+wall-clock seconds of whole generations, prompt included. On every third prompt of a category each
 method also samples: another text of the same distribution, which tests prove and no comparison of
-texts could. On every third prompt, outside the speeds, steps are timed and what becomes of drafts
+texts could. On every sixth prompt, outside the speeds, steps are timed and what becomes of drafts
 is counted. A line is printed after each prompt, all else after the last.
 
 Each method is compared with greedy decoding, with its own draft alone (its first exit straight
@@ -84,6 +84,7 @@ class Request:
     category: str
     prompt: list[int]  # token ids of the conversation so far
     greedy: list[int]  # the reference answer
+    ending: str = ""  # how the prompt ends, where its file says so
     made: list[Generation] = field(default_factory=list)  # [method]
     sampled: list[Generation] = field(default_factory=list)  # [method], or empty
     watched: dict[object, Notes] = field(default_factory=dict)  # by Method.key, or empty
@@ -329,7 +330,7 @@ def ask(decode, tokenizer, questions, max_new_tokens, stop, room, tell) -> Itera
             greedy = decode(prompt, max_new_tokens, stop=stop).tokens
             answer = [token for token in greedy if token not in stop]
             conversation.append(tokenizer.decode(answer, after=prompt))
-            yield Request(question["category"], prompt, greedy)
+            yield Request(question["category"], prompt, greedy, question.get("ending", ""))
 
 
 # ---- measuring ----------------------------------------------------------------------------------
@@ -347,11 +348,11 @@ def measure(
     if not before:
         turn(0, min(new, WARM_UP))
     request.made = turn(len(before), new)
-    if sampling and sum(other.category == request.category for other in before) % 2 == 0:
+    if sampling and sum(other.category == request.category for other in before) % 3 == 0:
         seed = (sampling["seed"] + sum(len(other.sampled) > 0 for other in before)) % 2**63
         drawing = partial(take_turn, for_sampled(methods), request.prompt, bar=bar, stop=stop)
         request.sampled = drawing(len(before), new, **sampling | {"seed": seed})
-    if len(before) % 3 == 0:  # which says enough, and nobody waits for it
+    if len(before) % 6 == 0:  # which says enough, and nobody waits for it
         for method in methods:
             if method.ours and method.key not in request.watched:
                 request.watched[method.key] = watch(method.decode, request.prompt, new, stop)
@@ -405,12 +406,16 @@ def ladder_of(method: Method) -> dict:
 
 
 def by_category(methods, requests: list[Request], m: int, of: Callable) -> dict:
-    """The same figures of all requests and of each category's."""
-    groups = defaultdict(list)
-    for request in requests:
-        groups[request.category].append(request)
-    each = {category: of(methods, some, m) for category, some in groups.items()}
-    return of(methods, requests, m) | {"by_category": each}
+    """The same figures of all requests, of each category's, and of each kind of ending's."""
+    found = of(methods, requests, m)
+    for name, kind in ("by_category", "category"), ("by_ending", "ending"):
+        groups = defaultdict(list)
+        for request in requests:
+            if value := getattr(request, kind):
+                groups[value].append(request)
+        if groups:
+            found[name] = {value: of(methods, some, m) for value, some in groups.items()}
+    return found
 
 
 def figures(methods: list[Method], requests: list[Request], m: int, sampled=False) -> dict:

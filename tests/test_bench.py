@@ -481,8 +481,12 @@ def test_figures_over_all_requests():
     assert greedy["acceptance"] == [] and greedy["speedup_vs_draft_alone"] is None
 
 
-def test_figures_of_one_category():
-    result = bench.by_category(METHODS, made_up(), 2, figures)["by_category"]["code"]
+def test_figures_of_one_category_and_of_one_kind_of_ending():
+    requests = made_up()
+    requests[1].ending = "newline"
+    found = bench.by_category(METHODS, requests, 2, figures)
+    result = found["by_category"]["code"]
+    assert found["by_ending"] == {"newline": result}
     assert result["tokens_per_second"] == pytest.approx(2 / 1)
     assert result["speedup_vs_greedy"] == pytest.approx(1.0)
     assert result["speedup_vs_single_layer"] == pytest.approx(0.5)
@@ -525,7 +529,7 @@ def test_methods_take_turns_in_a_rotating_order_and_the_same_ladder_once():
     methods = [Method(name, ((i,), (1,), ()), decode(name)) for i, name in enumerate("abc")]
     methods.append(Method("c again", methods[2].ladder, decode("c")))
     requests = []
-    for category in "xxxy":
+    for category in "xxxxy":
         request = Request(category, [1], [5], watched={m.ladder: None for m in methods})
         law = {"temperature": 0.8, "seed": 7}
         bench.measure(request, requests, methods, (4, ()), law)
@@ -534,10 +538,10 @@ def test_methods_take_turns_in_a_rotating_order_and_the_same_ladder_once():
     assert all(sorted(name for name, _ in turn) == ["a", "b", "c"] for turn in turns)
     assert {turn[0][0] for turn in turns} == {"a", "b", "c"}  # none is always the first
     greedily = [turn for turn in turns if "seed" not in turn[0][1]]
-    assert len(greedily) == 1 + 4  # a warm-up
+    assert len(greedily) == 1 + 5  # a warm-up
     drawn = [turn[0][1]["seed"] for turn in turns if "seed" in turn[0][1]]
-    assert drawn == [7, 8, 9]  # every second of a category, each from a seed of its own
-    assert [len(request.sampled) for request in requests] == [4, 0, 4, 4]
+    assert drawn == [7, 8, 9]  # every third of a category, each from a seed of its own
+    assert [len(request.sampled) for request in requests] == [4, 0, 0, 4, 4]
 
 
 def test_agreement_and_false_rejects_by_hand():

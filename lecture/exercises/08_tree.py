@@ -14,7 +14,7 @@ things are left to you:
 (b) `plan`: which slots may a node look at? All of the text, itself, and the nodes it stands behind.
 (c) `keep`: the full model has chosen a path from node 0 down. What follows has to find it in the
 slots behind each other, as if it had been a chain.
-(d) `CHANGED`: which of the three invariants in section 5 of the README can no longer be said of a
+(d) `CHANGED`: which of the three invariants of lecture/ladder.md can no longer be said of a
 cache that holds a tree?
 """
 
