@@ -81,14 +81,10 @@ def modelled(tmp_path_factory):
     return trace, collected(tmp_path_factory.mktemp("formula"), trace, script)
 
 
-def test_the_formula(modelled):
+def test_the_formula_and_the_best_windows(modelled):
     _, seen = modelled
     for asked, got in zip(ASKED, seen["gains"], strict=True):
         assert (got["tokens"], got["gain"]) == pytest.approx(by_recursion(*asked), rel=1e-4)
-
-
-def test_the_best_windows_gain_what_was_worked_out(modelled):
-    _, seen = modelled
     assert seen["table"] == pytest.approx([x for row in TABLE.values() for x in row], abs=0.006)
 
 
