@@ -12,16 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 WINGS = ("lab", "show", "lecture", "fast")
-PROPERTIES = ["lossless", "cache", "sampling", "block", "model", "arguments", "drafters"]
-# of these the longest are left out: they say the same on more levels, windows and truncations
-LONGEST = """truncated or three_levels or whole_texts or look_ups or contexts_end or planted_bugs
-    or longer_than_a_pass or without_a_bug or float32"""
-FEW = """
-import sys, pytest
-from hypothesis import settings
-settings.register_profile("few", deadline=None, max_examples=3, derandomize=True)
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--hypothesis-profile", "few", *sys.argv[1:]]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +52,6 @@ def test_exits_are_trained(tree):
     arguments = ["--out", "trained", "--steps", "2", "--corpus", "checkpoints"]
     run(tree, "train_exits.py", *arguments)
     assert (tree / "trained" / "model" / "config.json").exists()
-
-
-def test_the_core_keeps_its_properties(tree):
-    few = f"not ({' '.join(LONGEST.split())})"
-    run(tree, "-c", FEW, "-k", few, *(f"tests/test_{name}.py" for name in PROPERTIES))
 
 
 @pytest.mark.parametrize(
