@@ -50,43 +50,26 @@ def small_bench(monkeypatch, tmp_path):
 
 # ---- whole runs ---------------------------------------------------------------------------------
 
-OF_A_RUN = {"device", "threads", "dtype", "step", "model", "versions", "command", "sampling"}
-OF_TEXTS = {"tokens_per_second", "speedup_vs_greedy", "speedup_vs_draft_alone",
-            "speedup_vs_single_layer", "tokens_per_target_pass", "acceptance", "positions",
-            "prefill_seconds", "decode_seconds", "distinct", "looping", "prompts", "tokens"}  # fmt: skip
-OF_A_METHOD = {"name", "exits", "windows", "thresholds", "by_category", "sampled", "peak_bytes",
-               "identical", "differing_tokens", "time_share", "time_share_loop"}  # fmt: skip
-OF_A_LADDER = {"acceptance_by_position", "accepted_length", "agreement"}
-
 
 def test_a_whole_run(small_bench, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(Tokenizer, "decode", lambda *_, **__: "\x1b[2Jgone\x08")
     model, result = small_bench("--quick")
-    assert result.keys() == OF_A_RUN | {"limit", "methods", "ladders"}
     assert "bench.py --device cpu" in result["command"] and result["dtype"] == "float32"
     methods = {method["name"]: method for method in result["methods"]}
     assert list(methods) == ["greedy", "single-layer", "hispec", "draft alone", "paper windows",
                              "look-up", "look-up, exit"]  # fmt: skip
-    for name, method in methods.items():
-        keys = OF_TEXTS | OF_A_METHOD
-        if any(method["exits"]):
-            keys |= OF_A_LADDER | ({"false_rejects"} if method["exits"] == [1, 2] else set())
-        elif name == "look-up":  # it predicts nothing
-            keys |= OF_A_LADDER - {"agreement"}
-        assert method.keys() == keys, name
+    for method in methods.values():
         assert method["identical"] == method["prompts"] == 3  # two turns of chat and one of code
         assert method["differing_tokens"] == 0 and method["tokens"] == 3 * 24
-        assert method["by_category"]["chat"]["prompts"] == 2
-        assert method["by_category"]["code"].keys() == OF_TEXTS | {"identical", "differing_tokens"}
+        assert [method["by_category"][c]["prompts"] for c in ("chat", "code")] == [2, 1]
         assert sum(method["time_share"]) + method["time_share_loop"] == pytest.approx(1)
-        drawn = method["sampled"]  # one of each category
-        assert drawn.keys() == OF_TEXTS | {"by_category"} and drawn["tokens"] == 2 * 24
+        assert method["sampled"]["tokens"] == 2 * 24  # one of each category
         assert method["peak_bytes"] is None
     assert result["sampling"] == {"temperature": 0.8, "top_p": 1.0, "top_k": 0, "seed": 0}
     hispec = methods["hispec"]
     assert (hispec["exits"], hispec["windows"]) == ([1, 2], [2, 4])
     assert [len(level) for level in hispec["acceptance_by_position"]] == [2, 5]  # and a bonus
-    assert hispec["agreement"].keys() == {"1-2", "1-5", "2-5"}
+    assert hispec["agreement"].keys() == {"1-2", "1-5", "2-5"} and "false_rejects" in hispec
     # of the same ladder: measured once
     assert methods["paper windows"]["tokens_per_second"] == hispec["tokens_per_second"]
     # what a model writes cannot move the cursor
