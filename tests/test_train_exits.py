@@ -294,7 +294,6 @@ def one_thread():
         ("--steps 0", "--steps must be above 0"),
         ("--lr nan", "--lr must be above 0"),
         ("--minutes -1", "--minutes must be above 0"),
-        ("--draft-vocab 0", "--draft-vocab must be above 0"),
         ("--batch 64", "--batch must hold 8 x --context tokens"),
         ("--context 512 --batch 8192", "must fit the model's 2048"),
         ("--heads 5", "must be a multiple of n_heads"),
