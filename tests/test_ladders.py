@@ -75,7 +75,7 @@ def test_a_ladder_that_does_not_fit_the_model_is_passed_over_and_a_damaged_file_
         ladders.save_ladders(HEADER, {"hispec": ladder, "single-layer": SINGLE})
         found, _ = ladders.kept_ladders(HEADER, random_model())
         assert found == {"single-layer": ((1,), (2,), (0.1,))}
-    for content in "{bad", '{"a": 3}', '{"m, float32": {}}':
+    for content in "{bad", "[]", '{"a": 3}', '{"m, float32": {}}':
         ladders.SHIPPED.write_text(content)
         with pytest.raises(ValueError, match="ladders.json is damaged"):
             ladders.kept_ladders(HEADER, random_model())
