@@ -9,7 +9,7 @@ from conftest import random_model
 import fast
 from checkpoints import machine
 from checkpoints.machine import Notes, cores, pass_seconds, watch, what_was_seen
-from hispec import Step, generate
+from hispec import Generation, Step, generate
 from model import Llama
 
 
@@ -19,7 +19,8 @@ def test_best_threads_is_the_fewest_of_the_fastest(monkeypatch, seconds, best):
     took, set_to = dict(zip((1, 2, 4), seconds)), []
     monkeypatch.setattr(machine, "cores", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
-    monkeypatch.setattr(machine, "seconds_of_few", lambda model: took[set_to[-1]])
+    made = lambda model, prompt, n: Generation([], [], took[set_to[-1]])  # noqa: E731
+    monkeypatch.setattr(machine, "generate", made)
     assert machine.best_threads(None) == best
 
 
