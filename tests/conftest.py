@@ -143,3 +143,14 @@ def site(tmp_path, monkeypatch):
     paths = {"stdlib": str(library), "purelib": str(site)}
     monkeypatch.setattr("sysconfig.get_paths", lambda: paths)
     return site
+
+
+def byte_tokenizer(settings=None):
+    """A tokenizer whose tokens are bytes."""
+    import tiktoken
+
+    from checkpoints.tokenizer import Tiktoken, Tokenizer
+
+    ranks = {bytes([i]): i for i in range(256)}
+    encoding = tiktoken.Encoding("b", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
+    return Tokenizer(Tiktoken(encoding, {}), settings or {})

@@ -20,61 +20,41 @@ BAD = [
     (dict(prompt=[-1]), r"prompt.*-1.*0\.\.10"),
     (dict(prompt=[1.5]), r"prompt.*whole numbers.*1\.5"),
     (dict(prompt=[1] * 64), "64 tokens.*context of 64"),
-    (dict(prompt=[1] * 100), "100 tokens.*context of 64"),
     (dict(max_new_tokens=-1), "max_new_tokens.*between 0 and .*64.*-1"),
     (dict(max_new_tokens=10**12), "max_new_tokens.*between 0 and .*64"),
     (dict(max_new_tokens=2.5), "max_new_tokens.*whole"),
-    (dict(max_new_tokens=math.nan), "max_new_tokens.*whole"),
     (dict(exits=(3, 1)), r"ascend.*from 0 on.*\(3, 1\)"),
     (dict(exits=(2, 2)), "ascend"),
     (dict(exits=(1, 5)), r"ascend.*0\.\.4.*\(1, 5\)"),
     (dict(exits=(-1, 2)), "ascend"),
-    (dict(exits=("1", 2)), "exits.*whole"),
-    (dict(windows=()), "one length for each of the 2 exits"),
-    (dict(windows=(2,)), "one length for each"),
-    (dict(exits=(), windows=(2,)), "one length for each of the 0 exits"),
+    (dict(exits=None), "exits.*whole"),
+    (dict(windows=(2,)), "one length for each of the 2 exits"),
     (dict(windows=(2, 0)), "windows.*at least 1"),
-    (dict(windows=(2, -3)), "windows.*at least 1"),
     (dict(windows=(2, 1.5)), "windows.*whole"),
     (dict(thresholds=(0.5,)), "one probability for each of the 2 exits"),
     (dict(thresholds=(0.5, 1.5)), "thresholds.*0 to 1"),
     (dict(thresholds=(-0.1, 0.5)), "thresholds.*0 to 1"),
-    (dict(thresholds=(0.5, float("nan"))), "thresholds.*0 to 1"),
-    (dict(thresholds=(0.5, "high")), "thresholds.*0 to 1"),
+    (dict(thresholds=(0.5, math.nan)), "thresholds.*0 to 1"),
     (dict(thresholds=0.5), r"thresholds must be a list of probabilities, got 0\.5"),
-    (dict(thresholds=True), "thresholds must be a list"),
     (dict(top_k=-1), "top_k.*or 0 for all, got -1"),
-    (dict(top_k=1.5), "top_k.*whole"),
     (dict(top_p=0), "top_p.*above 0 and at most 1, got 0"),
     (dict(top_p=1.1), "top_p"),
     (dict(top_p=math.nan), "top_p"),
-    (dict(top_p="most"), "top_p"),
     (dict(temperature=-0.1), "temperature"),
     (dict(temperature=math.nan), "temperature"),
     (dict(temperature=math.inf), "temperature"),
-    (dict(temperature="hot"), "temperature"),
     (dict(seed=-1), "seed"),
     (dict(seed=2**63), "seed"),
-    (dict(seed=0.5), "seed"),
     (dict(stop=[11]), r"stop.*11.*0\.\.10"),
-    (dict(stop=["."]), "stop.*whole"),
     (dict(stop=5), "stop takes a list of whole numbers, got 5"),
-    (dict(exits=None), "exits.*whole"),
 ]
 
 
-@pytest.mark.parametrize(
-    "change, message", BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(BAD)]
-)
+@pytest.mark.parametrize("change, message", BAD)
 def test_bad_arguments(monkeypatch, change, message):
     monkeypatch.setattr(hispec, "KVCache", None)  # any work at all would fail on this
     with pytest.raises(ValueError, match=message):
         generate(random_model(), **{**GOOD, **change})
-
-
-def test_an_option_that_does_not_exist():
-    with pytest.raises(TypeError, match="temprature"):
-        generate(random_model(), [1], 4, temprature=1.0)
 
 
 def test_autocast_is_refused_in_one_line():
@@ -103,55 +83,30 @@ def test_a_ladder_is_written_and_read(text, exits, windows, thresholds):
     assert parse_ladder(f"  {text.replace(' <', '<').replace('(', ' ( ')} ") == read
 
 
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("", "written as"),
-        ("2", "written as"),
-        ("2(4", "written as"),
-        ("2(4) eight(6)", "written as"),
-        ("2(0)", "windows must be at least 1"),
-        ("8(4) 2(4)", "ascend"),
-        ("2(4 <1.5)", "thresholds.*0 to 1"),
-    ],
-)
-def test_a_ladder_that_is_none(text, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("text", ["", "2", "2(4", "2(4) eight(6)"])
+def test_a_ladder_that_is_none(text):
+    with pytest.raises(ValueError, match="written as"):
         parse_ladder(text)
 
 
 def test_arguments_of_any_integer_kind():
+    def tokens(*arguments, **options):
+        return generate(model, *arguments, **options).tokens
+
     model = random_model()
-    plain = generate(model, [1, 2], 4)
-    other = generate(
-        model,
-        torch.tensor([1, 2]),
-        4,
-        exits=range(1, 3),
-        windows=[2, 2],
-        stop=iter(plain.tokens[-1:]),
-    )
-    first = plain.tokens.index(plain.tokens[-1])
-    assert other.tokens == plain.tokens[: first + 1]
-    other_ladder = generate(model, [1, 2], 4, exits=[1], windows=[2]).tokens
-    stop = torch.tensor(plain.tokens[-1:])
-    assert (
-        generate(model, [1, 2], 4, exits=torch.tensor([1]), windows=[2], stop=stop).tokens
-        == other.tokens
-    )
+    plain = tokens([1, 2], 4)
+    last = plain[-1:]
+    ladder = dict(exits=range(1, 3), windows=[2, 2])
+    stopped = plain[: plain.index(last[0]) + 1]
+    assert tokens(torch.tensor([1, 2]), 4, **ladder, stop=iter(last)) == stopped
+    ladder = dict(exits=torch.tensor([1]), windows=[2])
+    assert tokens([1, 2], 4, **ladder, stop=torch.tensor(last)) == stopped
     small = np.array([2, 1], dtype=np.int8)[::-1]
-    assert (
-        generate(
-            model, small, small[1] + 2, exits=small[:1], windows=small[1:], seed=small[0]
-        ).tokens
-        == other_ladder
-    )
-    assert (
-        generate(model, b"\x01\x02", torch.tensor(4), temperature=Fraction(0)).tokens
-        == plain.tokens
-    )
-    assert generate(model, [1, 2], 0).tokens == []
-    assert generate(model, [1] * 63, 64).tokens == generate(model, [1] * 63, 1).tokens
+    ladder = dict(exits=small[:1], windows=small[1:], seed=small[0])
+    assert tokens(small, small[1] + 2, **ladder) == plain
+    assert tokens(b"\x01\x02", torch.tensor(4), temperature=Fraction(0)) == plain
+    assert tokens([1, 2], 0) == []
+    assert tokens([1] * 63, 64) == tokens([1] * 63, 1)
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,8 @@ from functools import cache
 
 import pytest
 from conftest import random_model
-from PIL import Image
 from test_browser import collected
 from test_page import traced
-
-from show import page, picture
 
 # (d, i): HiSpec over one exit, both with their best windows, at the rates PAIRS (alpha, beta)
 TABLE = {
@@ -81,14 +78,10 @@ def modelled(tmp_path_factory):
     return trace, collected(tmp_path_factory.mktemp("formula"), trace, script)
 
 
-def test_the_formula(modelled):
+def test_the_formula_and_the_best_windows(modelled):
     _, seen = modelled
     for asked, got in zip(ASKED, seen["gains"], strict=True):
         assert (got["tokens"], got["gain"]) == pytest.approx(by_recursion(*asked), rel=1e-4)
-
-
-def test_the_best_windows_gain_what_was_worked_out(modelled):
-    _, seen = modelled
     assert seen["table"] == pytest.approx([x for row in TABLE.values() for x in row], abs=0.006)
 
 
@@ -131,18 +124,3 @@ def test_without_two_exits_no_point_is_claimed(tmp_path):
     opened = collected(tmp_path, trace, script.replace('box("own").click();', ""))["opened"]
     assert opened["values"] == [0.8, 0.9, 0.125, 0.25, 1, 2, 4] and opened["own"]
     assert [mark[0] for mark in opened["marks"][0]] == ["○"]
-
-
-def test_the_picture_is_light_and_dark(tmp_path, monkeypatch, capsys):
-    if picture.find_browser() is None:
-        pytest.skip("no chromium or chrome to open the page in")
-    _, trace, _ = traced(random_model(27), [1, 2] * 5, 12, exits=(1, 3), windows=(2, 4))
-    page.write(tmp_path / "a.html", trace)
-    told = ["picture", str(tmp_path / "a.html"), "--out", str(tmp_path / "made"), "--at", "9"]
-    monkeypatch.setattr("sys.argv", told)
-    picture.main()
-    made = sorted((tmp_path / "made").iterdir())
-    assert [file.name for file in made] == ["page-dark.png", "page-light.png"]
-    dark, light = (Image.open(file).convert("L") for file in made)
-    assert dark.size == light.size == (1200, 980)
-    assert dark.getpixel((2, 2)) < 50 and light.getpixel((2, 2)) == 255

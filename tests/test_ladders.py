@@ -45,46 +45,40 @@ def test_what_is_found_here_is_kept_by_model_dtype_step_and_device(places):
 
 def test_another_machines_ladders_are_taken_all_of_one_the_likest_first():
     one, two = {"hispec": HISPEC, "single-layer": SINGLE}, {"hispec": HISPEC | {"windows": [1, 1]}}
-    key = "m, {}, {} step, {}".format
+    key, here = "m, {}, {} step, {}".format, ("float32", "packed", "a CPU, 2 cores")
     kept = {
         key("bfloat16", "fixed", "a GPU"): {"look-up": SINGLE | {"exits": [0]}},
         key("float32", "fixed", "a GPU"): two,
         key("float32", "packed", "another CPU, 4 cores"): one,
-        key("either dtype", "packed", "a CPU, 2 cores"): {"dtype": "float32"},
-        "mm, float32, packed step, a CPU, 2 cores": two,
+        key("either dtype", *here[1:]): {"dtype": "float32"},
+        f"m{key(*here)}": two,
     }
-    for expected, where in [
-        ({"hispec", "single-layer"}, "another CPU, 4 cores (float32, packed step)"),
-        ({"hispec"}, "a GPU (float32, fixed step)"),
-        ({"look-up"}, "a GPU (bfloat16, fixed step)"),
-    ]:
+    # the same dtype and step, then the same dtype, then any
+    for dtype, step, device in (
+        ("float32", "packed", "another CPU, 4 cores"),
+        ("float32", "fixed", "a GPU"),
+        ("bfloat16", "fixed", "a GPU"),
+    ):
         ladders.SHIPPED.write_text(json.dumps(kept))
-        found, said = ladders.kept_ladders(HEADER, random_model())
-        assert (found.keys(), said) == (expected, where)
-        del kept[next(k for k in kept if where.split(" (")[0] in k and kept[k].keys() == expected)]
+        found, where = ladders.kept_ladders(HEADER, random_model())
+        assert found.keys() == kept.pop(key(dtype, step, device)).keys()
+        assert where == f"{device} ({dtype}, {step} step)"
     # the number of threads, found here, hides nothing that ships for a processor of this name
-    ladders.SHIPPED.write_text(json.dumps({key("float32", "packed", "a CPU, 2 cores"): one}))
+    ladders.SHIPPED.write_text(json.dumps({key(*here): one}))
     ladders._keep(HEADER, {"threads": 2})
     found, where = ladders.kept_ladders(HEADER, random_model())
     assert found.keys() == one.keys() and where == "a processor of this name (a CPU, 2 cores)"
 
 
-@pytest.mark.parametrize(
-    "ladder",
-    [{"exits": [1, 5], "windows": [2, 2]}, {"exits": [1, 2], "windows": [0, 2]},
-     {"exits": [1, 2]}, [], {"exits": 3, "windows": 2}, "text"],
-)  # fmt: skip
-def test_a_ladder_that_does_not_fit_the_model_is_passed_over(ladder):
-    ladders.save_ladders(HEADER, {"hispec": ladder, "single-layer": SINGLE})
-    found, _ = ladders.kept_ladders(HEADER, random_model())
-    assert found == {"single-layer": ((1,), (2,), (0.1,))}
-
-
-@pytest.mark.parametrize("content", ["{bad", "[]", '{"a": 3}', '{"m, float32": {}}'])
-def test_a_damaged_file_is_named(content):
-    ladders.SHIPPED.write_text(content)
-    with pytest.raises(ValueError, match="ladders.json is damaged"):
-        ladders.kept_ladders(HEADER, random_model())
+def test_a_ladder_that_does_not_fit_the_model_is_passed_over_and_a_damaged_file_named():
+    for ladder in {"exits": [1, 5], "windows": [2, 2]}, {"exits": [1, 2]}, []:
+        ladders.save_ladders(HEADER, {"hispec": ladder, "single-layer": SINGLE})
+        found, _ = ladders.kept_ladders(HEADER, random_model())
+        assert found == {"single-layer": ((1,), (2,), (0.1,))}
+    for content in "{bad", "[]", '{"a": 3}', '{"m, float32": {}}':
+        ladders.SHIPPED.write_text(content)
+        with pytest.raises(ValueError, match="ladders.json is damaged"):
+            ladders.kept_ladders(HEADER, random_model())
 
 
 def test_the_kept_ladder_is_hispecs_unless_that_loses():
@@ -100,23 +94,14 @@ def test_the_kept_ladder_is_hispecs_unless_that_loses():
     assert ladders.kept_ladder(HEADER, model) is None
 
 
-def test_shipping_keeps_what_ships(places):
-    ladders.save_ladders(HEADER, {"hispec": HISPEC}, ship=True)
-    ladders.save_ladders(HEADER | {"device": "other, 1 core"}, {"hispec": HISPEC}, ship=True)
-    kept = json.loads(ladders.SHIPPED.read_text())
-    assert [key.split(" step, ")[1] for key in kept] == ["a CPU, 2 cores", "other, 1 core"]
-    assert {path.name for path in places.iterdir()} == {"ladders.json"}
-
-
 def test_default_exits():
+    for layers, exits in (3, (1, 2)), (30, (4, 8)):
+        assert ladders.default_exits(random_model(n_layers=layers)) == exits
     model = random_model(n_layers=30)
-    assert ladders.default_exits(model) == (4, 8)
     model.exits = (2, 5, 9)
     assert ladders.default_exits(model) == (2, 5, 9)
-    assert ladders.default_exits(random_model(n_layers=3)) == (1, 2)
-    for layers in (1, 2):
-        with pytest.raises(ValueError, match=f"two exits below .* {layers} layers"):
-            ladders.default_exits(random_model(n_layers=layers))
+    with pytest.raises(ValueError, match="two exits below .* 2 layers"):
+        ladders.default_exits(random_model(n_layers=2))
 
 
 @pytest.fixture
@@ -140,13 +125,11 @@ def test_the_number_of_threads_is_found_once_and_again_when_tuning(searches, mon
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert ladders.kept_threads(HEADER, model, anew=True) == 2 and len(searches) == 3
     assert ladders.kept_ladders(HEADER, model)[0] == {"hispec": LADDER}
-
-
-@pytest.mark.parametrize("threads", [0, -1, "two", 1.5, [1]])
-def test_a_number_of_threads_that_is_none_is_refused(threads):
-    ladders.save_ladders(HEADER | {"threads": threads}, {})
-    with pytest.raises(ValueError, match="threads kept for m, float32, packed step, a CPU.* must"):
-        ladders.kept_threads(HEADER, random_model())
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for threads in 0, "two":
+        ladders.save_ladders(HEADER | {"threads": threads}, {})
+        with pytest.raises(ValueError, match="threads kept for m, float32, packed step.* must"):
+            ladders.kept_threads(HEADER, model)
 
 
 def test_where_nothing_can_be_kept_threads_are_found_anew(searches, places):
@@ -193,10 +176,8 @@ def test_two_that_write_at_once_lose_nothing(places, ship):
         process.start()
     for process in processes:
         process.join()
-    folder = places / "cache" / "hispec" / "ladders"
-    files = [places / "ladders.json"] if ship else folder.glob("*.json")
-    kept = [key for file in files for key in json.loads(file.read_text())]
-    assert (
-        len([key for key in kept if "CPU" in key and "cores" in key and "a CPU" not in key]) == 40
-    )
+    own = list((places / "cache" / "hispec" / "ladders").glob("*.json"))
+    kept = [key for file in (own, [ladders.SHIPPED])[ship] for key in json.loads(file.read_text())]
+    assert len([key for key in kept if " step, CPU " in key]) == 40
     assert len(ladders._of_this_machine(HEADER)) == 40
+    assert len(own) == 1 + 40 * (not ship) and ladders.SHIPPED.exists() == ship

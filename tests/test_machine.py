@@ -13,17 +13,16 @@ from checkpoints.machine import Notes, pass_seconds, watch, what_was_seen
 from fast.cpu import prepare
 from fast.cuda import FixedStep
 from hispec import Generation, Step, generate
+from model import Llama
 
 
-@pytest.mark.parametrize(
-    "seconds, best",
-    [({1: 1.0, 2: 0.97, 4: 2.0}, 1), ({1: 1.0, 2: 0.5, 4: 0.3}, 4), ({1: 1, 2: 0.8, 4: 3}, 2)],
-)
+@pytest.mark.parametrize("seconds, best", [((1, 0.97, 2), 1), ((1, 0.5, 0.3), 4), ((1, 0.8, 3), 2)])
 def test_best_threads_is_the_fewest_of_the_fastest(monkeypatch, seconds, best):
-    now = {}
+    """Of one thread, two and four."""
+    took, set_to = dict(zip((1, 2, 4), seconds)), []
     monkeypatch.setattr(machine, "cores", lambda: 4)
-    monkeypatch.setattr(torch, "set_num_threads", lambda n: now.update(threads=n))
-    made = lambda model, prompt, n: Generation([], [], seconds[now["threads"]])  # noqa: E731
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    made = lambda model, prompt, n: Generation([], [], took[set_to[-1]])  # noqa: E731
     monkeypatch.setattr(machine, "generate", made)
     assert machine.best_threads(None) == best
 
@@ -32,7 +31,6 @@ def test_best_threads_is_the_fewest_of_the_fastest(monkeypatch, seconds, best):
     "said, files, expected",
     [
         ("0::/\n", {}, 8),
-        ("0::/\n", {"cpu.max": "max 100000"}, 8),
         ("0::/\n", {"cpu.max": "150000 100000"}, 2),
         ("0::/a/b\n", {"a/cpu.max": "100000 100000", "a/b/cpu.max": "max 100000"}, 1),
         ("0::/a/b\n", {"cpu.max": "300000 100000", "a/b/cpu.max": "400000 100000"}, 3),
@@ -57,15 +55,12 @@ def test_a_quota_of_processor_time_counts(monkeypatch, tmp_path, said, files, ex
 def test_passes_are_timed_by_any_step_alike(monkeypatch, kind):
     """A clock that counts the positions that each layer and each head really takes."""
     model = random_model(n_layers=6).float()
-    step = {"plain": Step, "packed": prepare}.get(
-        kind, partial(FixedStep, max_len=64, compiled=False)
-    )(model)
-    ran = []
-    run, logits = type(model).run, type(model).logits
+    ran, run, logits = [], Llama.run, Llama.logits
     layers = lambda m, h, a, b, *x: ran.append((b - a) * h.shape[1]) or run(m, h, a, b, *x)  # noqa: E731
-    heads = lambda m, h, e: ran.append(100) or logits(m, h, e)  # noqa: E731
-    monkeypatch.setattr(type(model), "run", layers)
-    monkeypatch.setattr(type(model), "logits", heads)
+    monkeypatch.setattr(Llama, "run", layers)
+    monkeypatch.setattr(Llama, "logits", lambda *of: ran.append(100) or logits(*of))
+    fixed = partial(FixedStep, max_len=64, compiled=False)
+    step = {"plain": Step, "packed": prepare, "fixed": fixed}[kind](model)
 
     def counted(call, device):
         ran.clear()
@@ -85,13 +80,12 @@ def test_passes_are_timed_by_any_step_alike(monkeypatch, kind):
 
 def test_limits_count_each_weight_of_a_pass_once(monkeypatch):
     monkeypatch.setattr(machine, "memory_speed", lambda model: 1e6)
-    shape = dict(vocab_size=11, dim=16, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=24)
-    model = random_model(**shape)
+    model = random_model(vocab_size=11, dim=16)
     found = machine.limits(Step(model), 32)
     layers = sum(p.numel() for p in model.layers.parameters())
     assert found["pass_bytes"] == 8 * (layers + 16 + 11 * 16)  # embeddings are tied
     assert found["greedy_tokens_per_second"] == 1e6 / found["pass_bytes"]
-    assert list(found["pass_seconds"]) == ["1", "2", "4", "8", "16"]
+    assert list(found["pass_seconds"]) == ["1", "2", "4", "8", "16"] and found["layers"] == 5
     assert found["layer_seconds"] > 0 and found["head_seconds"] >= 0
 
 

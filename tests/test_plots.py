@@ -1,9 +1,7 @@
-"""The figures of a whole run on a small random model: written whole, and each number in its
-place."""
+"""The figures of a whole run on a small random model: written whole, and each number in its place."""
 
 import copy
 import dataclasses
-import re
 from collections import defaultdict
 from xml.etree import ElementTree
 
@@ -20,50 +18,28 @@ from lab import figures, plots, tune
 few_windows = test_figures.few_windows  # the fixture: smaller grids
 small_bench = test_bench.small_bench  # the fixture: bench.main on a small random model
 
-HEADER = {
-    "model": "m", "dtype": "float32", "device": "a processor", "threads": 1, "versions": {"torch": "2"},
-    "command": "python bench.py --figures out",
-}  # fmt: skip
+
+def test_a_run_draws_each_figure_with_its_setting(small_bench, few_windows, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    _, result = small_bench("--quick", "--max-new-tokens", "6", "--figures", str(folder))
+    kinds = ("png", "svg")
+    names = {f"{name}.{kind}" for name in plots.PLOTS for kind in kinds}
+    assert {path.name for path in folder.iterdir()} == names
+    setting = "{model}, {dtype}, {device}, threads: {threads}".format(**result)
+    for path in folder.glob("*.png"):
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
+    for path in folder.glob("*.svg"):
+        words = " ".join(" ".join(ElementTree.parse(path).getroot().itertext()).split())
+        assert setting in words and f"torch {result['versions']['torch']}" in words
+        assert " ".join(result["command"].split()) in words
 
 
-def test_a_run_draws_each_figure_whole_and_twice(small_bench, few_windows, tmp_path):
-    _, result = small_bench(
-        "--quick", "--max-new-tokens", "6", "--figures", str(tmp_path / "new" / "folder")
-    )
-    drawn = {path.name: path.read_bytes() for path in (tmp_path / "new" / "folder").iterdir()}
-    assert drawn.keys() == {f"{name}.{kind}" for name in plots.PLOTS for kind in ("png", "svg")}
-    assert len(drawn) == 18
-    for name, content in drawn.items():
-        if name.endswith(".png"):
-            assert content.startswith(b"\x89PNG") and content.endswith(b"IEND\xaeB`\x82")
-            assert content[16:24] == (1440).to_bytes(4, "big") + (840).to_bytes(4, "big")
-        else:
-            texts = [
-                text
-                for e in ElementTree.fromstring(content).iter()
-                for text in (e.text, e.tail)
-                if text
-            ]
-            words = " ".join(" ".join(texts).split())
-            assert (
-                f"{result['model']}, {result['dtype']}, {result['device']}, threads: {result['threads']}"
-                in words
-            )
-            assert f"torch {result['versions']['torch']}" in words
-            assert (
-                result["command"].split()
-                == words[words.index("python bench.py") :].split()[: len(result["command"].split())]
-            )
-            assert not re.search(rb"<dc:date>", content)
-
-
-def test_a_figure_is_written_whole_or_not_at_all_and_always_alike(
-    few_windows, monkeypatch, tmp_path
-):
-    data = gather(small_run())
+def test_a_figure_is_written_whole_or_not_at_all_and_always_alike(data, monkeypatch, tmp_path):
+    header = dict(model="m", dtype="float32", device="a processor", threads=1, versions={})
+    header["command"] = "python bench.py --figures out"
     for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        plots.save(tmp_path / folder, data, HEADER)
+        plots.save(tmp_path / folder, data, header)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
@@ -72,9 +48,8 @@ def test_a_figure_is_written_whole_or_not_at_all_and_always_alike(
         raise OSError("the disk is full")
 
     monkeypatch.setattr(Figure, "savefig", half)
-    (tmp_path / "c").mkdir()
     with pytest.raises(OSError, match="full"):
-        plots.save(tmp_path / "c", data, HEADER)
+        plots.save(tmp_path / "c", data, header)
     assert list((tmp_path / "c").iterdir()) == []
     # the style is the figures' own
     assert matplotlib.rcParams["font.size"] == matplotlib.rcParamsDefault["font.size"]
@@ -108,8 +83,7 @@ def test_the_wall_stacks_milliseconds_of_a_token(data):
     for k, bars in enumerate(axes.containers):
         assert [bar.get_height() for bar in bars] == [parts[k] for parts in wall.values()]
         assert [bar.get_y() for bar in bars] == [sum(parts[:k]) for parts in wall.values()]
-    assert [c.get_label() for c in axes.containers] == ["drafting", "intermediate", "full", "loop"]
-    assert axes.get_title() == "A token takes 7.5 ms with one untuned exit, 6.2 ms with both"
+    assert "7.5 ms with one untuned exit, 6.2 ms with both" in axes.get_title()
 
 
 def test_layers_are_counted_with_and_without_what_levels_share(data):
@@ -121,12 +95,7 @@ def test_layers_are_counted_with_and_without_what_levels_share(data):
         heights[round(bar.get_center()[0])].append(bar.get_height())
     assert heights == {0: [9 * 1.25], 1: [4 * 1.5, 5 * 1.25], 2: [2 * 2, 2 * 1.5, 5 * 1.25]}
     assert [line.get_ydata()[0] for line in axes.lines] == [11.25, 4 * 1.5 + 11.25, 4 + 6 + 11.25]
-    assert (
-        axes.get_title()
-        == "HiSpec runs 13 layers a token; if its levels shared nothing, it would be 21"
-    )
-    names = [tick.get_text() for tick in axes.get_xticklabels()]
-    assert names == ["greedy\n\n1.0", "single-layer\n4\n2.0", "hispec\n2, 4\n3.0"]
+    assert "13 layers a token; if its levels shared nothing, it would be 21" in axes.get_title()
 
 
 def test_one_token_is_drawn_by_the_full_models_likeliest_tokens(data, monkeypatch):
@@ -135,10 +104,7 @@ def test_one_token_is_drawn_by_the_full_models_likeliest_tokens(data, monkeypatc
     (axes,) = drawn(plots.plot_sampling, dataclasses.replace(data, one_token=rows))
     bars = [[bar.get_height() for bar in bars] for bars in axes.containers]
     assert bars == [pytest.approx(b) for b in ([25, 25, 50], [60, 30, 10], [60, 25, 15])]
-    assert (
-        axes.get_title()
-        == "HiSpec's samples are 5.0% off the full model's distribution, the draft's 40%"
-    )
+    assert "5.0% off" in axes.get_title() and "the draft's 40%" in axes.get_title()
 
 
 def test_windows_are_drawn_by_n_d_over_n_i(data):
@@ -154,24 +120,15 @@ def test_windows_are_drawn_by_n_d_over_n_i(data):
 def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):
     asked, real = [], figures.speed_up_by_rates
 
-    def watched(d, i, alpha, beta):
-        asked.append((d, i, np.shape(alpha), np.shape(beta)))
-        return real(d, i, alpha, beta)
+    def watched(*of):
+        asked.append([of[0], of[1], np.shape(of[2]), np.shape(of[3])])
+        return real(*of)
 
     monkeypatch.setattr(plots, "speed_up_by_rates", watched)
     first, *_ = drawn(plots.plot_where, data)
     steps = [data.costs.trunk[e][1] + data.costs.head[e][1] + data.costs.loop[e] for e in (2, 4, 9)]
-    here = steps[0] / steps[2], steps[1] / steps[2]
-    fractions = [here, (1 / 8, 1 / 4), (1 / 32, 1 / 8)]
-    assert [x[:2] for x in asked] == [pytest.approx(x) for x in fractions]
-    assert asked[0][2:] == (
-        (len(plots.RATES), 1),
-        (len(plots.RATES),),
-    )  # alpha up, beta to the right
+    assert asked[0][:2] == pytest.approx([steps[0] / steps[2], steps[1] / steps[2]])
+    # alpha up, beta to the right
+    assert asked[0][2:] == [(len(plots.RATES), 1), (len(plots.RATES),)]
     points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in first.lines]
     assert points == [(beta, alpha) for alpha, beta in data.rates.values()]
-    charged = {"formula": 2.5, "texts": 2.25, "widths": 2.125, "prompt": 1.875}
-    figure = Figure()
-    below = plots.plot_where(figure, dataclasses.replace(data, charged=charged))
-    assert "the formula gives 2.50x, measured 1.75x" in figure.get_suptitle()
-    assert "texts 2.25x, with what wide passes cost 2.12x, with the prompt 1.88x" in below

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,7 +84,7 @@ def steps_of(run):
 # ---- the recipes --------------------------------------------------------------------------------
 
 
-def test_from_scratch_learns_text_and_exits(tmp_path, corpus, capsys):
+def test_from_scratch_learns_text_and_exits(tmp_path, corpus):
     model, tokenizer = train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 80")
     rows = held(tokenizer, corpus)
     loss, agreement = train_exits.measure(model, rows)
@@ -92,28 +93,23 @@ def test_from_scratch_learns_text_and_exits(tmp_path, corpus, capsys):
     assert model.exits == (1, 2) and min(agreement[:2]) > 0.6
     setting, command, title, *table = (tmp_path / "run/agreement.csv").read_text().splitlines()
     assert f"torch {torch.__version__}" in setting and command.startswith("# ")
-    assert title == "layer,held_out_text" and [row.split(",")[0] for row in table] == [
-        "1",
-        "2",
-        "3",
-    ]
-    said = capsys.readouterr().out.splitlines()
-    for row in table:  # the same in print, rounded
-        layer, share = row.split(",")
-        assert any(line.split()[:2] == [layer, f"{float(share):.1%}"] for line in said)
+    assert title == "layer,held_out_text" and [row[:2] for row in table] == ["1,", "2,", "3,"]
     prompt = tokenizer.encode("for i in")
     greedy = generate(model, prompt, 40)
     assert generate(model, prompt, 40, exits=(1, 2), windows=(2, 4)).tokens == greedy.tokens
 
 
 @pytest.mark.parametrize("bf16", ["", "--bf16"])
-def test_a_frozen_trunk_keeps_every_bit(tmp_path, corpus, trunk, bf16):
+def test_a_frozen_trunk_keeps_every_bit(tmp_path, monkeypatch, capsys, corpus, trunk, bf16):
+    """And where bfloat16 is slow that is said."""
+    monkeypatch.setattr(train_exits, "bfloat16_takes", lambda: 3)
     before, _ = checkpoints.load(trunk, "cpu", torch.float32)
     options = f"--model {trunk} --freeze-trunk --exits 1 2 --width 24 --draft-vocab 60 {SPEED}"
     after, _ = train(tmp_path / "run", corpus, f"{options} --steps 10 {bf16}")
     assert_same(trunk_of(after), before.state_dict())
     heads = after.exit_heads.values()
     assert all(isinstance(head, ExitHead) and len(head.vocab) <= 60 for head in heads)
+    assert ("3 times as long on this processor" in capsys.readouterr().out) == bool(bf16)
 
 
 @pytest.mark.parametrize("exit", [2, 4])
@@ -126,16 +122,14 @@ def test_a_draft_head_learns_and_drafts(tmp_path, corpus, trunk, exit):
     assert after.exits == before.exits and list(after.draft_heads) == [str(exit)]
     *_, title, first, second, third = (tmp_path / "run/agreement.csv").read_text().splitlines()
     assert title == "draft,held_out_text"
-    shares = [float(row.split(",")[1]) for row in (first, second, third)]
-    assert min(shares) > 0.4
+    assert min(float(row.split(",")[1]) for row in (first, second, third)) > 0.4
     ladder = dict(exits=(0,) if exit == 4 else (0, exit), draft_head=exit)
     text, accepted, proposed = (corpus / "part00.txt").read_text("utf-8"), 0, 0
     for prompt in (text[:60], text[:200], text[100:300]):
         ids = tokenizer.encode(prompt)
         out = generate(after, ids, 40, windows=(3, 4)[: len(ladder["exits"])], **ladder)
         assert out.tokens == generate(before, ids, 40).tokens
-        accepted += out.levels[0].accepted
-        proposed += out.levels[0].proposed
+        accepted, proposed = accepted + out.levels[0].accepted, proposed + out.levels[0].proposed
     assert accepted / proposed > 0.25
 
 
@@ -178,14 +172,10 @@ def test_drafts_in_a_row_are_trained_as_decoding_makes_them(trunk):
                     state, _ = step.draft(cache, 2, state, ids[[position + 1]], position + 1)
 
 
-def test_a_time_budget_ends_the_run(tmp_path, corpus):
-    began = time.time()
-    train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --minutes 0.02")
-    assert time.time() - began < 30 and steps_of(tmp_path / "run") > 0
-
-
-def test_a_run_is_saved_by_the_clock_that_ends_it(tmp_path, corpus, monkeypatch):
+def test_a_time_budget_ends_and_saves_the_run(tmp_path, corpus, monkeypatch):
     """Clocks of several processes differ: the one agreed on ends the loop, and so says to save."""
+    train(tmp_path / "short", corpus, f"{SHAPE} {SPEED} --minutes 0.02")
+    assert steps_of(tmp_path / "short") > 0
     clock = iter([0.0, 0.5, 1.0])  # asked once a step; another question would find it at its end
     monkeypatch.setattr(train_exits.Run, "progress", lambda run: next(clock))
     train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --minutes 9")
@@ -204,32 +194,27 @@ def test_held_out_files_are_never_trained_on():
     assert 5e6 < sum(map(len, documents.values())) < 3e7
 
 
-@pytest.mark.parametrize(
-    "name", [f"{word}{i}.txt" for word in ("input", "alice") for i in range(5)]
-)
-def test_what_is_held_out_of_a_few_documents_depends_on_no_name(tmp_path, name):
-    """300,000 characters, as one file and as ten."""
+@pytest.mark.parametrize("files", [1, 10])
+def test_the_ends_of_a_few_documents_are_held_out(tmp_path, files):
     text = "".join(f"{i}\n" for i in range(100_000))[:300_000]
-    (tmp_path / name).write_text(text)
-    (tmp_path / "ten").mkdir()
-    for i in range(10):
-        (tmp_path / "ten" / f"{i}{name}").write_text(text[i * 30_000 : (i + 1) * 30_000])
-    for corpus in (tmp_path / name, tmp_path / "ten"):
-        texts, held_out = train_exits.split(train_exits.read_corpus(corpus))
-        assert "".join(a + b for a, b in zip(texts, held_out)) == text
-        assert sum(map(len, held_out)) / len(text) == pytest.approx(1 / 28, rel=0.01)
+    size = len(text) // files
+    for i in range(files):
+        (tmp_path / f"alice{i}.txt").write_text(text[i * size : (i + 1) * size])
+    corpus = tmp_path if files > 1 else tmp_path / "alice0.txt"
+    texts, held_out = train_exits.split(train_exits.read_corpus(corpus))
+    assert "".join(a + b for a, b in zip(texts, held_out)) == text
+    assert sum(map(len, held_out)) / len(text) == pytest.approx(1 / 28, rel=0.01)
 
 
 def test_a_file_that_cannot_be_read_is_left_out(tmp_path, monkeypatch, capsys):
     for name in ("a", "locked", "b"):
         (tmp_path / f"{name}.txt").write_text(name)
     (tmp_path / "bytes.bin").write_bytes(b"\xff\xfe\xfa")
-    read = Path.read_text
 
-    def refuse(path, *asked, **named):  # as for a file of another user; root may read all
+    def refuse(path, *asked, real=Path.read_text, **named):  # as a file of another user
         if path.name == "locked.txt":
             raise PermissionError(13, "Permission denied", str(path))
-        return read(path, *asked, **named)
+        return real(path, *asked, **named)
 
     monkeypatch.setattr(Path, "read_text", refuse)
     assert train_exits.read_corpus(tmp_path) == {"a.txt": "a", "b.txt": "b"}
@@ -250,7 +235,7 @@ def test_an_epoch_reads_every_window_once(length, rows, context):
 # ---- the same again -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["scratch", "heads", "draft"])
+@pytest.mark.parametrize("recipe", ["LayerSkip", "FrozenTrunk", "LookBack"])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_passes_of_any_size_add_up_to_the_same_gradients(recipe, rows):
     """Every row counts alike, also where the last pass has fewer."""
@@ -260,13 +245,11 @@ def test_passes_of_any_size_add_up_to_the_same_gradients(recipe, rows):
         model.exits = (1, 3)
         args = Namespace(
             batch=7 * 32, micro=32 * most, context=8, seed=0, draft_vocab=20, width=8,
-            compile=False, bf16=False, freeze_trunk=recipe == "heads",
-            draft_head=3 * (recipe == "draft"), model=None, corpus=None,
-            device=torch.device("cpu"),
+            compile=False, bf16=False, freeze_trunk=recipe == "FrozenTrunk", model=None,
+            draft_head=3 * (recipe == "LookBack"), corpus=None, device=torch.device("cpu"),
         )  # fmt: skip
         train_exits.prepare(model, text, text, args)
-        recipes = train_exits.LayerSkip, train_exits.FrozenTrunk, train_exits.LookBack
-        made = recipes[["scratch", "heads", "draft"].index(recipe)]
+        made = getattr(train_exits, recipe)
         stats = made(model, text, args).gradients(train_exits.Run(args, model, None), 0.3)
         grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
         found.append(torch.cat([*grads, stats.flatten()]))
@@ -279,11 +262,8 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path, corpus, trunk, recipe):
     options = f"{start} {SPEED} --steps 40 {recipe}"
     train(tmp_path / "whole", corpus, options)
     code = "import sys, train_exits; train_exits.SAVE_EVERY = 0; train_exits.main(sys.argv[1:])"
-    asked = ["--out", str(tmp_path / "cut"), "--corpus", str(corpus), *options.split()]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *asked], cwd=ROOT, env=one_thread(),
-        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-    )  # fmt: skip
+    command = [sys.executable, "-c", code, "--out", str(tmp_path / "cut"), "--corpus", str(corpus)]
+    process = subprocess.Popen([*command, *options.split()], cwd=ROOT, env=one_thread())
     saved = tmp_path / "cut" / "training.safetensors"
     while not saved.exists() or steps_of(tmp_path / "cut") < 3:
         assert process.poll() is None, "it ended before it could be killed"
@@ -299,30 +279,13 @@ def one_thread():
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}  # as conftest sets it
 
 
-def test_bfloat16_where_it_is_slow_is_said(tmp_path, corpus):
-    """On a processor without it, as oneDNN can be told that this one is."""
-    said = []
-    for isa in ("AVX2", "DEFAULT"):
-        command = [sys.executable, "train_exits.py", "--out", str(tmp_path / isa), "--bf16"]
-        command += ["--corpus", str(corpus), "--steps", "1", *SHAPE.split(), *SPEED.split()]
-        env = one_thread() | {"ONEDNN_MAX_CPU_ISA": isa}
-        said.append(
-            subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True).stdout
-        )
-    assert "times as long on this processor" in said[0]
-    if train_exits.bfloat16_takes() < 1.5:
-        assert "times as long" not in said[1]
-
-
 # ---- errors -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--exits 2 1", "exits must ascend strictly within 1..3"),
         ("--exits 1 4", "exits must ascend strictly within 1..3"),
-        ("--steps x", "invalid int"),
         ("--freeze-trunk", "go together"),
         ("--model tiny", "lab/train.py trains all of M"),
         ("--model tiny --freeze-trunk --exits", "--exits names none"),
@@ -331,7 +294,6 @@ def test_bfloat16_where_it_is_slow_is_said(tmp_path, corpus):
         ("--steps 0", "--steps must be above 0"),
         ("--lr nan", "--lr must be above 0"),
         ("--minutes -1", "--minutes must be above 0"),
-        ("--draft-vocab 0", "--draft-vocab must be above 0"),
         ("--batch 64", "--batch must hold 8 x --context tokens"),
         ("--context 512 --batch 8192", "must fit the model's 2048"),
         ("--heads 5", "must be a multiple of n_heads"),
@@ -345,25 +307,24 @@ def test_errors_are_named_and_write_nothing(tmp_path, corpus, options, message):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("exit", [-1, 5])
-def test_a_draft_head_reads_an_exit_of_the_model(tmp_path, corpus, trunk, exit):
-    with pytest.raises(ValueError, match=f"--draft-head must be an exit in 1..4, got {exit}"):
-        train(tmp_path / "run", corpus, f"--model {trunk} {SPEED} --draft-head {exit}")
+def test_a_draft_head_reads_an_exit_of_the_model(tmp_path, corpus, trunk):
+    with pytest.raises(ValueError, match="--draft-head must be an exit in 1..4, got 5"):
+        train(tmp_path / "run", corpus, f"--model {trunk} {SPEED} --draft-head 5")
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [({}, "the corpus is empty"), ({"a": b"\xff\xfe"}, "the corpus is empty"),
-     ({"a": b"too short"}, "the corpus is too short"), (None, "no corpus at")],
-)  # fmt: skip
-def test_a_corpus_that_will_not_do(tmp_path, content, message):
-    if content is not None:
-        (tmp_path / "corpus").mkdir()
-    for name, data in (content or {}).items():
-        (tmp_path / "corpus" / name).write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        train(tmp_path / "run", tmp_path / "corpus", f"{SHAPE} {SPEED} --steps 5")
+def test_a_corpus_that_will_not_do(tmp_path):
+    folder = tmp_path / "corpus"
+    for content, message in (
+        (None, "no corpus at"),
+        (b"\xff\xfe", "the corpus is empty"),
+        (b"too short", "the corpus is too short"),
+    ):
+        if content:
+            folder.mkdir(exist_ok=True)
+            (folder / "a").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            train(tmp_path / "run", folder, f"{SHAPE} {SPEED} --steps 5")
     assert not (tmp_path / "run").exists()
 
 
@@ -381,18 +342,12 @@ def test_a_place_that_takes_no_files_is_refused_first(tmp_path, monkeypatch, cor
 def test_nothing_is_overwritten_and_no_other_run_is_resumed(tmp_path, corpus):
     run, same = tmp_path / "run", f"{SHAPE} {SPEED}"
     train(run, corpus, f"{same} --steps 2")
-    before = files(run)
-    other = tmp_path / "other"
-    other.mkdir()
-    for file in corpus.iterdir():
-        (other / file.name).write_text(WORDS[0] * 40)
+    before, other = files(run), shutil.copytree(corpus, tmp_path / "other")
     for text, options, message in [
         (corpus, f"{same} --steps 2", "holds a run already"),
         (corpus, f"{SHAPE.replace('--dim 32', '--dim 64')} {SPEED} --resume", "its config is"),
         (corpus, f"{same} --exits 1 3 --resume", "its exits is"),
         (corpus, f"{same} --seed 1 --resume", "its seed is"),
-        (corpus, f"{same} --draft-vocab 5 --resume", "its draft_vocab is"),
-        (corpus, f"{same} --batch 512 --resume", "its batch is"),
         (other, f"{same} --resume", "its corpus is .*corpus.*, asked is .*other"),
         (corpus, f"{same} --steps 400 --lr 1e6 --resume", "diverged at step"),
     ]:
@@ -402,23 +357,18 @@ def test_nothing_is_overwritten_and_no_other_run_is_resumed(tmp_path, corpus):
     train(run, corpus, f"{same} --micro 64 --steps 3 --resume")  # passes may have another size
 
 
-def test_the_same_place_with_another_text_is_another_run(tmp_path):
-    for line, more in zip(WORDS, ("", "--resume")):
-        (tmp_path / "text").write_text(line * 400)
-        asked = tmp_path / "run", tmp_path / "text", f"{SHAPE} {SPEED} --vocab 260 --steps 1 {more}"
-        if not more:
-            train(*asked)
+def test_a_run_of_another_text_or_cut_short_is_not_resumed(tmp_path):
+    run, text, options = tmp_path / "run", tmp_path / "text", f"{SHAPE} {SPEED} --vocab 260"
+    text.write_text(WORDS[0] * 400)
+    train(run, text, f"{options} --steps 1")
+    text.write_text(WORDS[1] * 400)
     with pytest.raises(ValueError, match="its vocabulary is"):
-        train(*asked)
-
-
-def test_a_checkpoint_that_was_cut_is_named(tmp_path, corpus):
-    train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 1")
-    file = tmp_path / "run" / "training.safetensors"
+        train(run, text, f"{options} --steps 2 --resume")
+    file = run / "training.safetensors"
     for damaged in (file.read_bytes()[:-100], save({"a": torch.zeros(1)})):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match="training.safetensors is damaged, or of another kind"):
-            train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --steps 2 --resume")
+            train(run, text, f"{options} --steps 2 --resume")
 
 
 def test_several_processes_are_sent_elsewhere(tmp_path, corpus, monkeypatch):

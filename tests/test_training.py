@@ -27,9 +27,8 @@ from texts import PROSE, write_family
 import checkpoints
 import lab.train
 from checkpoints.variety import looped
-from checkpoints.vocabulary import from_folder
+from checkpoints.vocabulary import from_folder, learn
 from hispec import generate
-from lab.agreement import write_figure
 from lab.corpus import make_openings, openers, own_loops, sample
 from lab.installed import INSTALLED, everything, is_held_out
 from model import ExitHead, Llama
@@ -62,8 +61,7 @@ def test_an_exit_learns_among_the_tokens_it_knows():
     model.exit_heads["2"], model.exits = ExitHead(model.config, 8, [1, 4, 7]), (2,)
     losses = whole_model(model)
     total, stats = losses.loss(rows, frozenset(), 1.0)
-    known = [1, 4, 7]
-    full, exit = (model(rows[:, :-1], at)[..., known] for at in (None, 2))
+    full, exit = (model(rows[:, :-1], at)[..., [1, 4, 7]] for at in (None, 2))
     wanted = -(full.softmax(-1) * exit.log_softmax(-1)).sum(-1).mean().item()
     assert stats[1, 0].item() == pytest.approx(wanted, rel=1e-4)
     choices = model(rows[:, :-1]).argmax(-1), model(rows[:, :-1], 2).argmax(-1)
@@ -73,9 +71,9 @@ def test_an_exit_learns_among_the_tokens_it_knows():
 
 def whole_model(model, text=None, **asked):
     defaults = dict(
-        batch=7 * 64, micro=1000, context=8, seed=0, device=torch.device("cpu"), compile=False,
-        unlikelihood=0.0, rank=0, world=1, bf16=False, freeze_trunk=False, model="m", corpus=None,
-        draft_head=0,
+        model="m", corpus=None, batch=7 * 64, micro=1000, context=8, seed=0, rank=0, world=1,
+        compile=False, bf16=False, freeze_trunk=False, draft_head=0, unlikelihood=0.0,
+        device=torch.device("cpu"),
     )  # fmt: skip
     return lab.train.WholeModel(model, text, Namespace(**(defaults | asked)), model)
 
@@ -99,9 +97,9 @@ def test_a_model_is_taught_to_leave_its_loops(tmp_path, corpus, trunk):
     """On the loops it began with, against the same training without."""
     before, tokenizer = checkpoints.load(trunk, "cpu", torch.float32)
     own, inside = own_loops(before, held(tokenizer, corpus).repeat(1, 2)[:, :65])
+    options = f"--model {trunk} --exits 1 2 {SPEED} --context 32 --steps 40 --lr 2e-3"
     probable = []
     for weight in (0, 10):
-        options = f"--model {trunk} --exits 1 2 {SPEED} --context 32 --steps 40 --lr 2e-3"
         model, _ = lab_train(tmp_path / str(weight), corpus, f"{options} --unlikelihood {weight}")
         with torch.no_grad():
             p = model(own[:, :-1]).softmax(-1).gather(2, own[:, 1:, None]).squeeze(2)
@@ -159,10 +157,7 @@ def test_three_processes_take_the_same_step_as_one(tmp_path, corpus, monkeypatch
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
     command += ["-m", "lab.train", "--out", str(tmp_path / "three"), "--corpus", str(corpus)]
     command += [*options.split(), "--batch", "512"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=one_thread(), capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    subprocess.run(command, cwd=ROOT, env=one_thread(), timeout=300, check=True)
     one, three, half = (weights(tmp_path / name) for name in ("one", "three", "half"))
     torch.manual_seed(0)  # as train_exits.main does before it makes the model
     start = Llama(checkpoints.load(tmp_path / "one" / "model")[0].config).state_dict()
@@ -184,13 +179,11 @@ def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(lab.train.dist, "init_process_group", lambda *_, **__: seen.append("init"))
     monkeypatch.setattr(lab.train.dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(lab.train, "train", lambda args: seen.append(str(args.device)))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in ("1", "2"):
-        monkeypatch.setenv("RANK", rank)
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        if rank == "1":
-            lab.train.main(["--out", str(tmp_path / "run")])
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    lab.train.main(["--out", str(tmp_path / "run")])
     assert seen == ["cuda:1", "init", "cuda:1"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="a GPU each: at most 2 here"):
         lab.train.main(["--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
@@ -204,9 +197,8 @@ def test_a_random_folder_without_tokenizer_learns_from_its_own_samples(tmp_path,
     random = random_model(scale=20, vocab_size=50).float()
     checkpoints.save(random, None, tmp_path / "random")
     options = f"--model {tmp_path / 'random'} --exits 2 --self-distill 20000 --steps 150 {recipe}"
-    model, tokenizer = lab_train(
-        tmp_path / "run", corpus, f"{options} --batch 256 --micro 256 --context 8"
-    )
+    options += " --batch 256 --micro 256 --context 8"
+    model, tokenizer = lab_train(tmp_path / "run", corpus, options)
     assert tokenizer is None and model.exits == (2,)
     if "freeze" in recipe:
         assert_same(trunk_of(model), random.state_dict())
@@ -271,19 +263,15 @@ def test_training_on_installed_packages_keeps_their_tokens(site, tmp_path):
 
 
 def test_no_steps_only_measure(tmp_path, corpus, trunk):
-    asked = f"--out {tmp_path / 'run'} --corpus {corpus} --model {trunk} --steps 0 --context 16"
+    """A model whose name would be half a formula on the figure."""
+    run, model = tmp_path / "run", tmp_path / "$a^{$"
+    model.symlink_to(trunk)
+    asked = f"--out {run} --corpus {corpus} --model {model} --steps 0 --context 16"
     lab.train.main(asked.split())
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"agreement.csv", "agreement.png"}
-    setting, command, title, *rows = (tmp_path / "run/agreement.csv").read_text().splitlines()
-    assert setting.startswith(f"# {trunk}, float32, ") and command.startswith("# python ")
+    assert {f.name for f in run.iterdir()} == {"agreement.csv", "agreement.png"}
+    setting, command, title, *rows = (run / "agreement.csv").read_text().splitlines()
+    assert setting.startswith(f"# {model}, float32, ") and command.startswith("# python ")
     assert title == "layer,held_out_text,greedy_continuations" and len(rows) == 3
-
-
-def test_a_dollar_sign_in_a_path_is_no_formula(tmp_path):
-    header = dict(model="$a^{$", dtype="float32", device="x", threads=1, versions={})
-    columns = {"held-out text": [0.5, 0.6]}
-    write_figure(tmp_path, header | {"command": "python $x^{"}, (1,), columns)
-    assert (tmp_path / "agreement.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
@@ -292,7 +280,6 @@ def test_a_dollar_sign_in_a_path_is_no_formula(tmp_path):
         ("--self-distill 100", "need a --model"),
         ("--unlikelihood 1", "changes the trunk of a --model"),
         ("--model tiny --unlikelihood nan", "must be 0 or above"),
-        ("--steps 0", "--steps must be above 0"),
         ("--model tiny --freeze-trunk --steps 0", "--steps must be above 0"),
         ("--model tiny --exits 8 2", "from 1 on, got"),
     ],
@@ -310,3 +297,28 @@ def test_another_way_to_train_is_another_run(tmp_path, corpus, trunk):
     for more, key in (("--unlikelihood 1", "unlikelihood"), ("--self-distill 500", "self_distill")):
         with pytest.raises(ValueError, match=f"its {key} is 0"):
             lab_train(tmp_path / "run", corpus, f"{options} 2 --resume {more}")
+
+
+# ---- recipe 1 from another model's layers -------------------------------------------------------
+
+
+def test_a_new_vocabulary_begins_with_the_layers_of_another_model(tmp_path):
+    """A token that both know keeps its embedding; another has the mean of its spelling's."""
+    text = "def begin(of, a, text):\n    return of + a + text  # begin\n" * 20
+    old, new = learn([text], 280), learn([text, "zzzz qqqq " * 50], 300)
+    model = random_model(n_layers=2, vocab_size=old.n_vocab).float()
+    checkpoints.save(model, old, tmp_path)
+    begun = random_model(1, n_layers=2, vocab_size=new.n_vocab).float()
+    lab.train.take_layers(begun, new, str(tmp_path))
+    embeddings = model.embed.weight
+    for name, weight in begun.state_dict().items():
+        if name.startswith(("layers.", "norm.")):
+            assert torch.equal(weight, model.state_dict()[name]), name
+    for token in range(256, new.n_vocab - 1):
+        pieces = old.encode(new.spell(token).decode())
+        torch.testing.assert_close(begun.embed.weight[token], embeddings[pieces].mean(0))
+    of_bytes = {old.spell(id): embeddings[id] for id in range(old.n_vocab)}
+    assert all(torch.equal(begun.embed.weight[id], of_bytes[new.spell(id)]) for id in range(256))
+    assert torch.equal(begun.embed.weight[-1], embeddings[-1])  # the end of a text
+    with pytest.raises(ValueError, match="are needed"):
+        lab.train.take_layers(random_model(n_layers=3, vocab_size=300), new, str(tmp_path))
