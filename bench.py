@@ -84,10 +84,10 @@ class Request:
     category: str
     prompt: list[int]  # token ids of the conversation so far
     greedy: list[int]  # the reference answer
-    ending: str = ""  # how the prompt ends, where its file says so
     made: list[Generation] = field(default_factory=list)  # [method]
     sampled: list[Generation] = field(default_factory=list)  # [method], or empty
     watched: dict[object, Notes] = field(default_factory=dict)  # by Method.key, or empty
+    ending: str = ""  # how the prompt ends, where its file says so
 
 
 def main() -> None:
@@ -330,7 +330,7 @@ def ask(decode, tokenizer, questions, max_new_tokens, stop, room, tell) -> Itera
             greedy = decode(prompt, max_new_tokens, stop=stop).tokens
             answer = [token for token in greedy if token not in stop]
             conversation.append(tokenizer.decode(answer, after=prompt))
-            yield Request(question["category"], prompt, greedy, question.get("ending", ""))
+            yield Request(question["category"], prompt, greedy, ending=question.get("ending", ""))
 
 
 # ---- measuring ----------------------------------------------------------------------------------
