@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pty
 import re
 import subprocess
 import sys
@@ -19,13 +18,12 @@ from test_page import Tags, replay
 from texts import write_family
 
 from arguments import Event, Generation, LevelStats
-from checkpoints import load, save
+from checkpoints import load
 from checkpoints.console import visible
 from checkpoints.files import describe
 from checkpoints.ladders import save_ladders
 from checkpoints.vocabulary import from_folder
 from hispec import generate
-from model import Config, Llama
 from show import __main__, page, terminal
 
 ROOT = Path(__file__).parent.parent
@@ -137,33 +135,16 @@ def show(*arguments, cwd=ROOT, **environment) -> subprocess.CompletedProcess:
     )
 
 
-def show_in_a_terminal(*arguments, **environment) -> str:
-    """What `python -m show` writes to a terminal."""
-    terminal, its = pty.openpty()
-    command, env = [sys.executable, "-m", "show", *arguments], {**os.environ, **environment}
-    run = subprocess.Popen(command, cwd=ROOT, env=env, stdin=its, stdout=its, stderr=its)
-    os.close(its)
-    written = b""
-    while True:
-        try:
-            written += (data := os.read(terminal, 4096))
-        except OSError:  # as Linux says that nobody writes there any more
-            break
-        if not data:
-            break
-    os.close(terminal)
-    assert run.wait() == 0, written
-    return written.decode()
-
-
-@pytest.mark.parametrize("no_color", [None, "", "1"])
-def test_a_terminal_has_colours_unless_no_color_is_set_to_something(no_color):
-    environment = {} if no_color is None else {"NO_COLOR": no_color}
-    prompt = "# \x1b[31m\x08x"
-    written = show_in_a_terminal(prompt, "--max-new-tokens", "8", **environment)
-    assert (terminal.FULL in written) == (no_color != "1")
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_a_terminal_has_colours_unless_no_color_is_set_to_something(monkeypatch, capsys, no_color):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    asked(monkeypatch, "# \x1b[31m\x08x", "--max-new-tokens", "8", *LADDER)
+    __main__.main()
+    written = capsys.readouterr().out
+    assert (terminal.FULL in written) == (no_color == "")
     assert "\x1b[31m" not in written and "\x08" not in written
-    assert ("# ␛[31m␈x" in written) == (no_color != "1")  # plain text does not repeat it
+    assert ("# ␛[31m␈x" in written) == (no_color == "")  # plain text does not repeat it
 
 
 @pytest.mark.parametrize(
@@ -289,26 +270,14 @@ def test_a_continuation_keeps_its_blank(monkeypatch, capsys, tmp_path):
     """Sentencepiece drops the blank that begins a text; what is shown follows the prompt."""
     write_family("llama-2", tmp_path)
     tokenizer = from_folder(tmp_path, {}, 1000)
-    spelt = {id: tokenizer.spell(id).decode("utf-8", "replace") for id in range(tokenizer.n_vocab)}
-    word = next(id for id, text in spelt.items() if len(text) > 2 and text[0] == " ")
-    model = always_says(word, tokenizer.n_vocab)
-    save(model, tokenizer, folder := tmp_path / "model")
-    save_ladders(setting(model=str(folder), dtype="either dtype"), {"dtype": "float32"})
-    asked(monkeypatch, "a", "--model", str(folder), "--max-new-tokens", "3", "--exits", "1")
+    spelt = {id: tokenizer.spell(id) for id in range(tokenizer.n_vocab)}
+    word = next(id for id, text in spelt.items() if len(text) > 2 and text.startswith(b" "))
+    out = Generation([word] * 3, [LevelStats(5, calls=3)], 1.0, 0.5)
+    monkeypatch.setattr(__main__, "loaded", lambda args: (random_model(), tokenizer, setting()))
+    monkeypatch.setattr(__main__, "generate", lambda *_, **options: out)
+    asked(monkeypatch, "a", "--exits", "1")
     __main__.main()
-    assert f"\n{3 * spelt[word]}\n" in capsys.readouterr().out
-
-
-def always_says(token: int, vocab_size: int) -> Llama:
-    """A Llama that writes this token whatever stands before."""
-    model = Llama(Config(vocab_size, 8, 2, 2, 2, 8, max_seq_len=64, tie_embeddings=False))
-    for layer in model.layers:
-        layer.attn.out.weight.data.zero_()
-        layer.mlp.down.weight.data.zero_()
-    model.embed.weight.data[:, 0] = 1.0
-    model.norm.weight.data = torch.eye(8)[0]  # it sees the first of eight numbers alone
-    model.head.weight.data[:, 0] = torch.eye(vocab_size)[token]
-    return model.eval()
+    assert f"\n{3 * spelt[word].decode()}\n" in capsys.readouterr().out
 
 
 def test_a_prompt_that_ends_in_a_blank_is_told_what_to_do(monkeypatch, capsys):
