@@ -8,7 +8,6 @@ import pickle
 import pytest
 import tiktoken
 import tokenizers
-import torch
 from conftest import random_model
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -211,24 +210,6 @@ def test_a_token_past_the_vocabulary_loads_but_must_not_be_asked_for(tmp_path):
             (tmp_path / name).write_text(json.dumps(written.get(name, {})))
         with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
             load(tmp_path, "cpu")
-
-
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_greedy_text_ends_where_transformers_ends(tmp_path, name):
-    transformers = pytest.importorskip("transformers")
-    save(random_model(5, vocab_size=600), None, tmp_path)
-    llama_2().save(str(tmp_path / "tokenizer.json"))
-    model, _ = load(tmp_path, "cpu", torch.float64)
-    free = generate(model, [1, 5, 9], 30).tokens
-    file = tmp_path / name
-    content = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(content | {"eos_token_id": [599, free[7], free[11]]}))
-    _, tokenizer = load(tmp_path, "cpu", torch.float64)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    ids = torch.tensor([[1, 5, 9]])
-    written = theirs.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)
-    tokens = generate(model, [1, 5, 9], 30, stop=tokenizer.stop).tokens
-    assert tokens == written[0, 3:].tolist() and len(tokens) < 30
 
 
 @pytest.mark.parametrize("name", ["llama-2", "llama-3", "deepseek", "learned"])
