@@ -2,12 +2,8 @@
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -18,12 +14,12 @@ from test_fast_cpu import stir
 from test_gguf import F32, write_gguf
 
 import checkpoints
+import train_exits
 from checkpoints import save, vocabulary
 from checkpoints.families import FAMILIES
 from hispec import generate
 
 transformers = pytest.importorskip("transformers")
-ROOT = Path(__file__).parent.parent
 load = partial(checkpoints.load, device="cpu")
 CLASSES = {
     "llama": transformers.LlamaForCausalLM,
@@ -31,8 +27,6 @@ CLASSES = {
     "qwen2": transformers.Qwen2ForCausalLM,
     "qwen3": transformers.Qwen3ForCausalLM,
 }
-SCALED = dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
-SCALED["original_max_position_embeddings"] = 16
 
 
 def random_hugging_face(family, seed):
@@ -149,16 +143,6 @@ def test_a_gguf_file_is_saved_as_the_family_that_holds_it(tmp_path):
         save(random_model(qkv_bias=True, qk_norm=True), None, tmp_path / "both")
 
 
-def test_llama_3s_scaling_in_every_family(tmp_path):
-    for family, cls in CLASSES.items():
-        config = random_hugging_face(family, 1).config
-        config.rope_parameters = {"rope_type": "llama3", "rope_theta": 1e4, **SCALED}
-        theirs, ids = cls(config).eval(), torch.arange(20)[None]
-        theirs.save_pretrained(tmp_path / family)
-        ours, _ = load(tmp_path / family)
-        torch.testing.assert_close(ours(ids), logits_of(theirs, ids), rtol=1e-4, atol=1e-4)
-
-
 # ---- refusals ------------------------------------------------------------------------------------
 
 FOLDERS_REFUSED = [
@@ -220,49 +204,25 @@ def test_what_a_gguf_file_asks_for_in_vain_is_named(tmp_path, arch, keys, messag
 # ---- heads ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A random Qwen3, and what recipe 2 makes of it in ten steps."""
-    import train_exits
-
-    folder = tmp_path_factory.mktemp("qwen3")
+def test_a_qwen3_gets_heads_at_two_exits(tmp_path):
+    """Of recipe 2, in ten steps: the trunk keeps its bits, and every ladder writes its text."""
     text = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(2000))
-    (folder / "corpus.txt").write_text(text)
-    model = stir(random_model(vocab_size=300, scale=3, max_seq_len=256, qk_norm=True)).float()
-    save(model, vocabulary.learn([text], 300), folder / "given")
-    options = f"--out {folder} --model {folder / 'given'} --corpus {folder / 'corpus.txt'}"
+    (tmp_path / "corpus.txt").write_text(text)
+    given = stir(random_model(vocab_size=300, scale=3, max_seq_len=256, qk_norm=True)).float()
+    save(given, vocabulary.learn([text], 300), tmp_path / "given")
+    options = f"--out {tmp_path} --model {tmp_path / 'given'} --corpus {tmp_path / 'corpus.txt'}"
     options += " --freeze-trunk --exits 1 2 --steps 10 --batch 256 --context 16 --width 8"
     train_exits.main([*options.split(), "--draft-vocab", "80"])
-    return model, folder / "model"
-
-
-def test_a_qwen3_gets_heads_at_two_exits(trained):
-    given, folder = trained
-    model, tokenizer = load(folder)
+    model, tokenizer = load(tmp_path / "model")
     assert model.family == "qwen3" and model.config == given.config and model.exits == (1, 2)
     for name, t in given.state_dict().items():
         assert torch.equal(model.state_dict()[name], t), name
     for head in model.exit_heads.values():
         assert 0 < len(head.vocab) <= 80 and isinstance(head.block.attn.q_norm, torch.nn.RMSNorm)
     prompt = tokenizer.encode("def f7(x):")
-    read = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert type(read) is CLASSES["qwen3"]
-    text = read.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
-    expected = text[0, len(prompt) :].tolist()
+    written = read.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    expected = written[0, len(prompt) :].tolist()
     for ladder in [{}, dict(exits=(1,), windows=(3,)), dict(exits=(1, 2), windows=(2, 4))]:
         assert generate(model, prompt, 20, **ladder).tokens == expected
-
-
-def test_a_qwen3_with_heads_is_benched(trained, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"category": "code", "turns": ["def f7(x):"]}\n')
-    command = [sys.executable, "bench.py", "--model", trained[1], "--device", "cpu", "--dtype"]
-    command += ["float32", "--prompts", prompts, "--max-new-tokens", "12"]
-    command += ["--json", tmp_path / "out.json"]
-    # what is found out about threads and ladders is kept there
-    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    methods = json.loads((tmp_path / "out.json").read_text())["methods"]
-    assert [1, 2] in [method["exits"] for method in methods]
-    assert all(method["identical"] for method in methods)
