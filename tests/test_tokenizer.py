@@ -8,7 +8,6 @@ import pickle
 import pytest
 import tiktoken
 import tokenizers
-import torch
 from conftest import random_model
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -38,9 +37,14 @@ def test_a_learned_vocabulary_gives_any_text_back(learned, text):
 
 
 def test_a_learned_vocabulary_merges_what_is_common(learned):
+    """But no newline with what stands beside it: a text may end there, and go on as files do."""
     assert len(learned.encode("    return x\n")) < 6 and learned.n_vocab <= 400
-    assert learned.special[vocabulary.END] == learned.n_vocab - 1
     assert learned.stop == (learned.n_vocab - 1,) and learned.bos == []
+    text = "def f(n):\n    if n:\n        return 12\n\n\nclass A:\n    x = 1\n" * 50
+    tokenizer = vocabulary.learn([text], 400)
+    tokens = [tokenizer.spell(id) for id in tokenizer.encode(text[:64])]
+    assert {b"\n", b"    ", b"        "} <= set(tokens)
+    assert not any(b"\n" in token and len(token) > 1 for token in tokens)
 
 
 def assert_the_same(ours, again, theirs):
@@ -90,33 +94,32 @@ def test_llama_3s_tokenizer_model(tmp_path):
     assert_the_same(ours, again, transformers.AutoTokenizer.from_pretrained(tmp_path / "again"))
 
 
-def test_tokenizer_json_comes_first(tmp_path):
-    llama3_model(tmp_path)
-    byte_bpe(SPLITS["gpt2"], SPECIAL).save(str(tmp_path / "tokenizer.json"))
-    assert "<|eot_id|>" not in vocabulary.from_folder(tmp_path, {}, 600).special
-
-
-def test_a_sentencepiece_model_is_refused(tmp_path):
+def test_tokenizer_json_comes_first_and_a_sentencepiece_model_is_refused(tmp_path):
     for content in (b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02\n", b"aGk= one\n"):
         (tmp_path / "tokenizer.model").write_bytes(content)
         with pytest.raises(ValueError, match="for a sentencepiece one give tokenizer.json"):
             vocabulary.from_folder(tmp_path, {}, 600)
+    byte_bpe(SPLITS["gpt2"], SPECIAL).save(str(tmp_path / "tokenizer.json"))
+    assert "<|im_end|>" in vocabulary.from_folder(tmp_path, {}, 600).special
 
 
 # ---- added tokens, BOS, ends ---------------------------------------------------------------------
+
+
+ADDED = {
+    "<tool>": dict(special=False),
+    "<left>": dict(special=False, lstrip=True),
+    "<right>": dict(special=False, rstrip=True, normalized=True),
+    "<mask>": dict(special=True, lstrip=True, rstrip=True),
+}
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama-2"])
 def test_added_tokens_are_one_id_each(tmp_path, kind):
     """Not special, taking blanks in on either side, or only in tokenizer_config.json."""
     transformers = pytest.importorskip("transformers")
-    theirs, added = llama_2() if kind == "llama-2" else byte_bpe(SPLITS["gpt2"], SPECIAL), []
-    for name, flags in {
-        "<tool>": dict(special=False),
-        "<left>": dict(special=False, lstrip=True),
-        "<right>": dict(special=False, rstrip=True, normalized=True),
-        "<mask>": dict(special=True, lstrip=True, rstrip=True),
-    }.items():
+    theirs = llama_2() if kind == "llama-2" else byte_bpe(SPLITS["gpt2"], SPECIAL)
+    for name, flags in ADDED.items():
         theirs.add_tokens([tokenizers.AddedToken(name, **{"normalized": False} | flags)])
     transformers.PreTrainedTokenizerFast(tokenizer_object=theirs).save_pretrained(tmp_path)
     late = theirs.get_vocab_size()
@@ -128,30 +131,12 @@ def test_added_tokens_are_one_id_each(tmp_path, kind):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ours = vocabulary.from_folder(tmp_path, {}, late)
-    added = [
-        "a<tool>b <tool> c",
-        "a  <left>  b",
-        "a <right>  b",
-        "<late> <late>x",
-        "x<left><right>",
-    ]
-    for text in added:
+    texts = ["a<tool>b <tool> c", "a  <left>  b", "a <right>  b", "<late> <late>x"]
+    for text in [*texts, "x<left><right>"]:
         assert ours.encode(text) == theirs(text).input_ids, text
         messages = [dict(role="user", content=text)]
         assert ours.chat([text]) == theirs.apply_chat_template(messages, return_dict=False)
     assert late in ours.encode("<late>") and ours.spell(late) == b"<late>"
-
-
-def test_a_token_past_the_vocabulary_loads(tmp_path):
-    theirs = byte_bpe(SPLITS["gpt2"], SPECIAL)
-    size = theirs.get_vocab_size()
-    theirs.add_special_tokens(["<pad>"])
-    save(random_model(vocab_size=size), None, tmp_path)
-    theirs.save(str(tmp_path / "tokenizer.json"))
-    model, ours = load(tmp_path, "cpu")
-    assert ours.special["<pad>"] == size == model.config.vocab_size
-    with pytest.raises(ValueError, match=str(size)):
-        generate(model, [size], 1)
 
 
 BEGINNINGS = [
@@ -198,62 +183,33 @@ def test_the_end_is_what_the_files_name(tmp_path, config, generation, stop):
     assert vocabulary.from_folder(tmp_path, config, 600).stop == stop
 
 
-def test_an_end_must_be_an_id(tmp_path):
-    llama_2().save(str(tmp_path / "tokenizer.json"))
-    for ends in ("</s>", [1, "2"], -1, 1.5):
-        with pytest.raises(ValueError, match="config.json: eos_token_id must be a token id"):
-            vocabulary.from_folder(tmp_path, {"eos_token_id": ends}, 600)
-
-
-def test_special_ids_must_be_in_the_vocabulary(tmp_path):
-    """An end in either file, BOS, or what the chat template writes: `load` refuses, not `generate`."""
+def test_a_token_past_the_vocabulary_loads_but_must_not_be_asked_for(tmp_path):
+    """As an end in either file, BOS, or by the chat template: `load` refuses, not `generate`."""
     theirs = llama_2(["<late>"])
     late = theirs.token_to_id("<late>")
-    save(random_model(vocab_size=late), None, tmp_path)
     theirs.post_processor = None
+    save(random_model(vocab_size=late), None, tmp_path)
     theirs.save(str(tmp_path / "tokenizer.json"))
-    config = json.loads((tmp_path / "config.json").read_text())
-    outside = f"outside the vocabulary of {late}"
+    model, ours = load(tmp_path, "cpu")
+    assert ours.special["<late>"] == late == model.config.vocab_size
+    with pytest.raises(ValueError, match=str(late)):
+        generate(model, [late], 1)
+    begin, write = {"bos_token": "<late>", "add_bos_token": True}, "{{ messages[0].content }}<late>"
+    config = {"config.json": json.loads((tmp_path / "config.json").read_text())}
     for file, settings, message in [
-        ("config.json", {"eos_token_id": late}, f"config.json: eos_token_id {late}"),
-        ("generation_config.json", {"eos_token_id": [2, late + 5]}, f"eos_token_id {late + 5}"),
-        ("tokenizer_config.json", {"eos_token": "<late>"}, f"eos_token '<late>' has id {late}"),
-        (
-            "tokenizer_config.json",
-            {"bos_token": "<late>", "add_bos_token": True},
-            f"bos_token '<late>' has id {late}",
-        ),
-        (
-            "tokenizer_config.json",
-            {"chat_template": "{{ messages[0].content }}<late>"},
-            f"chat template's '<late>' has id {late}",
-        ),
+        ("config", {"eos_token_id": late}, f"config.json: eos_token_id {late}, outside"),
+        ("config", {"eos_token_id": "</s>"}, "config.json: eos_token_id must be a token id"),
+        ("config", {"eos_token_id": [1, -1]}, "config.json: eos_token_id must be a token id"),
+        ("generation_config", {"eos_token_id": [2, late + 5]}, f"eos_token_id {late + 5}, outside"),
+        ("tokenizer_config", {"eos_token": "<late>"}, f"eos_token '<late>' has id {late}"),
+        ("tokenizer_config", begin, f"bos_token '<late>' has id {late}, outside"),
+        ("tokenizer_config", {"chat_template": write}, f"chat template's '<late>' has id {late}"),
     ]:
-        written = {"config.json": config}
-        written[file] = written.get(file, {}) | settings
+        written = config | {f"{file}.json": config.get(f"{file}.json", {}) | settings}
         for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
             (tmp_path / name).write_text(json.dumps(written.get(name, {})))
-        with pytest.raises(ValueError, match=f"{message}, {outside}") as error:
+        with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
             load(tmp_path, "cpu")
-        assert str(tmp_path) in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_greedy_text_ends_where_transformers_ends(tmp_path, name):
-    transformers = pytest.importorskip("transformers")
-    save(random_model(5, vocab_size=600), None, tmp_path)
-    llama_2().save(str(tmp_path / "tokenizer.json"))
-    model, _ = load(tmp_path, "cpu", torch.float64)
-    free = generate(model, [1, 5, 9], 30).tokens
-    file = tmp_path / name
-    content = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(content | {"eos_token_id": [599, free[7], free[11]]}))
-    _, tokenizer = load(tmp_path, "cpu", torch.float64)
-    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
-    ids = torch.tensor([[1, 5, 9]])
-    written = theirs.generate(ids, max_new_tokens=30, do_sample=False, pad_token_id=0)
-    tokens = generate(model, [1, 5, 9], 30, stop=tokenizer.stop).tokens
-    assert tokens == written[0, 3:].tolist() and len(tokens) < 30
 
 
 @pytest.mark.parametrize("name", ["llama-2", "llama-3", "deepseek", "learned"])
@@ -282,16 +238,6 @@ def test_a_continuation_is_what_follows_its_prompt(tmp_path, name):
                 assert before + rest == ours.decode(ids), (text, cut)
 
 
-def test_a_continuation_keeps_its_blanks(tmp_path):
-    llama_2().save(str(tmp_path / "tokenizer.json"))
-    ours = vocabulary.from_folder(tmp_path, {}, 600)
-    prompt, both = ours.encode("def f(a):\n"), ours.encode("def f(a):\n    return an bo")
-    assert both[: len(prompt)] == prompt
-    assert ours.decode(both[len(prompt) :], after=prompt) == "    return an bo"
-    spelled = b"".join(map(ours.spell, both[len(prompt) :])).decode()
-    assert spelled == "    return an bo"
-
-
 # ---- chat ----------------------------------------------------------------------------------------
 
 
@@ -305,18 +251,15 @@ def byte_level(vocab=256, special=(), template=None):
     return Tokenizer(engine, {"chat_template": template}, where="template file")
 
 
-def test_chat_without_a_template_is_plain_text():
+def test_chat_without_a_template_is_plain_text_and_ends_with_the_user():
     plain = byte_level(special={"<|im_start|>": 256})
     assert plain.chat(["a", "b", "<|im_start|>"]) == [*b"a\nb\n<|im_start|>"]
     assert plain.stop == () and plain.prompt == "plain text"
-
-
-def test_chat_ends_with_the_user():
     for turns in ([], ["a", "b"]):
         with pytest.raises(ValueError, match=f"got {len(turns)} turns"):
-            byte_level().chat(turns)
+            plain.chat(turns)
     with pytest.raises(ValueError, match="a list of turns, got a text"):
-        byte_level().chat("abc")
+        plain.chat("abc")
 
 
 def test_a_template_trims_and_cuts_as_it_will():
@@ -341,12 +284,6 @@ def test_a_template_may_come_by_name_or_in_its_own_file(tmp_path):
 # ---- damaged files and templates end in one line ---------------------------------------------------
 
 
-def json_of(change):
-    content = json.loads(byte_bpe(SPLITS["gpt2"], SPECIAL).to_str())
-    change(content)
-    return json.dumps(content)
-
-
 def late(id):
     return lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"content": "<n>", "id": id})
 
@@ -365,8 +302,11 @@ JSON_REFUSED = {
 @pytest.mark.parametrize("message", JSON_REFUSED)
 def test_damaged_tokenizers_end_in_one_line(tmp_path, message):
     save(random_model(vocab_size=400), None, tmp_path)
-    change = JSON_REFUSED[message]
-    (tmp_path / "tokenizer.json").write_text(change if isinstance(change, str) else json_of(change))
+    text = JSON_REFUSED[message]
+    if not isinstance(text, str):
+        text(content := json.loads(byte_bpe(SPLITS["gpt2"], SPECIAL).to_str()))
+        text = json.dumps(content)
+    (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match=f"{tmp_path}: .*{message}") as error:
         load(tmp_path, "cpu")
     assert "\n" not in str(error.value)
@@ -402,14 +342,3 @@ def test_a_template_that_refuses_names_its_file(tmp_path, file):
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=f"{file}: the chat template refuses: no"):
         vocabulary.from_folder(tmp_path, {}, 400).chat(["hi"])
-
-
-def test_a_learned_vocabulary_keeps_newlines_apart_from_indentation():
-    """So that a text may end after either and go on as the files it was learned from."""
-    text = "def f(n):\n    if n:\n        return 12\n\n\nclass A:\n    x = 1\n" * 50
-    tokenizer = vocabulary.learn([text], 400)
-    tokens = [tokenizer.spell(id) for id in tokenizer.encode(text[:64])]
-    assert b"\n" in tokens and b"    " in tokens and b"        " in tokens
-    assert not any(b"\n" in token and len(token) > 1 for token in tokens)
-    begun = tokenizer.encode("def f(n):\n")
-    assert tokenizer.encode("def f(n):\n    if n:")[: len(begun)] == begun

@@ -42,12 +42,6 @@ ZEPHYR = (
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
-INST = (
-    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
 DEEPSEEK = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}"
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
@@ -82,11 +76,15 @@ QWEN_3 = (  # thoughts are kept after the last question only, where no turn of a
     "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n    {%- if enable_thinking is defined and enable_thinking is false %}\n"
     "        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}\n{%- endif %}"
 )
-SYSTEM = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are helpful"
-    "<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+SYSTEM = CHATML.replace(
+    "{% for message in messages %}",
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}",
 )
+TEMPLATES = {"tinyllama": ZEPHYR, "llama-2 first": ZEPHYR, "llama-3": LLAMA_3, "smollm 2": SYSTEM}
+TEMPLATES |= {"deepseek": DEEPSEEK, "chatml": "{{ bos_token }}" + CHATML, "mistral": MISTRAL}
+TEMPLATES |= {"mistral nemo": MISTRAL, "qwen 2.5": QWEN_25, "qwen 3": QWEN_3}
+FAMILIES = ["llama-2", *TEMPLATES]
 
 
 def byte_bpe(split, special, *, first=True, ignore_merges=False):
@@ -183,59 +181,52 @@ def llama_2(extra=(), scheme="prepend"):
     return theirs
 
 
-FAMILIES = ["llama-2", "llama-2 first", "tinyllama", "llama-3", "deepseek", "chatml", "smollm 2"]
-FAMILIES += ["mistral", "mistral nemo", "qwen 2.5", "qwen 3"]
-
-
 def family(name):
     """The tokenizers object of a family and what its tokenizer_config.json adds: settings for transformers."""
     tokenizers = pytest.importorskip("tokenizers")
-    if name in ("llama-2", "llama-2 first", "tinyllama"):
-        theirs = llama_2(scheme="first" if name == "llama-2 first" else "prepend")
-        settings = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-        template = {"tinyllama": ZEPHYR, "llama-2 first": INST}.get(name)
-        return theirs, settings | ({"chat_template": template} if template else {})
-    if name == "mistral":
-        theirs = llama_2(["[INST]", "[/INST]"])
-        settings = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-        return theirs, settings | dict(add_bos_token=True, chat_template=MISTRAL)
-    if name == "mistral nemo":
+    settings = {"chat_template": TEMPLATES[name]} if name in TEMPLATES else {}
+
+    def plain(theirs, *tokens):  # added, but not special
+        for token in tokens:
+            theirs.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False)])
+        return theirs
+
+    def begins(theirs, bos):
+        frame = [(bos, theirs.token_to_id(bos))]
+        return tokenizers.processors.TemplateProcessing(f"{bos} $A", f"{bos} $A $B", frame)
+
+    if "llama-2" in name or name in ("tinyllama", "mistral", "mistral nemo"):
+        settings |= dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        if name == "mistral":
+            return llama_2(["[INST]", "[/INST]"]), settings | dict(add_bos_token=True)
+        if name != "mistral nemo":
+            return llama_2(scheme="first" if name == "llama-2 first" else "prepend"), settings
         special = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]"]
         theirs = byte_bpe(SPLITS["tekken"], special, ignore_merges=True)
-        frame = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
-        theirs.post_processor = frame
-        settings = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-        return theirs, settings | dict(chat_template=MISTRAL)
+        theirs.post_processor = begins(theirs, "<s>")
+        return theirs, settings
     if name.startswith("qwen"):
         theirs = byte_bpe(SPLITS["qwen2"], SPECIAL, first=False)
         theirs.normalizer = tokenizers.normalizers.NFC()
-        for token in ["<tool_call>", "</tool_call>", "<think>", "</think>"]:
-            theirs.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False)])
-        settings = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", add_bos_token=False)
-        return theirs, settings | dict(chat_template=QWEN_3 if name == "qwen 3" else QWEN_25)
+        settings |= dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", add_bos_token=False)
+        return plain(theirs, "<tool_call>", "</tool_call>", "<think>", "</think>"), settings
     if name == "llama-3":
         names = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id"]
-        special = [f"<|{name}|>" for name in names]
+        special, processors = [f"<|{name}|>" for name in names], tokenizers.processors
         theirs = byte_bpe(SPLITS["llama3"], special, first=False, ignore_merges=True)
-        bos, processors = special[0], tokenizers.processors
-        frame = processors.TemplateProcessing(
-            f"{bos} $A", f"{bos} $A $B", [(bos, theirs.token_to_id(bos))]
+        theirs.post_processor = processors.Sequence(
+            [processors.ByteLevel(), begins(theirs, special[0])]
         )
-        theirs.post_processor = processors.Sequence([processors.ByteLevel(), frame])
-        return theirs, dict(bos_token=bos, eos_token=special[1], chat_template=LLAMA_3)
+        return theirs, settings | dict(bos_token=special[0], eos_token=special[1])
     if name == "deepseek":
         special = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
         theirs = byte_bpe(SPLITS["llama3"], special, first=False, ignore_merges=True)
-        for token in ["<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<tool>"]:
-            theirs.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False)])
-        settings = dict(bos_token=special[0], eos_token=special[1], chat_template=DEEPSEEK)
+        plain(theirs, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<tool>")
+        settings |= dict(bos_token=special[0], eos_token=special[1])
         return theirs, settings | dict(add_bos_token=True, add_eos_token=False)
-    settings = dict(bos_token="<|endoftext|>", eos_token="<|im_end|>")
-    if name == "chatml":
-        template = "{{ bos_token }}" + CHATML
-        settings |= dict(add_bos_token=True, chat_template=template)
-        return byte_bpe(SPLITS["gpt2"], SPECIAL), settings
-    return byte_bpe(SPLITS["smollm"], SPECIAL), settings | dict(chat_template=SYSTEM)
+    settings |= dict(bos_token="<|endoftext|>", eos_token="<|im_end|>")
+    settings |= dict(add_bos_token=True) if name == "chatml" else {}
+    return byte_bpe(SPLITS["gpt2" if name == "chatml" else "smollm"], SPECIAL), settings
 
 
 def write_family(name, folder):
