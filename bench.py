@@ -38,10 +38,13 @@ from checkpoints.console import Parser, command, must_take_files, say, table
 from checkpoints.files import describe, must_be_writable, write_whole
 from checkpoints.ladders import (
     Ladder,
+    as_ladder,
+    as_options,
     default_exits,
     kept_dtype,
     kept_ladders,
     kept_threads,
+    ladders_in,
     must_be_keepable,
     save_ladders,
 )
@@ -67,14 +70,12 @@ class Method:
     decode: Callable[..., Generation]  # decode(prompt, max_new_tokens, stop=..., temperature=...)
     draft: Ladder | None = None  # its own draft alone: its first exit straight below the full model
     ours: bool = True
-    draft_head: int = 0
     sampled: "Method | None" = None  # the same kind, tuned for sampled text; None: this one
 
     @property
     def key(self) -> object:
         """Methods of the same ladder are measured once."""
-        ours = (self.ladder, self.draft_head) if self.draft_head else self.ladder
-        return ours if self.ours else self.name
+        return self.ladder if self.ours else self.name
 
 
 @dataclass
@@ -114,9 +115,7 @@ def main() -> None:
         ran = tune(step, prompts, *limit, decoder, sampling(args))
         save_ladders(header, ran, ship=args.ship)
         tell(tuning_table(ran) + "\n")
-        of_sampled = ran.pop("sampled", {})
-        tuned, drawn = ({name: as_ladder(best) for name, best in found.items()}
-                        for found in (ran, ran | of_sampled))  # fmt: skip
+        tuned, drawn = ladders_in(ran, model), ladders_in(ran, model, sampled=True)
         where = "this machine, now"
     methods = choose_methods(model, tuned, own, decoder, every_kind=args.tune)
     others = {m.name: m for m in choose_methods(model, drawn, own, decoder, every_kind=args.tune)}
@@ -206,11 +205,9 @@ def make_step(model: Llama, args: argparse.Namespace, room: int) -> Step:
     return FixedStep(model, room, args.compile and args.device != "cpu")
 
 
-def decode_with(model: Llama, step: Step, *ladder: tuple, draft_head: int = 0) -> Callable:
-    """generate with this step and ladder: exits, windows, thresholds."""
-    options: dict = dict(zip(("exits", "windows", "thresholds"), ladder))
-    options |= {"draft_head": draft_head} if draft_head else {}
-    return partial(generate, model, fast=step, **options)
+def decode_with(model: Llama, step: Step, *ladder) -> Callable:
+    """generate with this step and ladder: exits, windows, thresholds; none given: greedy."""
+    return partial(generate, model, fast=step, **as_options(ladder or GREEDY))
 
 
 def choose_methods(
@@ -226,6 +223,8 @@ def choose_methods(
         exits, _, _ = ladder
         if len(exits) < 2:
             return ladder if exits else None
+        if exits[0] < 0:  # a draft head needs the exit that it reads
+            return None
         known = [single for single in tuned.values() if single[0] == exits[:1]]
         return known[0] if known else (exits[:1], (4,), (0.0,))
 
@@ -240,24 +239,18 @@ def choose_methods(
         "look-up": tuned.get("look-up", ((0,), (4,), (0.0,))),
         "look-up, exit": tuned.get("look-up, exit", ((0, middle), (4, 4), (0.0, 0.0))),
     }
+    for head in map(int, model.draft_heads):
+        whole = head == model.config.n_layers
+        below: Ladder = ((-head, head), (3, 6), (0.0, 0.0))
+        name, untuned = ("head", ((-head,), (3,), (0.0,))) if whole else ("head, exit", below)
+        ladders.setdefault(name, tuned.get(name, untuned))
     ladders |= {name: x for name, x in tuned.items() if every_kind and name not in ladders}
-    heads = []
     for x in own:
-        ladder = x.exits, x.windows, x.thresholds
-        name = ladder_text(*ladder, x.draft_head)
-        if x.draft_head:  # it cannot draft without the exit that it reads
-            decode = decoder(*ladder, draft_head=x.draft_head)
-            heads.append(Method(name, ladder, decode, draft_head=x.draft_head))
-        else:
-            ladders[name] = ladder
+        ladders[ladder_text(x.exits, x.windows, x.thresholds, x.draft_head)] = as_ladder(x)
     for ladder in [*ladders.values()]:
         if (single := alone(ladder)) is not None and single not in ladders.values():
             ladders[f"exit {single[0][0]} alone"] = single
-    return [Method(name, x, decoder(*x), alone(x)) for name, x in ladders.items()] + heads
-
-
-def as_ladder(result: dict) -> Ladder:
-    return tuple(result["exits"]), tuple(result["windows"]), tuple(result["thresholds"])
+    return [Method(name, x, decoder(*x), alone(x)) for name, x in ladders.items()]
 
 
 def sampling(args: argparse.Namespace) -> dict:
@@ -385,24 +378,18 @@ def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> l
     drawn = [request for request in requests if request.sampled]
     results = []
     for m, method in enumerate(methods):
-        result: dict = {"name": method.name} | ladder_of(method)
+        result: dict = {"name": method.name} | as_options(method.ladder)
         result |= by_category(methods, requests, m, figures)
-        if method.draft_head:
-            result["draft_head"] = method.draft_head
         if drawn:
             drawing = for_sampled(methods)
             counted = by_category(drawing, drawn, m, partial(figures, sampled=True))
-            result["sampled"] = ladder_of(drawing[m]) | counted
+            result["sampled"] = as_options(drawing[m].ladder) | counted
         if method.ours:
             result |= what_was_seen([r.watched[method.key] for r in requests if r.watched])
-        if any(method.ladder[0]):
+        if any(exit > 0 for exit in method.ladder[0]):
             result |= level_agreement(predicted, method.ladder[0])
         results.append(result)
     return results
-
-
-def ladder_of(method: Method) -> dict:
-    return dict(zip(("exits", "windows", "thresholds"), method.ladder, strict=True))
 
 
 def by_category(methods, requests: list[Request], m: int, of: Callable) -> dict:
@@ -504,7 +491,7 @@ def level_agreement(choice: dict[int, torch.Tensor], exits: tuple[int, ...]) -> 
 
 WIDE = 100  # columns of a terminal
 SHORT = {"single-layer": "single", "draft alone": "draft", "paper windows": "paper",
-         "look-up, exit": "look+exit"}  # fmt: skip
+         "look-up, exit": "look+exit", "head, exit": "head+exit"}  # fmt: skip
 
 
 COLUMNS = """x: tokens/s over greedy decoding's, its own draft alone's, the best single exit's.

@@ -29,7 +29,23 @@ from checkpoints.machine import best_threads, seconds_of_few
 from model import Llama
 
 SHIPPED = Path(__file__).parent.parent / "results" / "ladders.json"
-Ladder = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]  # exits, windows, thresholds
+# exits, windows, thresholds; a first exit of 0 is a look-up, of -8 the draft head on exit 8
+Ladder = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
+OF_A_LADDER = ("exits", "windows", "thresholds", "draft_head")  # what files say of one
+
+
+def as_ladder(options: Options) -> Ladder:
+    exits, head = options.exits, options.draft_head
+    return (-head, *exits[1:]) if head else exits, options.windows, options.thresholds
+
+
+def as_options(ladder: Ladder) -> dict:
+    """What `generate` takes, and what files say."""
+    exits, windows, thresholds = ladder
+    options: dict = {"exits": exits, "windows": windows, "thresholds": thresholds}
+    if exits and exits[0] < 0:
+        options |= {"exits": (0, *exits[1:]), "draft_head": -exits[0]}
+    return options
 
 
 def default_exits(model: Llama) -> tuple[int, ...]:
@@ -58,10 +74,16 @@ def kept_ladders(
     sampled: those for sampled text, where a kind was tuned for it too.
     """
     for found, where in _found(header):
-        if ladders := _all_fitting(found, model):
-            of_sampled = found.get("sampled", {}) if sampled else {}
-            return ladders | _all_fitting(of_sampled, model), where
+        if ladders := ladders_in(found, model, sampled):
+            return ladders, where
     return {}, ""
+
+
+def ladders_in(found: dict, model: Llama, sampled: bool = False) -> dict[str, Ladder]:
+    """What one tuning found, by kind; as `kept_ladders`."""
+    entries = found | (found.get("sampled", {}) if sampled else {})
+    ladders = {name: _fitting(kept, model) for name, kept in entries.items()}
+    return {name: ladder for name, ladder in ladders.items() if ladder}
 
 
 def kept_ladder(header: dict, model: Llama) -> tuple[Ladder, str] | None:
@@ -70,7 +92,9 @@ def kept_ladder(header: dict, model: Llama) -> tuple[Ladder, str] | None:
         known = [
             (kept["measured"], name, ladder)
             for name, kept in found.items()
-            if (ladder := _fitting(kept, model)) and isinstance(kept.get("measured"), int | float)
+            if (ladder := _fitting(kept, model))
+            and isinstance(kept.get("measured"), int | float)
+            and min(ladder[0], default=0) >= 0  # without a draft head
         ]
         if known:
             wins = [x for x in known if x[1] == "hispec" and x[0] >= 1]
@@ -202,18 +226,12 @@ def _found(header: dict) -> Iterator[tuple[dict, str]]:
         yield found, where
 
 
-def _all_fitting(found: object, model: Llama) -> dict[str, Ladder]:
-    entries = found.items() if isinstance(found, dict) else ()
-    ladders = {name: _fitting(kept, model) for name, kept in entries}
-    return {name: ladder for name, ladder in ladders.items() if ladder}
-
-
 def _fitting(kept: object, model: Llama) -> Ladder | None:
     """The ladder that was kept; None if it is none, or none of this model."""
     try:
-        ladder = Options(kept["exits"], kept["windows"], kept.get("thresholds", ()))  # type: ignore
-        ladder.check_model(model.config)
-        return ladder.exits, ladder.windows, ladder.thresholds
+        ladder = Options(**{k: v for k, v in kept.items() if k in OF_A_LADDER})  # type: ignore
+        ladder.check_model(model.config, list(map(int, model.draft_heads)))
+        return as_ladder(ladder) if ladder.exits else None
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 

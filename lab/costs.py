@@ -8,9 +8,12 @@ in tune.py.
 
 import math
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from arguments import Options
@@ -19,10 +22,12 @@ from checkpoints.machine import pass_seconds, timed
 from drafters import LookUp
 from hispec import Generation, Step, accept_block, probability
 from model import Llama
+from train_exits import Chain
 
 # positions in a timed pass, up to more than any ladder takes; others in between. A fixed step takes
 # as long for 16 as for one, and twice as long for 17
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 20)
+IN_A_ROW = 4  # drafts of a head that are told apart; a later one is taken for the last of these
 CONTEXT = 256  # positions before a timed pass: a prompt and half an answer
 
 ByDepth = dict[int, list[float]]  # seconds, by depth in layers and positions in a pass
@@ -41,6 +46,7 @@ class Costs:
     head: ByDepth  # of what comes after an exit: its block, its norm, its output matrix
     doubt: float  # of a step's probability, which a threshold needs
     loop: dict[int, float]  # of a step that ends at each depth, beyond its pass
+    draft: ByDepth = field(default_factory=dict)  # of the draft head on each exit, choice included
 
 
 def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
@@ -57,7 +63,23 @@ def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
     weight = model.embed.weight
     token, row = weight.new_zeros(1).long(), weight.new_zeros(1, model.config.vocab_size)
     doubt = timed(lambda: probability(token, Options().distribution(row)), weight.device)
-    return Costs(trunk, head, doubt, dict.fromkeys(head, 0.0))
+    drafts = {exit: draft_seconds(step, exit) for exit in map(int, model.draft_heads)}
+    return Costs(trunk, head, doubt, dict.fromkeys(head, 0.0), drafts)
+
+
+@torch.inference_mode()
+def draft_seconds(step: Step, exit: int) -> list[float]:
+    """What a draft takes whose head runs over 0 .. WIDTHS[-1] positions, its choice included."""
+    model, took = step.model, []
+    exits = (0, exit) if exit < model.config.n_layers else (0,)
+    context = min(CONTEXT, model.config.max_seq_len - WIDTHS[-1])
+    with step.open(exits, context + WIDTHS[-1], exit) as cache:
+        tokens = torch.zeros_like(cache.columns)
+        for n in WIDTHS:
+            states, new = cache.hidden[exit][:, :n], tokens[:n]
+            draft = partial(step.draft, cache, exit, states, new, context)
+            took.append(timed(lambda draft=draft: draft()[1].argmax(-1), cache.keys.device))
+    return [0.0, *np.interp(range(1, WIDTHS[-1] + 1), WIDTHS, took).tolist()]
 
 
 def with_loop(
@@ -97,6 +119,8 @@ class Trace:
     """What every exit predicts along a text of n tokens: its choices, and how sure it is of them.
 
     The text is the full model's. Of a sampled one also each exit's distributions p (n, V) by depth.
+    Of a draft head the same, by the exit that it reads: a list, as there is one for a first draft,
+    one for a second that follows it, and so on.
     """
 
     prompt: list[int]
@@ -104,6 +128,8 @@ class Trace:
     choices: dict[int, list[int]]
     sure: dict[int, list[float]]
     p: dict[int, Tensor] = field(default_factory=dict)
+    drafts: dict[int, list[list[int]]] = field(default_factory=dict)
+    drafts_p: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -114,18 +140,39 @@ def trace(
     """Along the greedy text; with sampling (arguments.Options' names) along a sampled one."""
     prefill = min(decode(prompt, 1).seconds for _ in range(2))
     text = decode(prompt, max_new_tokens, stop=stop, **sampling).tokens
-    p = {}
+    p, drafts, drafts_p = {}, {}, {}
     ids = torch.tensor([prompt + text[:-1]], device=model.embed.weight.device)
     h, first, choices, sure = model.embed(ids), 0, {}, {}
-    for depth in (*exits, model.config.n_layers):
+    heads = {int(exit) for exit in model.draft_heads}
+    for depth in sorted({*exits, *heads, model.config.n_layers}):
         h, first = model.run(h, first, depth), depth
+        if depth in heads:
+            of_head = [row[len(prompt) - 1 :] for row in draft_logits(model, depth, ids, h)]
+            drafts[depth] = [logits.argmax(-1).tolist() for logits in of_head]
+            if sampling:
+                drafts_p[depth] = [Options(**sampling).distribution(logits) for logits in of_head]
         logits = model.logits(model.exit_block(h, depth)[0, len(prompt) - 1 :], depth)
         best = logits.float().softmax(-1).max(-1)
         choices[depth], sure[depth] = best.indices.tolist(), best.values.tolist()
         if sampling:
             p[depth] = Options(**sampling).distribution(logits)
     choices[depth] = text
-    return Trace(prompt, prefill, choices, sure, p)
+    return Trace(prompt, prefill, choices, sure, p, drafts, drafts_p)
+
+
+def draft_logits(model: Llama, exit: int, ids: Tensor, h: Tensor) -> list[Tensor]:
+    """What the draft head on `exit` makes of ids (1, N) and the exit's states h (1, N, D).
+
+    One (N, V) for each draft in a row: the i-th at a position is drafted from true states up to i
+    positions before it, and from the head's own guesses since.
+    """
+    head: Any = model.draft_heads[str(exit)]
+    rope, chain = model.rope(torch.arange(ids.shape[1], device=h.device)), Chain()
+    state, embedded, found = h, model.embed(ids), []
+    for _ in range(IN_A_ROW):
+        state = head(F.pad(state[:, :-1], (0, 0, 1, 0)), embedded, rope, chain)
+        found.append(model.draft_logits(state, exit)[0])
+    return found
 
 
 def coupled(trace: Trace, exits: tuple[int, ...], n_layers: int, seed: int) -> Trace:
@@ -135,16 +182,25 @@ def coupled(trace: Trace, exits: tuple[int, ...], n_layers: int, seed: int) -> T
     as that level would keep them token by token: with probability min(1, p(x) / p_above(x)).
     """
     rng = torch.Generator().manual_seed(seed)
+
+    def draw(p: Tensor, token: Tensor, above: Tensor) -> Tensor:
+        """(n, 1) samples of p (n, V), as often as may be those of the level above."""
+        same = torch.rand(token.shape, generator=rng) < p.gather(1, token) / above.gather(1, token)
+        clocks = torch.empty_like(p).exponential_(generator=rng)
+        other = ((p - above).clamp(min=0) / clocks).argmax(-1, keepdim=True)
+        return torch.where(same, token, other)
+
     token, above = torch.tensor(trace.choices[n_layers])[:, None], trace.p[n_layers].cpu()
     choices, sure = {n_layers: trace.choices[n_layers]}, {n_layers: trace.sure[n_layers]}
     for exit in (exit for exit in reversed(exits) if exit > 0):
         p = trace.p[exit].cpu()
-        same = torch.rand(token.shape, generator=rng) < p.gather(1, token) / above.gather(1, token)
-        clocks = torch.empty_like(p).exponential_(generator=rng)
-        other = ((p - above).clamp(min=0) / clocks).argmax(-1, keepdim=True)
-        token, above = torch.where(same, token, other), p
+        token, above = draw(p, token, above), p
         choices[exit], sure[exit] = token.flatten().tolist(), p.gather(1, token).flatten().tolist()
-    return replace(trace, choices=choices, sure=sure)
+    drafts = {}
+    if exits and exits[0] < 0:
+        rows = [draw(p.cpu(), token, above) for p in trace.drafts_p[-exits[0]]]
+        drafts[-exits[0]] = [row.flatten().tolist() for row in rows]
+    return replace(trace, choices=choices, sure=sure, drafts=drafts)
 
 
 def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
@@ -153,14 +209,25 @@ def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
     depths, thresholds = (*exits, n_layers), (*thresholds, 0.0)
     text, end, seconds = trace.choices[n_layers][:1], len(trace.choices[n_layers]), 0.0
     seen = [-1] * len(depths)  # the prompt's pass has written the first token
-    drafter, prompt, unchanged = LookUp(), trace.prompt, 0  # unchanged: since it last drafted
+    drafter, prompt = LookUp(), trace.prompt
+    unchanged, known = 0, 0  # of the text: since it was last drafted for; by a head's true states
 
     def propose(k: int, want: int) -> None:
-        nonlocal seconds, unchanged
+        nonlocal seconds, unchanged, known
         if depths[k] == 0:
             drafts = drafter.look_up(prompt + text, unchanged, min(want, end - len(text)))
             unchanged = len(prompt) + len(text)
             return text.extend(drafts)
+        if depths[k] < 0:
+            took, rows = costs.draft[-depths[k]], trace.drafts[-depths[k]]
+            last, want = len(prompt) + len(text), min(want, end - len(text))
+            width = last - min(known, unchanged)  # at the first draft the whole prompt
+            seconds += took[min(width, WIDTHS[-1])] * max(1.0, width / WIDTHS[-1])
+            seconds += took[1] * (want - 1)
+            for i in range(want):
+                text.append(rows[min(i, IN_A_ROW - 1)][len(text)])
+            known, unchanged = last, len(prompt) + len(text)
+            return None
         depth, goal, probability = depths[k], len(text) + want, 1.0
         choices, sure = trace.choices[depth], trace.sure[depth]
         while len(text) < min(goal, end) and probability >= thresholds[k]:
@@ -168,10 +235,10 @@ def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
             if k:
                 propose(k - 1, min(windows[k - 1], goal - base))
             above = 0
-            for j in range(k + 1):
+            for j, end_of_segment in enumerate(max(0, d) for d in depths[: k + 1]):
                 width = len(text) - seen[j] - 1
-                seconds += costs.trunk[depths[j]][width] - costs.trunk[above][width]
-                seen[j], above = len(text) - 1, depths[j]
+                seconds += costs.trunk[end_of_segment][width] - costs.trunk[above][width]
+                seen[j], above = len(text) - 1, end_of_segment
             seconds += costs.head[depth][len(text) - base + 1] + costs.loop[depth]
             seconds += costs.doubt * (thresholds[k] > 0)
             kept = base

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from arguments import Options
-from checkpoints.ladders import Ladder, default_exits
+from checkpoints.ladders import OF_A_LADDER, Ladder, as_ladder, default_exits
 from checkpoints.machine import watch
 from drafters import LookUp
 from hispec import Decoder, Step
@@ -94,7 +94,7 @@ def gather(
     make_decoder: as in tune.tune.
     """
     model = step.model
-    n, methods = model.config.n_layers, {r["name"]: as_ladder(r) for r in results}
+    n, methods = model.config.n_layers, {r["name"]: ladder_of(r) for r in results}
     ladder = methods["hispec"]
     ours = {e for exits, _, _ in methods.values() for e in exits if e > 0}
     read, decode = tuple(sorted({*ours, *default_exits(model)})), make_decoder()
@@ -159,7 +159,7 @@ def compared(
     }
     guess = recorded.predicted([*faster], few, "grid")
     points["grid of windows"] = [(guess[x], faster[x]) for x in faster]
-    methods = {as_ladder(r): r["speedup_vs_greedy"] for r in results if r["exits"]}
+    methods = {ladder_of(r): r["speedup_vs_greedy"] for r in results if r["exits"]}
     guess = recorded.predicted([*methods], range(len(recorded.traces)), "methods")
     points["all prompts"] = [(guess[x], methods[x]) for x in methods]
     return {kind: some for kind, some in points.items() if some}
@@ -190,9 +190,8 @@ def charged(
     return found
 
 
-def as_ladder(r: dict) -> Ladder:
-    thresholds = tuple(r["thresholds"]) or (0.0,) * len(r["exits"])
-    return tuple(r["exits"]), tuple(r["windows"]), thresholds
+def ladder_of(result: dict) -> Ladder:
+    return as_ladder(Options(**{k: v for k, v in result.items() if k in OF_A_LADDER}))
 
 
 def agreement(model: Llama, requests: Sequence) -> tuple[list[float], list[float]]:

@@ -12,8 +12,8 @@ model's own greedy text, and how sure it is. That is exact as long as all drafts
 the text goes astray it takes the levels to agree as often as on the right path. The width of a
 segment's pass is the number of positions it has not seen.
 
-A single exit, HiSpec's two, HiSpec's draft alone, and the look-ups beyond the paper are searched in
-the same way and equally hard, so that none wins by being the better tuned; ladders of three exits
+A single exit, HiSpec's two, HiSpec's draft alone, look-ups and draft heads are searched in the same
+way and equally hard, so that none wins by being the better tuned; ladders of three exits
 over fewer windows and thresholds.
 """
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from arguments import ladder_text
 from checkpoints.console import table
-from checkpoints.ladders import Ladder, default_exits
+from checkpoints.ladders import Ladder, as_options, default_exits
 from hispec import Generation, Step
 from lab.costs import (
     Costs,
@@ -45,13 +45,6 @@ DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # exits that are tried where all share 
 RUN = 6  # ladders that are run, of each kind
 SEEDS = 3  # sampled text: so often each prompt is continued in a run,
 COUPLINGS = 4  # and so often the exits' choices are drawn for a replay
-KINDS = {  # how many exits below the full model, and whether the first is a look-up in the text
-    "single-layer": (1, False),
-    "hispec": (2, False),
-    "look-up": (1, True),
-    "look-up, exit": (2, True),
-    "three exits": (3, False),
-}
 GREEDY: Ladder = ((), (), ())
 
 
@@ -84,7 +77,8 @@ def tune(
     def seconds(ladder: Ladder) -> float:
         return sum(t.prefill + replay(t, ladder, costs, depth) for t in traces)
 
-    found = search(KINDS, exits, seconds, lambda some: run(some, prompts, *limit), make_decoder)
+    kinds = kinds_of(exits, sorted(map(int, model.draft_heads)), depth)
+    found = search(kinds, seconds, lambda some: run(some, prompts, *limit), make_decoder)
     if not sampling:
         return found
     drawn, dearer = record(sampling), with_sampling(costs, step, sampling)
@@ -96,37 +90,50 @@ def tune(
     def seconds_sampled(ladder: Ladder) -> float:
         return sum(t.prefill + replay(t, ladder, dearer, depth) for t in paths(ladder[0]))
 
-    kinds = {name: kind for name, kind in KINDS.items() if kind[0] < 3}
+    kinds.pop("three exits", None)
     attempt = partial(run, prompts=prompts, max_new_tokens=max_new_tokens, stop=stop)
     attempt = partial(attempt, sampling=sampling)
-    return found | {"sampled": search(kinds, exits, seconds_sampled, attempt, make_decoder)}
+    return found | {"sampled": search(kinds, seconds_sampled, attempt, make_decoder)}
+
+
+def kinds_of(exits: tuple[int, ...], heads: list[int], depth: int) -> dict[str, list]:
+    """The exits of each kind's ladders, from which the search chooses; kinds with none left out.
+
+    heads: the exits on which the model has a draft head, its full depth if that one has.
+    """
+    ways: dict[str, list[tuple[int, ...]]] = {
+        "single-layer": [(exit,) for exit in exits],
+        "hispec": list(combinations(exits, 2)),
+        "look-up": [(0,)],
+        "look-up, exit": [(0, exit) for exit in exits],
+        "three exits": list(combinations(exits, 3)),
+        "head": [(-depth,) for head in heads if head == depth],
+        "head, exit": [(-head, head) for head in heads if head < depth],
+    }
+    return {name: sets for name, sets in ways.items() if sets}
 
 
 def search(
-    kinds: dict[str, tuple[int, bool]], exits: tuple[int, ...], predicted: Callable,
-    attempt: Callable, make_decoder: Callable,
-) -> dict[str, dict]:  # fmt: skip
+    kinds: dict[str, list], predicted: Callable, attempt: Callable, make_decoder: Callable
+) -> dict[str, dict]:
     """`tune`, of one sort of text: predicted(ladder) in seconds; attempt(decoders) runs them."""
 
-    def best_of(name: str, levels: int, looks_up: bool, exits: tuple[int, ...]) -> dict:
-        chosen = promising(name, levels, looks_up, exits, predicted)
+    def best_of(name: str, sets: list[tuple[int, ...]]) -> dict:
         ran = [
-            dict(zip(("exits", "windows", "thresholds"), ladder, strict=True))
+            as_options(ladder)
             | {"predicted": predicted(GREEDY) / predicted(ladder), "measured": speed}
-            for ladder, speed in climb(chosen, make_decoder, attempt).items()
+            for ladder, speed in climb(
+                promising(name, sets, predicted), make_decoder, attempt
+            ).items()
         ]
         return max(ran, key=lambda r: r["measured"]) | {"ran": ran}
 
-    best = {
-        name: best_of(name, levels, looks_up, exits)
-        for name, (levels, looks_up) in kinds.items()
-        if levels - looks_up <= len(exits)
-    }
+    best = {name: best_of(name, sets) for name, sets in kinds.items()}
     alone = {best["hispec"]["exits"][0]: "draft alone"}
     for kind in best.values():
         if kind["exits"][0] > 0 and len(kind["exits"]) > 1:
             alone.setdefault(kind["exits"][0], f"exit {kind['exits'][0]} alone")
-    return best | {name: best_of(name, 1, False, (exit,)) for exit, name in alone.items()}
+    return best | {name: best_of(name, [(exit,)]) for exit, name in alone.items()}
 
 
 def tuning_table(best: dict[str, dict]) -> str:
@@ -136,7 +143,7 @@ def tuning_table(best: dict[str, dict]) -> str:
     kinds |= {f"sampled: {name}": kind for name, kind in best.get("sampled", {}).items()}
     for name, kind in kinds.items():
         for r in kind["ran"]:
-            ladder = ladder_text(r["exits"], r["windows"], r["thresholds"])
+            ladder = ladder_text(r["exits"], r["windows"], r["thresholds"], r.get("draft_head", 0))
             rows.append([name, ladder, f"{r['predicted']:.2f}x", f"{r['measured']:.2f}x"])
     return table(rows)
 
@@ -153,21 +160,16 @@ def costs_of_ladders(
     return with_loop(measure_costs(step, exits), few, alone, step.model.config.n_layers)
 
 
-def promising(
-    name: str, levels: int, looks_up: bool, exits: tuple[int, ...], predicted: Callable
-) -> list[Ladder]:
-    """The RUN ladders of so many exits with the fewest seconds predicted, two without thresholds.
-
-    looks_up: whether the first exit is a look-up; the others are of `exits`.
-    """
+def promising(name: str, sets: list[tuple[int, ...]], predicted: Callable) -> list[Ladder]:
+    """The RUN ladders of these exits with the fewest seconds predicted, two without thresholds."""
+    levels = len(sets[0])
     windows = list(combinations_with_replacement(COARSE if levels > 2 else WINDOWS, levels))
-    never, first = (0.0,) * levels, (0,) * looks_up
-    sets = [(*first, *e) for e in combinations(exits, levels - looks_up)]
+    never, first = (0.0,) * levels, sum(exit <= 0 for exit in sets[0])
     fields = tqdm([(e, w, never) for e in sets for w in windows], f"predicting {name}", leave=False)
     seconds = {ladder: predicted(ladder) for ladder in fields}
     fewest = list(dict.fromkeys(e for e, _, _ in sorted(seconds, key=seconds.__getitem__)))[:4]
-    # a look-up is never in doubt
-    doubts = [(0.0,)] * looks_up + [THRESHOLDS] * min(2, levels - looks_up)
+    # neither a look-up nor a draft head is ever in doubt
+    doubts = [(0.0,)] * first + [THRESHOLDS] * min(2, levels - first)
     thresholds = [(*t, *never[len(t) :]) for t in product(*doubts)]
     ladders = [
         (e, w, t)

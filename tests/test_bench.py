@@ -44,7 +44,7 @@ def small_bench(monkeypatch, tmp_path):
         bench.main()
         return model, json.loads((tmp_path / "out.json").read_text())
 
-    run.tokenizer = tokenizer
+    run.tokenizer, run.model = tokenizer, model
     return run
 
 

@@ -1,8 +1,10 @@
 """A draft head looks back at what an exit has computed: it changes speed alone, and runs little."""
 
 from collections import Counter
+from functools import partial
 
 import pytest
+import test_bench
 import torch
 from conftest import Case, greedy, random_model
 from hypothesis import given
@@ -12,6 +14,8 @@ from test_sampling import distance, law_of_two, output_law
 import hispec
 from hispec import Decoder, generate
 from model import DraftHead, Llama
+
+small_bench = test_bench.small_bench  # the fixture: bench.main on a small random model
 
 
 def with_heads(seed: int, exits, vocab=None, **shape) -> Llama:
@@ -133,3 +137,35 @@ def test_a_damaged_head_changes_speed_alone_or_is_refused():
 def test_a_head_that_does_not_fit_the_ladder(options, message):
     with pytest.raises(ValueError, match=message):
         generate(with_heads(1, [3]), [1], 4, **options)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("window", [1, 3, 4])
+def test_a_replay_takes_the_full_passes_that_decoding_takes(seed, window):
+    """Drafts are told apart by their place in a row: one misplaced would be kept elsewhere."""
+    costs = pytest.importorskip("lab.costs")
+    model = with_heads(seed, [5], vocab_size=3)
+    seen = costs.trace(model, [1, 2, 0], 40, (), (), partial(generate, model))
+    full, none = {0: [0.0] * 99, 5: [1.0] * 99}, {5: [0.0] * 99}
+    made = generate(model, [1, 2, 0], 40, exits=(0,), windows=(window,), draft_head=5)
+    passes = costs.replay(
+        seen, ((-5,), (window,), (0.0,)), costs.Costs(full, none, 0.0, {5: 0.0}, none), 5
+    )
+    assert passes == made.levels[-1].calls - 1
+
+
+def test_each_kind_of_head_is_tuned_and_measured(small_bench, monkeypatch):
+    tune = pytest.importorskip("lab.tune")
+    monkeypatch.setattr(tune, "WINDOWS", (1, 3))
+    monkeypatch.setattr(tune, "COARSE", (1, 3))
+    monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))
+    monkeypatch.setattr(tune, "RUN", 2)
+    small_bench.model.draft_heads = with_heads(0, [2, 5], vocab_size=256).float().draft_heads
+    brief = ["--quick", "--max-new-tokens", "5"]
+    for more in (["--tune"], []):
+        _, run = small_bench(*brief, *more)
+        methods = {method["name"]: method for method in run["methods"]}
+        for name, exits, head in (("head", [0], 5), ("head, exit", [0, 2], 2)):
+            for found in (methods[name], methods[name]["sampled"]):
+                assert (found["exits"], found["draft_head"]) == (exits, head)
+            assert methods[name]["identical"] == methods[name]["prompts"]

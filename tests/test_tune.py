@@ -65,7 +65,14 @@ def test_every_kind_is_searched_and_each_ladders_own_draft_alone(monkeypatch, fr
     model = random_model(n_layers=6)
     decoder = partial(bench.decode_with, model, Step(model))
     found = tune.tune(Step(model), [[1, 2]], 6, (), decoder)
-    assert list(found)[:6] == [*tune.KINDS, "draft alone"]
+    assert list(found)[:6] == [
+        "single-layer",
+        "hispec",
+        "look-up",
+        "look-up, exit",
+        "three exits",
+        "draft alone",
+    ]
     first = {kind["exits"][0] for kind in found.values() if len(kind["exits"]) > 1} - {0}
     alone = [kind["exits"] for name, kind in found.items() if name.endswith("alone")]
     assert {(exit,) for exit in first} == {*alone}

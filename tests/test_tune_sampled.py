@@ -39,7 +39,7 @@ def test_sampled_text_is_decoded_with_ladders_of_its_own(small_bench, monkeypatc
     monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))
     asked: list[dict] = []
 
-    def search(kinds, exits, predicted, attempt, make_decoder):
+    def search(kinds, predicted, attempt, make_decoder):
         asked.append(kinds)
         window = (3, 6)[len(asked) - 1]  # greedy text first
         ladders = {"hispec": ((1, 2), (window, 6)), "draft alone": ((1,), (window,))}
