@@ -1,4 +1,4 @@
-"""Where the formula and the replay part ways: what is easy is easy at every depth.
+"""Formula and replay side by side, by tokens and by bytes: what is easy is easy at every depth.
 
     python -m lab.bytes --json results/cpu-tiny-bytes.json --figure results/figures/bytes
 
