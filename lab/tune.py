@@ -90,7 +90,7 @@ def tune(
     def seconds_sampled(ladder: Ladder) -> float:
         return sum(t.prefill + replay(t, ladder, dearer, depth) for t in paths(ladder[0]))
 
-    kinds.pop("three exits", None)
+    kinds = {name: sets for name, sets in kinds.items() if name != "three exits"}
     attempt = partial(run, prompts=prompts, max_new_tokens=max_new_tokens, stop=stop)
     attempt = partial(attempt, sampling=sampling)
     return found | {"sampled": search(kinds, seconds_sampled, attempt, make_decoder)}

@@ -102,7 +102,7 @@ def test_ladders_of_ones_own_and_their_drafts_alone(small_bench, capsys):
     own = ["--ladder", names[3], "--ladder", names[0], "--ladder", "3(2)4(4)"]
     _, result = small_bench("--quick", "--temperature", "0", "--max-new-tokens", "6", *own)
     methods = {method["name"]: method for method in result["methods"]}
-    assert [*methods][7:] == names
+    assert [*methods][7:] == ["head, exit", names[3], *names[:3]]
     first, head, alone = methods[names[0]], methods[names[3]], methods["draft alone"]
     assert first["exits"] == first["windows"] == [1, 2, 4] and first["thresholds"] == [0, 0.2, 0]
     ratio = first["tokens_per_second"] / alone["tokens_per_second"]

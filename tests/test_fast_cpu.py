@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import checkpoints
 import fast.cpu
 import fast.layers
+import fast.training
 from fast.cpu import ROWS, Linear, PackedStep, RMSNorm, can_pack, prepare
 from fast.layers import CHUNK, Cache
 from fast.training import for_training
@@ -240,8 +241,10 @@ def test_attention_in_blocks_is_attention(monkeypatch, first, shape):
     """Its gradient too, whether or not the model has been packed."""
     model, ids = stir(random_model(3, max_seq_len=300, **shape)), torch.randint(11, (2, 300))
     calls = []
-    real, plain = fast.cpu.attend_in_blocks, copy.deepcopy(model)
-    monkeypatch.setattr(fast.cpu, "attend_in_blocks", lambda *qkv: (calls.append(1), real(*qkv))[1])
+    real, plain = fast.training.attend_in_blocks, copy.deepcopy(model)
+    monkeypatch.setattr(
+        fast.training, "attend_in_blocks", lambda *qkv: (calls.append(1), real(*qkv))[1]
+    )
     first(model)
     for_training(model)
     for m in (model.train(), plain.train()):

@@ -42,6 +42,12 @@ ZEPHYR = (
     "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
+INST = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'].strip() + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
 DEEPSEEK = (
     "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}"
     "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}"
@@ -81,7 +87,7 @@ SYSTEM = CHATML.replace(
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}",
 )
-TEMPLATES = {"tinyllama": ZEPHYR, "llama-2 first": ZEPHYR, "llama-3": LLAMA_3, "smollm 2": SYSTEM}
+TEMPLATES = {"tinyllama": ZEPHYR, "llama-2 first": INST, "llama-3": LLAMA_3, "smollm 2": SYSTEM}
 TEMPLATES |= {"deepseek": DEEPSEEK, "chatml": "{{ bos_token }}" + CHATML, "mistral": MISTRAL}
 TEMPLATES |= {"mistral nemo": MISTRAL, "qwen 2.5": QWEN_25, "qwen 3": QWEN_3}
 FAMILIES = ["llama-2", *TEMPLATES]
