@@ -277,6 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=patience)
     try:
         train(args)
+        dist.barrier()  # gloo aborts a process that leaves while another is still at work
     finally:
         dist.destroy_process_group()
 
