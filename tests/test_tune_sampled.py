@@ -58,7 +58,7 @@ def test_sampled_text_is_decoded_with_ladders_of_its_own(small_bench, monkeypatc
             assert methods[name]["windows"] == windows
             assert methods[name]["sampled"]["windows"] == [6, *windows[1:]]
         assert methods["single-layer"]["sampled"]["windows"] == methods["single-layer"]["windows"]
-    assert ["three exits" in kinds for kinds in asked] == [True, False]
+    assert len(asked) == 2 and "three exits" not in asked[1]
 
 
 def test_a_sampled_run_counts_each_seed_and_a_greedy_one_its_faster_turn():
