@@ -117,8 +117,16 @@ def describe(model: str, device: torch.device | str, dtype: torch.dtype) -> dict
         "dtype": str(dtype).removeprefix("torch."),
         "model": model,
         "versions": versions,
-        "command": shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]]),
+        "command": shlex.join([*launcher, *program(), *sys.argv[1:]]),
     }
+
+
+def program() -> list[str]:
+    """What is running, as one would type it behind `python`: a file, or -m and a module."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None and spec.origin == sys.argv[0]:
+        return ["-m", spec.name.removesuffix(".__main__")]
+    return [os.path.basename(sys.argv[0])]
 
 
 def in_words(header: dict) -> str:

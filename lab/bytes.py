@@ -168,12 +168,17 @@ def plot(figure: Figure, found: dict) -> str:
         for how, key in (("measured", "jointly"), ("if independent", "jointly_if_independent"))
     ]
     bottoms = np.zeros(len(bars))
-    for name, colour in zip(("both", "middle only", "draft only", "none"), (*COLOURS[:3], "0.7")):
+    draft, middle = found["tokens"]["exits"]
+    shown = {"both": "both exits", "middle only": f"exit {middle} only"}
+    shown |= {"draft only": f"exit {draft} only", "none": "neither"}
+    for (name, label), colour in zip(shown.items(), (*COLOURS[:3], "0.7")):
         heights = np.array([100 * shares[name] for _, shares in bars])
-        left.bar([label for label, _ in bars], heights, 0.66, bottoms, label=name, color=colour)
+        left.bar([way for way, _ in bars], heights, 0.66, bottoms, label=label, color=colour)
         bottoms += heights
     left.tick_params(axis="x", labelsize=9)
-    left.set(ylabel="tokens, or bytes (%)", ylim=(0, 125), title="Who chooses as the full model")
+    left.set(
+        ylabel="tokens, or bytes (%)", ylim=(0, 125), title="Which exits choose as the full model"
+    )
     left.legend(ncols=2, loc="upper center")
     at = np.arange(len(found))
     for i, by in enumerate(("formula", "replay")):
@@ -183,8 +188,8 @@ def plot(figure: Figure, found: dict) -> str:
     right.set_xticks(at + 0.2, list(found))
     right.axhline(1, color="0.5", linestyle=":")
     right.set(ylabel="HiSpec over the better exit alone", title="What the level between is worth")
-    right.legend(loc="lower right")
-    draft, middle = found["tokens"]["exits"]
+    right.set_ylim(0, 1.5)
+    right.legend(loc="upper left", ncols=2)
     return (
         f"Exits {draft} and {middle}, along greedy texts after all prompts, windows tuned, the "
         "prompt's own pass left out. A pass over a byte is charged what one over a token costs."

@@ -13,8 +13,10 @@ the text goes astray it takes the levels to agree as often as on the right path.
 segment's pass is the number of positions it has not seen.
 
 A single exit, HiSpec's two, HiSpec's draft alone, look-ups and draft heads are searched in the same
-way and equally hard, so that none wins by being the better tuned; ladders of three exits
-over fewer windows and thresholds.
+way and equally hard, so that none wins by being the better tuned; ladders of three exits over fewer
+windows and thresholds. Where text is sampled, a level keeps drafts more often or less often than in
+greedy text. So all but three exits are searched again, along sampled texts. Chance decides there
+what a ladder writes, and each is run on several seeds.
 """
 
 from collections.abc import Callable
@@ -78,7 +80,8 @@ def tune(
         return sum(t.prefill + replay(t, ladder, costs, depth) for t in traces)
 
     kinds = kinds_of(exits, sorted(map(int, model.draft_heads)), depth)
-    found = search(kinds, seconds, lambda some: run(some, prompts, *limit), make_decoder)
+    attempt = partial(run, prompts=prompts, max_new_tokens=max_new_tokens, stop=stop)
+    found = search(kinds, seconds, attempt, make_decoder)
     if not sampling:
         return found
     drawn, dearer = record(sampling), with_sampling(costs, step, sampling)
@@ -91,9 +94,8 @@ def tune(
         return sum(t.prefill + replay(t, ladder, dearer, depth) for t in paths(ladder[0]))
 
     kinds = {name: sets for name, sets in kinds.items() if name != "three exits"}
-    attempt = partial(run, prompts=prompts, max_new_tokens=max_new_tokens, stop=stop)
-    attempt = partial(attempt, sampling=sampling)
-    return found | {"sampled": search(kinds, seconds_sampled, attempt, make_decoder)}
+    again = partial(attempt, sampling=sampling)
+    return found | {"sampled": search(kinds, seconds_sampled, again, make_decoder)}
 
 
 def kinds_of(exits: tuple[int, ...], heads: list[int], depth: int) -> dict[str, list]:
@@ -119,12 +121,11 @@ def search(
     """`tune`, of one sort of text: predicted(ladder) in seconds; attempt(decoders) runs them."""
 
     def best_of(name: str, sets: list[tuple[int, ...]]) -> dict:
+        measured = climb(promising(name, sets, predicted), make_decoder, attempt)
         ran = [
             as_options(ladder)
             | {"predicted": predicted(GREEDY) / predicted(ladder), "measured": speed}
-            for ladder, speed in climb(
-                promising(name, sets, predicted), make_decoder, attempt
-            ).items()
+            for ladder, speed in measured.items()
         ]
         return max(ran, key=lambda r: r["measured"]) | {"ran": ran}
 

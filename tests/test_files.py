@@ -1,6 +1,9 @@
 """Files that appear whole or not at all, and what is said where they cannot."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,3 +57,16 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="weights: no space"):
         write_whole(tmp_path / "weights", fill)
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("typed", ["-m measures.speed", "-m measures", "alone.py"])
+def test_the_command_that_is_kept_can_be_typed_again(tmp_path, typed):
+    script = "import torch, sys\nfrom checkpoints.files import describe\n"
+    script += "print(describe('m', 'cpu', torch.float32)['command'])\n"
+    (tmp_path / "measures").mkdir()
+    for file in ("measures/speed.py", "measures/__main__.py", "alone.py"):
+        (tmp_path / file).write_text(script)
+    command = [sys.executable, *typed.split(), "--json", "a file"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == f"python {typed} --json 'a file'", done.stderr
