@@ -171,18 +171,19 @@ def test_three_processes_take_the_same_step_as_one(tmp_path, corpus, monkeypatch
 
 
 def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
-    """Set before anything is gathered; more processes than GPUs are refused."""
+    """Set before anything is gathered; none leaves before all are done; more than GPUs are refused."""
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
     monkeypatch.setattr(lab.train.dist, "init_process_group", lambda *_, **__: seen.append("init"))
-    monkeypatch.setattr(lab.train.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(lab.train.dist, "barrier", lambda: seen.append("wait"))
+    monkeypatch.setattr(lab.train.dist, "destroy_process_group", lambda: seen.append("leave"))
     monkeypatch.setattr(lab.train, "train", lambda args: seen.append(str(args.device)))
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     lab.train.main(["--out", str(tmp_path / "run")])
-    assert seen == ["cuda:1", "init", "cuda:1"]
+    assert seen == ["cuda:1", "init", "cuda:1", "wait", "leave"]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match="a GPU each: at most 2 here"):
         lab.train.main(["--out", str(tmp_path / "run")])
