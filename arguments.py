@@ -180,7 +180,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Event:
-    """One step of one level, as `watch` is told: drafts judged, a token of its own added."""
+    """One step of one level, as `watch` is told: drafts judged, a token of its own added.
+
+    At depth 0 the step is a drafter's, and all of its drafts are its own: several, or none.
+    """
 
     level: int  # 0 is the shallowest
     base: int  # position of the first draft, counted from the prompt's first token

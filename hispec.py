@@ -38,7 +38,7 @@ def generate(
 
     The text also ends when the model's context is full.
     options: exits, windows, thresholds, temperature, top_k, top_p, seed, stop: arguments.Options.
-    watch: called with an Event after every step but a drafter's. drafter: what drafts at depth 0
+    watch: called with an Event after every step of a level. drafter: what drafts at depth 0
     (drafters.py; default: the look-up). decoder: a subclass of Decoder, to count, to time, or to
     decide otherwise. fast: the step to use; default: the model's own, or the plain one.
     Raises ValueError for arguments out of range, before any work, and for logits that are not
@@ -190,7 +190,7 @@ class Decoder:
 
     def draft(self, want: int) -> Tensor | None:
         """Depth 0 has no layers: the drafter appends at most `want` tokens, or none."""
-        want = min(want, self.end - self.length)
+        base, want = self.length, min(want, self.end - self.length)
         drafts, q = self.drafter.draft(self, want)
         if not isinstance(drafts, Tensor):
             check_tokens(self.step.model.config, drafts, "the drafter's text")
@@ -199,7 +199,7 @@ class Decoder:
         self.tokens[self.length : self.length + len(drafts)] = drafts
         self.length += len(drafts)
         self.unchanged = self.length
-        self.stats[0].calls += 1
+        self.report(0, base, [], 0)
         if self.options.temperature == 0:
             return None
         if q is None:  # not drawn: all the probability is on each draft

@@ -16,7 +16,8 @@ once, and its hidden states are kept while there is room; after that only the he
 
 A draft head (model.DraftHead) learns an exit's whole distribution, at the full depth the model's,
 from the states which that exit has already computed. It is trained on a frozen trunk like recipe 2,
-and on several drafts in a row, as decoding will ask for them. M is `tiny` unless you say otherwise.
+and on several drafts in a row, as decoding will ask for them; one that M has already goes on
+learning. M is `tiny` unless you say otherwise.
 
 The text is Python's standard library, or any file or folder that --corpus names. Recipe 1 learns
 its vocabulary from it. A twenty-eighth is held out to measure on. DIR gets model/, which
@@ -581,8 +582,14 @@ def exit_logits(model: Llama, exit: int, h: Tensor, vocab: Tensor | None) -> Ten
 
 @torch.no_grad()
 def add_draft_head(model: Llama, text: Tensor, args: argparse.Namespace) -> None:
-    """Give the model a fresh draft head, for the tokens that its exit knows, or common ones."""
+    """Give the model a draft head, for the tokens that its exit knows, or common ones.
+
+    One that it has already goes on learning.
+    """
     exit, vocab = str(args.draft_head), None
+    if exit in model.draft_heads:
+        model.draft_heads[exit].requires_grad_(True)
+        return
     reads: Any = model.exit_heads[exit] if exit in model.exit_heads else model
     if reads is not model:
         vocab = None if reads.vocab is None else reads.vocab.tolist()

@@ -94,7 +94,6 @@ def kept_ladder(header: dict, model: Llama) -> tuple[Ladder, str] | None:
             for name, kept in found.items()
             if (ladder := _fitting(kept, model))
             and isinstance(kept.get("measured"), int | float)
-            and min(ladder[0], default=0) >= 0  # without a draft head
         ]
         if known:
             wins = [x for x in known if x[1] == "hispec" and x[0] >= 1]

@@ -5,38 +5,48 @@ correction or bonus of a level in between, the full model's own. Drafts that fel
 through, in red, where they stood, with the level that rejected them behind. The text appears as the
 full model settles it; --pause waits for Enter before it shows what was settled, and the speeds are
 without these waits. Without a terminal, or with NO_COLOR set, the plain text is printed. --html
-also writes a web page that plays it back.
+also writes a web page that plays it back, beside other ladders on the same prompt.
 
-The ladder is HiSpec's that `python bench.py --tune` found for the model, or the fastest of any kind
-where that loses; where none was found, two of the model's exits.
+--ladder takes a ladder in the notation of the bench, "2(2) 8(4)": draft with exit 2, check two
+drafts at a time with exit 8, four with the full model. The default is HiSpec's that
+`python bench.py --tune` found for the model, or the fastest of any kind where that loses; where
+none was found, two of the model's exits.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from arguments import Event, Generation, Options, ladder_text
+from arguments import Event, Generation, Options, ladder_text, parse_ladder
 from checkpoints import load
 from checkpoints.console import Parser, coloured, command, say, visible
 from checkpoints.files import describe, must_be_writable
-from checkpoints.ladders import Ladder, default_exits, kept_dtype, kept_ladder, kept_threads
+from checkpoints.ladders import (
+    as_options,
+    default_exits,
+    kept_dtype,
+    kept_ladder,
+    kept_ladders,
+    kept_threads,
+)
 from checkpoints.tokenizer import Tokenizer
 from hispec import Step, generate
 from model import Llama
 from show import page
-from show.terminal import DIM, PLAIN, Painter, statistics
+from show.terminal import DIM, PLAIN, Painter, level_names, statistics
 
 try:
     import fast
 except ModuleNotFoundError:  # the wing is not there: every pass is plain
     fast = None  # type: ignore[assignment]
 
+BESIDE = ("draft alone", "look-up, exit", "head, exit")  # tuned ladders that the page has too
 FIRST = 16  # tokens by which the full model's speed without a ladder is measured
 
 
@@ -44,45 +54,45 @@ def main() -> None:
     args = parse_arguments()
     tell = partial(say, keep_going=bool(args.html))  # the page is written though nobody reads on
     model, tokenizer, header = loaded(args)
-    ladder, why = choose(args.exits, args.windows, model, header)
+    drawn = sampling(args) | {"stop": tokenizer.stop}
+    chosen, why = choose(args.ladder, model, header)
+    ladders, plain = [replace(each, **drawn) for each in chosen], Options(**drawn)
+    names = level_names(ladders[0])
     prompt = tokenizer.chat([args.prompt])
     step = make_step(model, len(prompt) + args.max_new_tokens)
     tell(f"{header['model']} in {header['dtype']} on {header['device']}")
     tell("prompt:", tokenizer.prompt)
     if tokenizer.template is None and args.prompt[-1:].isspace():
         tell("it ends in a blank or a new line, after which some models go on badly: leave it out")
-    tell(f"ladder: {ladder_text(*ladder) or 'none'}, {why}")
+    best = ladders[0]
+    text = ladder_text(best.exits, best.windows, best.thresholds, best.draft_head)
+    tell(f"ladder: {text}, {why}")
 
-    alone: Callable[..., Generation] = partial(
-        generate, model, prompt, stop=tokenizer.stop, fast=step, **sampling(args)
-    )
-    exits, windows, thresholds = ladder
-    run: Callable[..., Generation] = partial(
-        alone, exits=exits, windows=windows, thresholds=thresholds
-    )
-    run(2)  # the first passes of a process are slower than all that follow
-    painter, colour = Painter(exits, tokenizer.spell), coloured()
+    def run(options: Options, tokens: int, watch: Callable | None = None) -> Generation:
+        return generate(model, prompt, tokens, watch=watch, fast=step, **asdict(options))
+
+    run(best, 2)  # the first passes of a process are slower than all that follow
+    painter, colour = Painter(names, tokenizer.spell), coloured()
     watcher = Watcher(painter if colour else None, args.pause)
     if colour:
         print(painter.legend())
         follows = tokenizer.decode(prompt).endswith(args.prompt)  # no chat format stands between
         print(DIM + visible(args.prompt) + PLAIN, end="" if follows else "\n", flush=True)
-    out = run(args.max_new_tokens, watch=watcher if colour or args.html else None)
+    out = run(best, args.max_new_tokens, watcher if colour or args.html else None)
     out.seconds -= watcher.waited
     tell(painter.rest() if colour else tokenizer.decode(out.tokens, after=prompt))
 
     greedy: list[Event] = []
+    one = run(plain, args.max_new_tokens if args.html else FIRST, greedy.append)
     if args.html:
-        one = alone(args.max_new_tokens, watch=greedy.append)
-        depths, sampled = (*exits, model.config.n_layers), args.temperature > 0
-        trace = page.trace(
-            args.model, args.prompt, prompt, depths, windows, watcher.events, greedy,
-            tokenizer.spell, sampled,
-        )  # fmt: skip
-        page.write(args.html, trace)
-    else:
-        one = alone(min(FIRST, args.max_new_tokens))
-    tell("\n".join(statistics(out, one, "plain" if args.temperature > 0 else "greedy")))
+        recorded = [(best, watcher.events)]
+        for ladder in ladders[1:]:
+            recorded.append((ladder, events := []))
+            run(ladder, 2)
+            run(ladder, args.max_new_tokens, events.append)
+        about = args.model, model.config.n_layers, args.prompt
+        page.write(args.html, page.trace(*about, prompt, recorded, greedy, tokenizer.spell))
+    tell("\n".join(statistics(out, names, one, "plain" if args.temperature > 0 else "greedy")))
     if args.html:
         tell(f"to play it back: {args.html}")
 
@@ -115,7 +125,8 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict]:
         raise ValueError(f"{args.model} has no tokenizer, and the prompt is text")
     if args.chat == "never":
         tokenizer.template = None
-    Options(tuple(args.exits or ()), (1,) * len(args.exits or ())).check_model(model.config)
+    for ladder in args.ladder:
+        parse_ladder(ladder).check_model(model.config, list(map(int, model.draft_heads)))
     weight = model.embed.weight
     name = model.fast.name if model.fast else "fixed" if fast and weight.is_cuda else "plain"
     header = {"step": name, **describe(args.model, weight.device, weight.dtype)}
@@ -139,14 +150,16 @@ def make_step(model: Llama, room: int) -> Step:
     return model.fast or Step(model)
 
 
-def choose(exits, windows, model: Llama, header: dict) -> tuple[Ladder, str]:
-    """The ladder asked for, or the one tuning found, or two of the model's exits; and why."""
-    if exits is None and windows is None and (kept := kept_ladder(header, model)):
-        return kept
-    why = "as asked" if exits is not None else "the model's own exits"
-    exits = default_exits(model)[:2] if exits is None else tuple(exits)
-    windows = windows or [2 ** (k + 1) for k in range(len(exits))]
-    return (exits, tuple(windows), (0.0,) * len(exits)), why
+def choose(asked: list[str], model: Llama, header: dict) -> tuple[list[Options], str]:
+    """The ladders asked for, or those that tuning found, or two of the model's exits; and why."""
+    if asked:
+        return [*map(parse_ladder, asked)], "as asked"
+    if kept := kept_ladder(header, model):
+        best, why = kept
+        tuned, _ = kept_ladders(header, model)
+        beside = [tuned[kind] for kind in BESIDE if kind in tuned]
+        return [Options(**as_options(x)) for x in dict.fromkeys([best, *beside])], why
+    return [Options(default_exits(model)[:2], (2, 4))], "the model's own exits"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -159,10 +172,8 @@ def parse_arguments() -> argparse.Namespace:
     plain = "never: plain text, whatever the model"
     add("--chat", choices=["auto", "never"], default="auto", help=plain)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default 64)")
-    own = "0 for a look-up; default: the kept ladder's, or two of the model's"
-    add("--exits", type=int, nargs="*", metavar="E", help=own)
-    each = "tokens gathered at each exit; default: the kept ladder's, or 2, 4, 8, ..."
-    add("--windows", type=int, nargs="*", metavar="W", help=each)
+    notation = "0 is a look-up, 8' the draft head on exit 8; with --html as often as wished"
+    add("--ladder", action="append", default=[], metavar="L", help=notation)
     likeliest = "0 (default): the likeliest token"
     add("--temperature", type=float, default=0.0, metavar="T", help=likeliest)
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: all)")
@@ -176,10 +187,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
-    # windows alone are those of two exits, though it is not yet known which
-    exits = (0, 1) if args.exits is None and args.windows is not None else args.exits or ()
-    windows = [1] * len(exits) if args.windows is None else args.windows
-    Options(tuple(exits), tuple(windows), **sampling(args))
+    for ladder in args.ladder or ["1(1)"]:
+        replace(parse_ladder(ladder), **sampling(args))  # whatever is wrong is said now
+    if len(args.ladder) > 1 and not args.html:
+        raise ValueError("several ladders are for a page, beside each other: --html FILE")
     if args.html:
         must_be_writable(args.html)  # said now, not when everything is generated
     return args

@@ -2,7 +2,7 @@
 // they cost and how long their windows are. Each name here is one of the formula's.
 "use strict";
 const SURE = 1 - 1e-6;  // at 1 the sums below would be 0 / 0
-const LONGEST = { nd: Math.max(12, trace.point?.nd ?? 0), ni: Math.max(24, trace.point?.ni ?? 0) };
+const LONGEST = { nd: Math.max(12, run.point?.nd ?? 0), ni: Math.max(24, run.point?.ni ?? 0) };
 const PAPER = { alpha: 0.8, beta: 0.9, d: 1 / 8, i: 1 / 4, f: 1, nd: 2, ni: 4 };  // its exits and windows
 const KNOBS = {  // name: [sign, meaning, least, most, step]
   alpha: ["α", "draft, intermediate agree", 0, 1, 0.01],
@@ -54,13 +54,13 @@ function bestWindows(at) {
 }
 
 const digits = (name, value) => +value.toFixed(name === "d" || name === "i" ? 3 : 2);
-let at = { ...(trace.point ?? PAPER) };  // where the sliders stand, or exactly where the run was
+let at = { ...(run.point ?? PAPER) };  // where the sliders stand, or exactly where the run was
 const inputs = Object.fromEntries(Object.entries(KNOBS).map(([name, [sign, meaning, least, most, step]]) => {
   const knob = make($("knobs"), "label", "knob");
   make(knob, "span", "", `${sign}: ${meaning}`);
   const input = make(knob, "input"), output = make(knob, "output");
-  if (trace.point) make(knob, "small", "", `run ${digits(name, trace.point[name])}`);
-  Object.assign(input, { type: "range", min: least, max: Math.max(most, trace.point?.[name] ?? 0), step, id: name });
+  if (run.point) make(knob, "small", "", `run ${digits(name, run.point[name])}`);
+  Object.assign(input, { type: "range", min: least, max: Math.max(most, run.point?.[name] ?? 0), step, id: name });
   input.oninput = () => set({ [name]: input.valueAsNumber });
   return [name, { input, output }];
 }));
@@ -105,7 +105,7 @@ function set(change) {
     map.forEach((item, n) => colour(item, gains[n], top));
   }
   const middle = (n, all) => (n - 0.5) / all;
-  const points = [["○", at], ...(trace.point ? [["◆", trace.point]] : [])];
+  const points = [["○", at], ...(run.point ? [["◆", run.point]] : [])];
   for (const [sign, { alpha, beta, nd, ni }] of points) {
     mark("rates", sign, alpha, beta);
     mark("windows", sign, middle(nd, LONGEST.nd), middle(ni, LONGEST.ni));
@@ -115,10 +115,10 @@ function set(change) {
     ["two exits, these windows", `${at.nd}, ${at.ni}`, these.tokens.toFixed(1), `${these.gain.toFixed(2)}x`],
     ["two exits, best windows ★", `${best.nd}, ${best.ni}`, best.tokens.toFixed(1), `${best.gain.toFixed(2)}x`],
     [`one exit, the ${one.exit}, at its best`, one.window, one.tokens.toFixed(1), `${one.gain.toFixed(2)}x`]];
-  if (trace.speed_up) {
+  if (run.speed_up) {
     const verified = events.filter(event => event.level === full).length - 1;  // the first read the prompt
     const tokens = alone.same_text && verified ? ((alone.seconds.length - 1) / verified).toFixed(1) : "–";
-    rows.push(["measured in this run", trace.windows.join(", ") || "–", tokens, `${trace.speed_up.toFixed(2)}x`]);
+    rows.push(["measured in this run", run.windows.join(", ") || "–", tokens, `${run.speed_up.toFixed(2)}x`]);
   }
   $("results").replaceChildren();
   rows.forEach((cells, n) => {
@@ -130,6 +130,6 @@ function set(change) {
   $("windows").ariaLabel = `speed-up by windows: best ${best.nd} and ${best.ni}, ${best.gain.toFixed(2)}x`;
 }
 
-$("own").onclick = () => set(trace.point);
-$("own").hidden = !trace.point;
+$("own").onclick = () => set(run.point);
+$("own").hidden = !run.point;
 set({});

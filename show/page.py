@@ -1,7 +1,8 @@
-"""A generation as one web page to play back: python -m show "a prompt" --html FILE
+"""Generations as one web page to play back: python -m show "a prompt" --html FILE
 
-The page is page.html with two scripts in it, run.js and cost.js, and as JSON the events of two
-generations: the ladder's, and the full model's alone. It needs nothing else, no network either.
+The page is page.html with two scripts in it, run.js and cost.js, and as JSON the events of several
+generations after one prompt: some ladders', and the full model's alone. It needs nothing else, no
+network either.
 """
 
 import codecs
@@ -11,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from arguments import Event
+from arguments import Event, Options
 from checkpoints.console import sign
 from checkpoints.files import write_whole
+from show.terminal import level_names
 
 HERE = Path(__file__).parent
 PLACEHOLDER = "TRACE_AS_JSON"
@@ -22,61 +24,55 @@ BEGUN = "⋯"  # a token that ends within a character: the token that ends the c
 
 
 def trace(
-    model: str, question: str, prompt: Sequence[int], depths: Sequence[int], windows: Sequence[int],
-    events: Sequence[Event], alone: Sequence[Event], spell: Callable[[int], bytes], sampled=False,
+    model: str, depth: int, question: str, prompt: Sequence[int],
+    runs: Sequence[tuple[Options, Sequence[Event]]], alone: Sequence[Event],
+    spell: Callable[[int], bytes],
 ) -> dict:  # fmt: skip
     """What the page plays back, ready for JSON.
 
-    model: its name. question: what was asked; prompt: the token ids made of it. depths: the exits
-    and the full depth. events: all that `watch` was told; alone: the same of the full model without
-    a ladder. spell: a token id to its bytes. sampled: at a temperature above 0, where that is
-    another text.
+    model: its name; depth: its layers. question: what was asked; prompt: the token ids made of it.
+    runs: of each ladder its options and all that `watch` was told. alone: the same of the full
+    model without a ladder; sampled, that is another text. spell: a token id to its bytes.
     """
-    steps = with_look_ups(events, depths)
-    shown = Pieces(len(prompt), spell)
-    held = [0] * len(depths)
-    told = []
-    for i, step in enumerate(steps):
-        pieces = shown.see(step)
-        if depths[step.level] > 0:  # a look-up runs no layer
-            held = after(step, held)
-        told.append(
-            dict(level=step.level, base=step.base, drafts=step.drafts, kept=step.kept,
-                 text=step.text, pieces=pieces, positions=step.positions, cache=held,
-                 seconds=round(step.seconds, 6), words=words(step, depths, pieces, i == 0))
-        )  # fmt: skip
+    sampled = any(options.temperature > 0 for options, _ in runs)
     return {
         "model": model,
         "question": visible(question),
         "prompt": visible(b"".join(map(spell, prompt)).decode("utf-8", "replace")),
         "prompt_tokens": len(prompt),
-        "depths": list(depths),
-        "windows": list(windows),
-        "events": told,
+        "runs": [recorded(*run, depth, len(prompt), alone, spell) for run in runs],
         "alone": {
             "name": "full model alone" if sampled else "greedy",
             "same_text": not sampled,
             "seconds": [round(event.seconds, 6) for event in alone],
         },
-        "speed_up": speed_up(steps, alone),
-        "point": point(steps, alone, windows),
     }
 
 
-def with_look_ups(events: Sequence[Event], depths: Sequence[int]) -> list[Event]:
-    """The events, and before each check of looked-up drafts one that writes them.
-
-    A look-up has no events of its own. It takes no time that could be seen: its seconds are those
-    of the event before.
-    """
-    steps: list[Event] = []
-    for event in events:
-        if event.level == 1 and depths[0] == 0 and event.drafts:
-            before = steps[-1]
-            drafts, positions = event.drafts, before.positions
-            steps.append(Event(0, event.base, [], 0, drafts, positions, before.seconds))
-        steps.append(event)
-    return steps
+def recorded(
+    options: Options, events: Sequence[Event], depth: int, prompt_tokens: int,
+    alone: Sequence[Event], spell: Callable[[int], bytes],
+) -> dict:  # fmt: skip
+    """One ladder's run, for `trace`."""
+    depths, names = (*options.exits, depth), level_names(options)
+    shown = Pieces(prompt_tokens, spell)
+    held = [0] * len(depths)
+    told = []
+    for i, event in enumerate(events):
+        pieces, held = shown.see(event), after(event, held)
+        told.append(
+            dict(level=event.level, base=event.base, drafts=event.drafts, kept=event.kept,
+                 text=event.text, pieces=pieces, positions=event.positions, cache=held,
+                 seconds=round(event.seconds, 6), words=words(event, names, pieces, i == 0))
+        )  # fmt: skip
+    return {
+        "depths": list(depths),
+        "names": names,
+        "windows": list(options.windows),
+        "events": told,
+        "speed_up": speed_up(events, alone),
+        "point": point(events, alone, options.windows),
+    }
 
 
 class Pieces:
@@ -144,19 +140,19 @@ def point(steps: list[Event], alone: Sequence[Event], windows: Sequence[int]) ->
     return dict(zip(names, [*rates, *costs, *windows], strict=True))
 
 
-def words(event: Event, depths: Sequence[int], pieces: Sequence[str], first: bool = False) -> str:
-    """What happened, as a sentence. pieces: the text of the level's own tokens."""
-    names = ["the look-up" if depth == 0 else f"exit {depth}" for depth in depths[:-1]]
-    names.append("the full model")
-    who, n, kept, k = names[event.level], len(event.drafts), event.kept, event.level
+def words(event: Event, names: Sequence[str], pieces: Sequence[str], first: bool = False) -> str:
+    """What happened, in a sentence. names: the levels'; pieces: the text of the level's own."""
+    called = [name if name.startswith("exit") else f"the {name}" for name in names]
+    who, n, kept, k = called[event.level], len(event.drafts), event.kept, event.level
     own = " ".join(f"'{piece or BEGUN}'" for piece in pieces)
     if first:
         return f"{who} reads the prompt and writes {own}"
-    if n == 0 and (k > 0 or len(depths) == 1):
-        return f"{who} writes {own}"
+    if n == 0 and not own:
+        return f"{who} finds nothing"
     if n == 0:
-        return f"{who} {'drafts' if depths[0] else 'copies'} {own}"
-    checks = f"{who} checks {n} draft{'s' * (n > 1)} of {names[k - 1]}, keeps"
+        drafts = "copies" if names[k] == "look-up" else "drafts"
+        return f"{who} {drafts if k == 0 < len(names) - 1 else 'writes'} {own}"
+    checks = f"{who} checks {n} draft{'s' * (n > 1)} of {called[k - 1]}, keeps"
     if not own:
         return f"{checks} {min(kept, len(event.text))}, and the text ends there"
     if kept == n:

@@ -6,10 +6,15 @@ const LINES = ["dotted", "dashed", "double", "wavy"];  // under the text, by lev
 
 const $ = id => document.getElementById(id);
 const trace = JSON.parse($("trace").textContent);
-const { depths, events, alone } = trace, full = depths.length - 1;
-const titles = depths.map((d, k) => k === full ? `full model, ${d} layers` : d ? `exit ${d}` : "look-up");
+const { runs, alone } = trace;
+const asked = () => /^#(?:(\d+)\.)?(.*)$/.exec(location.hash || "#");  // #event, or #ladder.event
+const chosen = Math.min(asked()[1] ?? 0, runs.length - 1), run = runs[chosen];  // the page is drawn anew for another
+const { depths, events } = run, full = depths.length - 1;
+const address = where => `#${chosen ? `${chosen}.` : ""}${where}`;
+const titles = run.names.map((name, k) => k === full ? `${name}, ${depths[k]} layers` : name);
 const segments = depths.map((depth, k) => depth - (depths[k - 1] ?? 0));  // layers level k has beyond level k-1
-const layers = depths.map((depth, k) => segments[k] ? `layers ${depth - segments[k] + 1}–${depth}` : "no layer");
+const layers = depths.map((depth, k) => segments[k] ? `layers ${depth - segments[k] + 1}–${depth}` :
+  run.names[k] === "draft head" ? "one block" : "no layer");
 
 function make(parent, tag, className = "", text = "") {
   const element = parent.appendChild(document.createElement(tag));
@@ -18,10 +23,10 @@ function make(parent, tag, className = "", text = "") {
   return element;
 }
 
-function paint(element, k) {  // in the colour of level k; a writer's token also has its underline
+function paint(element, k, last = full) {  // in the colour of level k; a writer's token also has its underline
   element.dataset.level = k;
-  element.style.setProperty("--level", k === full ? FULL_COLOUR : COLOURS[k % COLOURS.length]);
-  element.style.textDecorationStyle = k === full ? "solid" : LINES[k % LINES.length];
+  element.style.setProperty("--level", k === last ? FULL_COLOUR : COLOURS[k % COLOURS.length]);
+  element.style.textDecorationStyle = k === last ? "solid" : LINES[k % LINES.length];
   return element;
 }
 
@@ -55,29 +60,40 @@ function replay(n) {  // the first n events: every cell ever written, and those 
 // drawn once: all tracks, lanes and cells, which `go` then shows as they are after an event
 document.title = `${trace.question} | ${trace.model}`;
 $("question").textContent = trace.question;
-const levels = titles.map((title, k) => k < full ? `${title} (window ${trace.windows[k]})` : title);
-$("about").textContent = `Model ${trace.model}, ladder: ${levels.join(" → ")}`;
+$("about").textContent = `Model ${trace.model}, ladder:`;
+runs.forEach(({ names, windows, depths }, i) => {
+  const last = names.length - 1;
+  const levels = names.map((name, k) => k < last ? `${name} (window ${windows[k]})` : `${name}, ${depths[k]} layers`);
+  make($("menu"), "option", "", levels.join(" → ")).selected = i === chosen;
+});
 $("alone").textContent = `${alone.name}, for as much text`;
 
-const clock = Math.max(...alone.seconds, ...events.map(event => event.seconds), 1e-6);
+// one clock for all that was recorded
+const clock = Math.max(...alone.seconds, ...runs.flatMap(({ events }) => events.map(event => event.seconds)), 1e-6);
 function track(box, name) {  // a row: its name, its track, what is said at its end
   make(box, "span", "writer", name).style.textDecoration = "none";
   const line = make(box, "div", "track");
   return { line, said: make(box, "span") };
 }
-function lane(name, seconds, levels) {  // on the clock: a block an event, the higher the deeper its level
+function lane(name, seconds, levels, last) {  // on the clock: a block an event, the higher the deeper its level
   const row = track($("race"), name);
   row.blocks = seconds.map((to, i) => {
     const block = make(row.line, "div", i ? "block" : "block prompt-block");
-    block.style.height = `${100 * (levels[i] + 1) / (full + 1)}%`;
-    return paint(span(block, seconds[i - 1] ?? 0, to, clock), levels[i]);
+    block.style.height = `${100 * (levels[i] + 1) / (last + 1)}%`;
+    return paint(span(block, seconds[i - 1] ?? 0, to, clock), levels[i], last);
   });
   row.now = make(row.line, "div", "now");
   return row;
 }
-const greedy = lane(alone.name, alone.seconds, alone.seconds.map(() => full));
-const ladder = lane("ladder", events.map(event => event.seconds), events.map(event => event.level));
-ladder.blocks.forEach((block, i) => { block.onclick = () => seek(i + 1); });
+const greedy = lane(alone.name, alone.seconds, alone.seconds.map(() => full), full);
+const ladders = runs.map(({ names, events }, i) => {
+  const name = names.slice(0, -1).join(", ") || alone.name;
+  const row = lane(name, events.map(event => event.seconds), events.map(event => event.level), names.length - 1);
+  row.line.onclick = () => { if (i !== chosen) choose(i); };
+  if (i === chosen) row.blocks.forEach((block, n) => { block.onclick = () => seek(n + 1); });
+  row.line.previousSibling.style.fontWeight = i === chosen ? "bold" : "";
+  return row;
+});
 const axis = track($("race"), "").line;
 axis.id = "axis";
 const power = 10 ** Math.floor(Math.log10(clock)), spacing = power * [.1, .2, .5, 1, 2].find(s => clock / power / s <= 8);
@@ -135,7 +151,7 @@ function go(n) {
   const left = marker.offsetLeft + marker.offsetWidth - 0.8 * $("lanes").clientWidth;  // the judged stand left of it
   $("lanes").scrollTo({ left, behavior: playing && !still.matches ? "smooth" : "instant" });
   const event = events[now - 1], at = event?.seconds ?? 0, written = alone.seconds.filter(s => s <= at).length;
-  race(at, written, settled);
+  race(at, written);
   fill(event);
   write(shown, settled, written);
 
@@ -154,18 +170,23 @@ function go(n) {
   $("slider").value = now;
   $("slider").ariaValueText = `event ${now} of ${events.length}`;
   clearTimeout(linking);  // browsers refuse an address that changes too often, as when the slider is dragged
-  linking = setTimeout(() => history.replaceState(null, "", `#${now}`), 200);
+  linking = setTimeout(() => history.replaceState(history.state, "", address(now)), 200);
 }
 
-function race(at, written, settled) {  // both lanes at one moment
+function race(at, written) {  // all lanes at one moment
+  const tokens = n => `${n} token${n === 1 ? "" : "s"}`;
   greedy.blocks.forEach((block, i) => block.classList.toggle("ahead", alone.seconds[i] > at));
-  ladder.blocks.forEach((block, i) => block.classList.toggle("ahead", i >= now));
-  for (const row of [greedy, ladder]) span(row.now, at, at, clock).style.width = "";
-  greedy.said.textContent = `${written} token${written === 1 ? "" : "s"}`;
-  ladder.said.textContent = `${settled} token${settled === 1 ? "" : "s"}`;
-  const ratio = now === events.length && trace.speed_up ? `: ${trace.speed_up.toFixed(2)}x as fast after the first token` : "";
+  greedy.said.textContent = tokens(written);
+  ladders.forEach((row, i) => {
+    const { events, depths } = runs[i], done = i === chosen ? now : events.filter(({ seconds }) => seconds <= at).length;
+    row.blocks.forEach((block, n) => block.classList.toggle("ahead", n >= done));
+    const verified = events.slice(0, done).findLast(({ level }) => level === depths.length - 1);
+    row.said.textContent = tokens(verified ? verified.base + verified.text.length - trace.prompt_tokens : 0);
+  });
+  for (const row of [greedy, ...ladders]) span(row.now, at, at, clock).style.width = "";
+  const ratio = now === events.length && run.speed_up ? `: ${run.speed_up.toFixed(2)}x as fast after the first token` : "";
   $("race").ariaLabel = `After ${Math.round(1e3 * at)} ms ${alone.name} has written ${greedy.said.textContent}, ` +
-    `the ladder has settled ${settled}${ratio}.`;
+    `the ladder has settled ${parseInt(ladders[chosen].said.textContent)}${ratio}.`;
   $("ratio").textContent = $("race").ariaLabel;
 }
 
@@ -236,10 +257,18 @@ document.addEventListener("keydown", event => {
   event.preventDefault();  // the page would scroll, or a focused slider move twice
   key === " " ? toggle() : seek(moves[key]);
 });
-function open() {  // what the address says: an event, or the cost model
-  const cost = location.hash === "#formula";
+function choose(i) {  // another ladder, at the same moment
+  const at = events[now - 1]?.seconds ?? 0, event = runs[i].events.filter(({ seconds }) => seconds <= at).length;
+  clearTimeout(linking);
+  history.replaceState({ theme: document.documentElement.style.colorScheme }, "", `#${i}.${event}`);
+  location.reload();
+}
+
+function open() {  // what the address says: a ladder, and of it an event or the cost model
+  const [, ladder, where] = asked(), cost = where === "formula";
+  if (Math.min(ladder ?? 0, runs.length - 1) !== chosen) return location.reload();
   turn(cost ? "cost" : "run");
-  if (cost) play(false); else seek(parseInt(location.hash.slice(1)) || 0);
+  if (cost) play(false); else seek(parseInt(where) || 0);
 }
 window.addEventListener("hashchange", open);
 window.addEventListener("resize", () => { if (!$("run").hidden) go(now); });  // a turned phone keeps it in view
@@ -248,11 +277,12 @@ $("cost-tab").onclick = () => {
   play(false);
   turn("cost");
   clearTimeout(linking);
-  history.replaceState(null, "", "#formula");
+  history.replaceState(history.state, "", address("formula"));
 };
 $("play").onclick = toggle;
 $("theme").onclick = () => wear($("theme").dataset.other);
+$("menu").onchange = () => choose($("menu").selectedIndex);
 $("slider").max = events.length;
 $("slider").oninput = () => seek($("slider").valueAsNumber);
-wear(dark.matches ? "dark" : "light");
+wear(history.state?.theme ?? (dark.matches ? "dark" : "light"));
 open();

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Callable
 
-from arguments import Event, Generation
+from arguments import Event, Generation, Options
 from checkpoints.console import visible
 
 COLOURS = ("\033[36m", "\033[33m", "\033[35m", "\033[34m")  # by level: cyan, yellow, magenta, blue
@@ -15,15 +15,14 @@ NEW_LINE = "↵"  # for the newlines of drafts that fell, which would tear the t
 class Painter:
     """Turns events into coloured text, a piece for each verification by the full model.
 
-    exits: the ladder's. spell: a token id to its bytes; a character that several tokens spell waits
-    for its last byte.
+    names: the levels', shallow to deep. spell: a token id to its bytes; a character that several
+    tokens spell waits for its last byte.
     """
 
-    def __init__(self, exits: tuple[int, ...], spell: Callable[[int], bytes]):
-        self.exits, self.spell = exits, spell
+    def __init__(self, names: list[str], spell: Callable[[int], bytes]):
+        self.names, self.spell, self.top = names, spell, len(names) - 1
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self.colours = (*(COLOURS[k % len(COLOURS)] for k in range(len(exits))), FULL)
-        self.names = [*map(name, exits), "full model"]
+        self.colours = (*(COLOURS[k % len(COLOURS)] for k in range(self.top)), FULL)
         self.writers: dict[int, int] = {}  # position -> the level whose own token stands there
         # position -> the drafts that were rejected from there on, and by which level
         self.fallen: dict[int, list[tuple[list[int], int]]] = {}
@@ -34,11 +33,9 @@ class Painter:
         if event.kept < len(event.drafts):
             fallen = event.drafts[event.kept :], event.level
             self.fallen.setdefault(event.base + event.kept, []).append(fallen)
-        if event.level == 1 and self.exits[0] == 0:  # a look-up has no events of its own
-            self.writers.update(dict.fromkeys(range(event.base, end), 0))
-        if event.kept < len(event.text):
-            self.writers[end - 1] = event.level
-        if event.level < len(self.exits):
+        own = range(event.base + event.kept, end)  # one token, or a drafter's
+        self.writers.update(dict.fromkeys(own, event.level))
+        if event.level < self.top:
             return None
         pieces = []
         for position, token in zip(range(event.base, end), event.text, strict=True):
@@ -64,16 +61,20 @@ class Painter:
         return "  ".join([*levels, f"{FALLEN}rejected{PLAIN}⟨by this level⟩"])
 
 
-def name(exit: int) -> str:
-    return "look-up" if exit == 0 else f"exit {exit}"
+def level_names(options: Options) -> list[str]:
+    """What each level of a ladder is called, shallow to deep."""
+    drafter = "draft head" if options.draft_head else "look-up"
+    return [*(f"exit {exit}" if exit else drafter for exit in options.exits), "full model"]
 
 
-def statistics(out: Generation, alone: Generation, called: str) -> list[str]:
+def statistics(out: Generation, names: list[str], alone: Generation, called: str) -> list[str]:
     """Lines: passes and accepted drafts, speed after the first token, a word if the ladder loses.
 
-    alone: the full model's generation after the same prompt without a ladder, called so.
+    names: the levels'. alone: the full model's generation after the same prompt without a ladder,
+    called so.
     """
-    kept = ", ".join(f"{name(s.exit)} {s.accepted}/{s.proposed}" for s in out.levels[:-1])
+    levels = zip(names, out.levels[:-1])
+    kept = ", ".join(f"{name} {level.accepted}/{level.proposed}" for name, level in levels)
     passes = f"{len(out.tokens)} tokens in {out.levels[-1].calls} full passes"
     lines = [f"{passes}; accepted: {kept}" if kept else passes]
     began = f"first token after {out.prefill_seconds:.2f} s"

@@ -95,10 +95,6 @@ def test_the_events_retell_the_generation(case, temperature):
     out = generate(case.model, case.prompt, case.max_new_tokens, **options, watch=events.append)
     text, drafted, kept = list(case.prompt), [0] * len(out.levels), [0] * len(out.levels)
     for event in events:
-        if case.exits[:1] == (0,) and event.level == 1:
-            text[event.base :] = (
-                event.drafts
-            )  # a look-up takes no step: its drafts are first seen when judged
         assert text[event.base :] == event.drafts
         agreed = min(
             event.kept, len(event.text)

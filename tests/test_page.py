@@ -12,10 +12,12 @@ from conftest import cases, random_model
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from arguments import Event
+from arguments import Event, Options, parse_ladder
+from checkpoints.ladders import as_ladder, as_options
 from hispec import Step, generate
 from kvcache import KVCache
 from show import page
+from show.terminal import level_names
 
 ROOT = Path(__file__).parent.parent
 NASTY = [
@@ -42,12 +44,10 @@ def traced(model, prompt, n, **options):
     out = generate(model, prompt, n, **options, watch=events.append)
     rest = {k: v for k, v in options.items() if k not in ("exits", "windows", "thresholds")}
     generate(model, prompt, n, **rest, watch=alone.append)
-    depths = (*options.get("exits", ()), model.config.n_layers)
-    windows, sampled = options.get("windows", ()), options.get("temperature", 0) > 0
-    trace = page.trace(
-        "random", nasty([0, 1, 4]), prompt, depths, windows, events, alone, spell, sampled
-    )
-    return out, json.loads(json.dumps(trace)), events  # as the page reads it
+    asked = Options(**{k: v for k, v in options.items() if k != "fast"})
+    about = "random", model.config.n_layers, nasty([0, 1, 4])
+    trace = json.loads(json.dumps(page.trace(*about, prompt, [(asked, events)], alone, spell)))
+    return out, trace | trace["runs"][0], events  # as the page reads it
 
 
 def replay(trace: dict, n: int) -> tuple[list[dict], list[dict]]:
@@ -85,9 +85,8 @@ def test_the_trace_replays_to_the_generated_tokens(case, temperature):
     events, (_, shown) = trace["events"], replay(trace, len(trace["events"]))
     assert [cell["token"] for cell in shown if cell["state"] == "settled"] == out.tokens
     assert all(cell["state"] in ("settled", "struck") for cell in shown)
-    looked_up = [event for event in events if event["level"] == 0 and trace["depths"][0] == 0]
     own = [{k: v for k, v in asdict(event).items() if k != "seconds"} for event in told]
-    assert [{k: event[k] for k in own[0]} for event in events if event not in looked_up] == own
+    assert [{k: event[k] for k in own[0]} for event in events] == own
     written = "".join(cell["piece"] for cell in shown if cell["state"] == "settled")
     assert page.visible(nasty(case.prompt + out.tokens)).startswith(trace["prompt"] + written) or (
         trace["prompt"].endswith("\ufffd")
@@ -122,7 +121,7 @@ def test_the_bars_are_what_the_cache_holds(case, temperature):
     layered, real = (  # a look-up has no layer and no rollback
         [[n for n, depth in zip(row, depths) if depth] for row in rows] for rows in (shown, held)
     )
-    assert layered == real[: len(events)]
+    assert layered == real[: len(layered)]
 
 
 @given(st.text(min_size=1), st.integers(0, 3))
@@ -163,20 +162,25 @@ def test_the_runs_own_point():
 
 
 @pytest.mark.parametrize(
-    "level, drafts, kept, text, depths, said",
+    "level, drafts, kept, text, ladder, said",
     [
-        (0, 0, 0, [1], [2, 8, 32], "exit 2 drafts '·return'"),
-        (0, 0, 0, [1, 2], [0, 32], "the look-up copies '·return' '↵····'"),
-        (1, 1, 1, [2, 1], [2, 8, 32], "exit 8 checks 1 draft of exit 2, keeps it and adds '·return'"),
-        (1, 3, 0, [1], [0, 8, 32], "exit 8 checks 3 drafts of the look-up, keeps none, corrects the 1st to '·return' and drops the 2 behind it"),
-        (1, 12, 11, [2] * 11 + [1], [2, 8], "the full model checks 12 drafts of exit 2, keeps 11, corrects the 12th to '·return'"),
-        (1, 5, 5, [2, 2], [2, 8], "the full model checks 5 drafts of exit 2, keeps 2, and the text ends there"),
+        (0, 0, 0, [1], "2(1) 8(1)", "exit 2 drafts '·return'"),
+        (0, 0, 0, [1], "", "the full model writes '·return'"),
+        (0, 0, 0, [1, 2], "0(1)", "the look-up copies '·return' '↵····'"),
+        (0, 0, 0, [], "0(1)", "the look-up finds nothing"),
+        (0, 0, 0, [1], "8'(1) 8(1)", "the draft head drafts '·return'"),
+        (1, 0, 0, [1], "0(1) 8(1)", "exit 8 writes '·return'"),
+        (1, 1, 1, [2, 1], "2(1) 8(1)", "exit 8 checks 1 draft of exit 2, keeps it and adds '·return'"),
+        (1, 3, 0, [1], "0(1) 8(1)", "exit 8 checks 3 drafts of the look-up, keeps none, corrects the 1st to '·return' and drops the 2 behind it"),
+        (1, 12, 11, [2] * 11 + [1], "2(1)", "the full model checks 12 drafts of exit 2, keeps 11, corrects the 12th to '·return'"),
+        (1, 5, 5, [2, 2], "2(1)", "the full model checks 5 drafts of exit 2, keeps 2, and the text ends there"),
     ],
 )  # fmt: skip
-def test_an_event_in_words(level, drafts, kept, text, depths, said):
+def test_an_event_in_words(level, drafts, kept, text, ladder, said):
     own = [page.visible(nasty([token])) for token in text[kept:]]
     event = Event(level, 9, [2] * drafts, kept, text, [], 0.0)
-    assert page.words(event, depths, own) == said
+    options = parse_ladder(ladder) if ladder else Options()
+    assert page.words(event, level_names(options), own) == said
 
 
 # ---- the file -----------------------------------------------------------------------------------
@@ -194,6 +198,21 @@ class Tags(HTMLParser):
 
     def handle_data(self, data):
         self.inside.setdefault(self.tags[-1] if self.tags else "", []).append(data)
+
+
+def test_a_page_has_several_ladders():
+    """Each on its own events; the plain text they share is recorded once."""
+    model, prompt, runs = random_model(7), [1, 2] * 5, []
+    for ladder in ("2(2)", "0(3) 3(4)"):
+        runs.append((parse_ladder(ladder), events := []))
+        generate(model, prompt, 40, **as_options(as_ladder(runs[-1][0])), watch=events.append)
+    trace = page.trace("random", 5, "", prompt, runs, [], spell)
+    assert [run["names"] for run in trace["runs"]] == [
+        ["exit 2", "full model"],
+        ["look-up", "exit 3", "full model"],
+    ]
+    for run, (options, events) in zip(trace["runs"], runs, strict=True):
+        assert run["depths"] == [*options.exits, 5] and len(run["events"]) == len(events)
 
 
 def test_tokens_and_prompt_are_data_and_never_markup(tmp_path):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_page import Tags, replay
 from texts import write_family
 
-from arguments import Event, Generation, LevelStats
+from arguments import Event, Generation, LevelStats, Options
 from checkpoints import load
 from checkpoints.console import visible
 from checkpoints.files import describe
@@ -27,7 +27,7 @@ from hispec import generate
 from show import __main__, page, terminal
 
 ROOT = Path(__file__).parent.parent
-LADDER = ["--exits", "2", "8", "--windows", "2", "4"]
+LADDER = ["--ladder", "2(2) 8(4)"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,10 @@ def letter(token: int) -> bytes:
 
 @given(cases(), st.sampled_from([0.0, 1.0]))
 def test_what_is_not_struck_through_is_the_text(case, temperature):
-    painter, pieces = terminal.Painter(case.exits, letter), []
+    painter, pieces = (
+        terminal.Painter(terminal.level_names(Options(case.exits, case.windows)), letter),
+        [],
+    )
     options = dict(case.arguments, temperature=temperature, seed=1)
     watch = lambda event: pieces.append(painter.see(event))  # noqa: E731
     out = generate(case.model, case.prompt, case.max_new_tokens, **options, watch=watch)
@@ -70,7 +73,7 @@ def test_what_is_not_struck_through_is_the_text(case, temperature):
 
 def test_a_token_has_its_levels_colour_and_what_fell_says_who_rejected_it():
     spelt = {1: b"def", 2: b"\n\n    return", 3: b"x\n", 4: b"!", 5: b"@"}
-    painter = terminal.Painter((2, 8), spelt.__getitem__)
+    painter = terminal.Painter(["exit 2", "exit 8", "full model"], spelt.__getitem__)
     for at, token in ((5, 5), (6, 2)):
         assert painter.see(Event(0, at, [], 0, [token], [], 0.0)) is None
     assert painter.see(Event(1, 5, [5, 2, 3], 1, [5, 1], [], 0.0)) is None
@@ -93,11 +96,12 @@ def test_the_numbers_at_the_end():
     out, alone = made(21, 3.0, *levels), made(5, 2.0)
     first = "21 tokens in 6 full passes; accepted: look-up 3/5, exit 8 7/9"
     second = "first token after 1.00 s, then 10.0 tokens/s; greedy 4.0 (its first 5 tokens): 2.50x"
-    assert terminal.statistics(out, alone, "greedy") == [first, second]
+    names = ["look-up", "exit 8", "full model"]
+    assert terminal.statistics(out, names, alone, "greedy") == [first, second]
     last = "the ladder loses on this prompt: greedy decoding is faster"
-    assert terminal.statistics(out, made(5, 1.1), "greedy")[2:] == [last]
+    assert terminal.statistics(out, names, made(5, 1.1), "greedy")[2:] == [last]
     lines = ["1 tokens in 6 full passes", "first token after 1.00 s"]
-    assert terminal.statistics(made(1, 1.0), alone, "greedy") == lines
+    assert terminal.statistics(made(1, 1.0), names, alone, "greedy") == lines
 
 
 @given(st.text().map(str.encode) | st.binary(max_size=30))
@@ -106,7 +110,7 @@ def test_the_numbers_at_the_end():
 @example(b"\xe2\x28\xa1\xff\xc3")
 def test_a_character_is_shown_with_its_last_byte_and_what_is_none_as_such(data):
     """A byte is a token."""
-    painter = terminal.Painter((), lambda token: bytes([token]))
+    painter = terminal.Painter(["full model"], lambda token: bytes([token]))
     pieces = [painter.see(Event(0, i, [], 0, [token], [i], 0.0)) for i, token in enumerate(data)]
     shown = [piece.removeprefix(terminal.FULL).removesuffix(terminal.PLAIN) for piece in pieces]
     shown.append(painter.characters.decode(b"", final=True))
@@ -118,7 +122,7 @@ def test_a_character_is_shown_with_its_last_byte_and_what_is_none_as_such(data):
 
 def test_what_a_terminal_would_obey_is_shown():
     spelt = {1: b"\x1b[2J", 2: b"a\x08b\r\n", 3: b"\x07"}
-    painter = terminal.Painter((2,), spelt.__getitem__)
+    painter = terminal.Painter(["exit 2", "full model"], spelt.__getitem__)
     painter.see(Event(0, 5, [], 0, [3], [], 0.0))
     settled = painter.see(Event(1, 5, [3, 1], 0, [1], [], 0.0))
     settled += painter.see(Event(1, 6, [], 0, [2], [], 0.0))
@@ -163,10 +167,10 @@ def test_the_command_says_what_is_wrong_in_one_line_before_any_work(arguments, m
 
 
 def test_the_command_prints_plain_text_and_writes_the_page(tmp_path):
-    arguments = ["--max-new-tokens", "8", "--windows", "2", "4", "--html", "a.html"]
+    arguments = ["--max-new-tokens", "8", *LADDER, "--ladder", "0(2) 8(4)", "--html", "a.html"]
     run = show("def add(a, b):", *arguments, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
-    ladder = r"ladder: 2\(2\) 8\(4\), the model's own exits"
+    ladder = r"ladder: 2\(2\) 8\(4\), as asked"
     lines = re.fullmatch(
         rf"[^\n]+\nprompt: plain text\n{ladder}\n(.*?)\n(8 tokens in .*)\n([^\n]+)\n",
         run.stdout,
@@ -177,11 +181,12 @@ def test_the_command_prints_plain_text_and_writes_the_page(tmp_path):
     assert "accepted: exit 2" in statistics and "; greedy " in statistics
     assert last == "to play it back: a.html"
     trace = json.loads(Tags((tmp_path / "a.html").read_text("utf-8")).inside["script"][0])
-    named = trace["model"], trace["question"], trace["depths"]
-    assert named == ("tiny", "def·add(a,·b):", [2, 8, 32])
-    _, shown = replay(trace, len(trace["events"]))
-    standing = "".join(cell["piece"] for cell in shown if cell["state"] == "settled")
-    assert standing == page.visible(text)
+    assert (trace["model"], trace["question"]) == ("tiny", "def·add(a,·b):")
+    assert [run["depths"] for run in trace["runs"]] == [[2, 8, 32], [0, 8, 32]]
+    for run in trace["runs"]:
+        _, shown = replay(trace | run, len(run["events"]))
+        standing = "".join(cell["piece"] for cell in shown if cell["state"] == "settled")
+        assert standing == page.visible(text)
 
 
 @pytest.mark.parametrize("html", [True, False])
@@ -200,10 +205,10 @@ def test_the_page_is_written_though_nobody_reads_what_is_printed(tmp_path, html)
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--exits", "8", "2"], r"from 0 on, got \(8, 2\)"),
+        (["--ladder", "8(1) 2(2)"], r"from 0 on, got \(8, 2\)"),
+        (["--ladder", "8"], "a ladder is written as"),
+        (["--ladder", "2(1)", "--ladder", "8(1)"], "several ladders are for a page"),
         (["--max-new-tokens", "0"], "at least 1, got 0"),
-        (["--windows", "2"], "one length for each of the 2 exits"),
-        (["--exits", "2", "--windows", "2", "4"], "one length for each of the 1 exits"),
         (["--temperature", "-1"], "temperature must be"),
         (["--top-k", "-3"], "top_k must be"),
         (["--top-p", "0"], "top_p must be"),
@@ -219,7 +224,7 @@ def test_arguments_are_looked_at_before_a_model_is_loaded(monkeypatch, arguments
 def test_an_exit_past_the_depth_is_refused_before_threads_are_searched_for(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     monkeypatch.delenv("OMP_NUM_THREADS")
-    asked(monkeypatch, "x", "--exits", "2", "99")
+    asked(monkeypatch, "x", "--ladder", "2(1) 99(1)")
     with pytest.raises(ValueError, match=r"within 0\.\.31"):
         __main__.main()
     assert not (tmp_path / "empty").exists()
@@ -242,7 +247,9 @@ def test_a_pause_comes_before_each_verification_by_the_full_model(monkeypatch, c
     monkeypatch.setattr(sys, "stdin", reader := Reader())
     model, ladder, printed = random_model(3), dict(exits=(1, 3), windows=(2, 4)), []
     for pause in (True, False):
-        watcher = __main__.Watcher(terminal.Painter((1, 3), letter), pause)
+        watcher = __main__.Watcher(
+            terminal.Painter(["exit 1", "exit 3", "full model"], letter), pause
+        )
         out = generate(model, [1, 2], 40, **ladder, watch=watcher)
         assert out.levels[-1].calls > reader.pressed == 4
         assert (0.4 < watcher.waited < out.seconds) if pause else watcher.waited == 0
@@ -252,16 +259,15 @@ def test_a_pause_comes_before_each_verification_by_the_full_model(monkeypatch, c
     assert printed[0] == printed[1] and printed[0].count(terminal.FULL) > 4
 
 
-@pytest.mark.parametrize("exits", [["--exits"], LADDER])
-def test_sampled_text_is_what_generate_writes_with_the_same_seed(monkeypatch, capsys, exits):
+def test_sampled_text_is_what_generate_writes_with_the_same_seed(monkeypatch, capsys):
     told = "--max-new-tokens 12 --temperature 0.9 --top-k 50 --top-p 0.9 --seed 3"
-    asked(monkeypatch, "def add(a, b):", *told.split(), *exits)
+    asked(monkeypatch, "def add(a, b):", *told.split(), *LADDER)
     __main__.main()
     printed = capsys.readouterr().out
     model, tokenizer = load("tiny", "cpu")
     options = dict(temperature=0.9, top_k=50, top_p=0.9, seed=3, stop=tokenizer.stop)
-    ladder = dict(exits=(2, 8), windows=(2, 4)) if exits == LADDER else {}
-    out = generate(model, prompt := tokenizer.chat(["def add(a, b):"]), 12, **options, **ladder)
+    options |= dict(exits=(2, 8), windows=(2, 4))
+    out = generate(model, prompt := tokenizer.chat(["def add(a, b):"]), 12, **options)
     text = tokenizer.decode(out.tokens, after=prompt)
     assert f"\n{text}\n" in printed and "tokens/s; plain " in printed
 
@@ -275,7 +281,7 @@ def test_a_continuation_keeps_its_blank(monkeypatch, capsys, tmp_path):
     out = Generation([word] * 3, [LevelStats(5, calls=3)], 1.0, 0.5)
     monkeypatch.setattr(__main__, "loaded", lambda args: (random_model(), tokenizer, setting()))
     monkeypatch.setattr(__main__, "generate", lambda *_, **options: out)
-    asked(monkeypatch, "a", "--exits", "1")
+    asked(monkeypatch, "a", "--ladder", "1(1)")
     __main__.main()
     assert f"\n{3 * spelt[word].decode()}\n" in capsys.readouterr().out
 
@@ -288,18 +294,19 @@ def test_a_prompt_that_ends_in_a_blank_is_told_what_to_do(monkeypatch, capsys):
 
 
 def test_the_fastest_kept_ladder_is_the_default(monkeypatch):
+    """On a page other tuned ladders stand beside it."""
     model, header = random_model(n_layers=9), setting(model="random", dtype="float64")
-    own, why = __main__.choose(None, None, model, header)
-    assert own == ((2, 3), (2, 4), (0.0, 0.0)) and "own exits" in why
+    own, why = __main__.choose([], model, header)
+    assert own == [Options((2, 3), (2, 4))] and "own exits" in why
     kept = {"exits": [0, 8], "windows": [12, 12], "thresholds": [0.0, 0.2], "measured": 2.0}
     slower = {"exits": [1, 8], "windows": [2, 12], "thresholds": [0.0, 0.0], "measured": 0.9}
-    save_ladders(header, {"look-up, exit": kept, "hispec": slower})
-    ladder, why = __main__.choose(None, None, model, header)
-    assert ladder == ((0, 8), (12, 12), (0.0, 0.2)) and "this machine" in why
-    own, why = __main__.choose(None, [3, 6], model, header)
-    assert own == ((2, 3), (3, 6), (0.0, 0.0)) and "own exits" in why
-    chosen, why = __main__.choose([1, 4, 5], None, model, header)
-    assert chosen == ((1, 4, 5), (2, 4, 8), (0.0, 0.0, 0.0)) and why == "as asked"
+    alone = {"exits": [1], "windows": [3], "thresholds": [0.0], "measured": 1.2}
+    save_ladders(header, {"look-up, exit": kept, "hispec": slower, "draft alone": alone})
+    found, why = __main__.choose([], model, header)
+    look_up = Options((0, 8), (12, 12), (0.0, 0.2))
+    assert found == [look_up, Options((1,), (3,))] and "this machine" in why
+    chosen, why = __main__.choose(["1(2) 4(4 <0.1)"], model, header)
+    assert chosen == [Options((1, 4), (2, 4), (0.0, 0.1))] and why == "as asked"
 
 
 def test_the_faster_dtype_is_taken_and_said(monkeypatch, capsys):
