@@ -92,8 +92,7 @@ def kept_ladder(header: dict, model: Llama) -> tuple[Ladder, str] | None:
         known = [
             (kept["measured"], name, ladder)
             for name, kept in found.items()
-            if (ladder := _fitting(kept, model))
-            and isinstance(kept.get("measured"), int | float)
+            if (ladder := _fitting(kept, model)) and isinstance(kept.get("measured"), int | float)
         ]
         if known:
             wins = [x for x in known if x[1] == "hispec" and x[0] >= 1]

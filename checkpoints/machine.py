@@ -138,7 +138,7 @@ class Notes:
 
     tokens: int = 0
     seconds: float = 0.0  # in all
-    steps: list[float] = field(default_factory=list)  # of these, in each level's model steps
+    steps: list[float] = field(default_factory=list)  # of these, in each level's steps
     # the level that verified, how many drafts, how many it kept; but for the prompt's own pass
     checks: list[tuple[int, int, int]] = field(default_factory=list)
     memory: int | None = None  # bytes of GPU memory in use at most, weights too
@@ -161,6 +161,14 @@ class Watched(Decoder):
             torch.cuda.synchronize(self.device)
         self.notes.steps[k] += time.perf_counter() - began
         return logits
+
+    def draft(self, want: int) -> torch.Tensor | None:
+        began = time.perf_counter()
+        q = super().draft(want)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.notes.steps[0] += time.perf_counter() - began
+        return q
 
     def report(self, k: int, base: int, drafts: list[int], kept: int) -> None:
         super().report(k, base, drafts, kept)

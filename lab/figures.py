@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from arguments import Options
+from arguments import Options, ladder_text
 from checkpoints.ladders import OF_A_LADDER, Ladder, as_ladder, default_exits
 from checkpoints.machine import watch
 from drafters import LookUp
@@ -29,7 +29,12 @@ from train_exits import measure
 
 N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
 FEW = 6  # prompts they are run on, each of another category
-SHORT, LONG = 4, 16  # windows of a single exit beside HiSpec
+# what the figure of where time goes compares
+BARS = {
+    "greedy": "greedy", "draft alone": "draft exit alone", "hispec": "HiSpec",
+    "single-layer": "best exit alone", "head, exit": "draft head, exit",
+    "look-up, exit": "look-up, exit",
+}  # fmt: skip
 LONGEST = (12, 24)  # the longest windows the formula tries: N_d and N_i; together, a single exit's
 OPENING, SAMPLES = 16, 1000  # tokens that are sampled after, and how often
 WIDEST = 16  # positions in a pass whose logits are compared
@@ -50,8 +55,8 @@ class Data:
     # predicted and measured speed-ups, by kind of ladder
     compared: dict[str, list[tuple[float, float]]]
     trained: tuple[int, ...]  # the exits that were trained
-    # by ladder milliseconds a token: drafting, intermediate, full, and the loop outside steps
-    wall: dict[str, list[float]]
+    # by method milliseconds a token: drafting, intermediate, full, and the loop outside steps
+    time: dict[str, list[float]]
     # by category: alpha, draft and intermediate agree; beta, intermediate and full do
     rates: dict[str, tuple[float, float]]
     # HiSpec's speed-up with its best windows, by how much is charged: the formula's, then replayed
@@ -121,7 +126,7 @@ def gather(
         costs=costs,
         agreement=agreement(model, requests),
         trained=model.exits,
-        wall=wall(ladder, n, make_decoder, [requests[i].prompt for i in few], max_new_tokens, stop),
+        time=where_time_goes(methods, make_decoder, requests, max_new_tokens, stop),
         speed={x: sum(len(g.tokens) for g in made[x]) / seconds[x] for x in made},
         identical=all(
             [g.tokens for g in x] == [requests[i].greedy for i in few] for x in made.values()
@@ -207,25 +212,28 @@ def agreement(model: Llama, requests: Sequence) -> tuple[list[float], list[float
     return tuple((s / n if n else s).tolist() for s, n in zip(sums, counts))
 
 
-def wall(
-    ladder: Ladder, n_layers: int, make_decoder: Callable, prompts: list, max_new_tokens: int, stop
+def where_time_goes(
+    methods: dict[str, Ladder],
+    make_decoder: Callable,
+    requests: Sequence,
+    max_new_tokens: int,
+    stop,
 ) -> dict[str, list[float]]:
-    """Data.wall of greedy, of HiSpec's exits alone, and of HiSpec: the faster of two turns each."""
-    draft, middle = ladder[0]
-    alone = [(draft, SHORT), (middle, SHORT), (middle, LONG)]
-    ladders = {"greedy": GREEDY} | {
-        f"exit {e},\nwindow {w}": ((e,), (w,), (0.0,)) for e, w in alone
-    }
-    spent: dict[str, list[float]] = {}
-    for name, x in 2 * [*ladders.items(), ("HiSpec", ladder)]:
-        decode = make_decoder(*x)
-        seen = [watch(decode, prompt, max_new_tokens, stop) for prompt in prompts]
-        *below, full = (sum(steps) for steps in zip(*(notes.steps for notes in seen)))
+    """Data.time, of all requests: on each the methods take turns, with steps timed."""
+    decoders = {name: make_decoder(*methods[name]) for name in BARS if name in methods}
+    seen: dict[str, list] = {name: [] for name in decoders}
+    for r in tqdm(requests, "timing every step", leave=False):
+        for name, decode in decoders.items():
+            seen[name].append(watch(decode, r.prompt, max_new_tokens, stop))
+    spent = {}
+    for name, notes in seen.items():
+        *below, full = (sum(steps) for steps in zip(*(n.steps for n in notes)))
         drafting, intermediate = (*below, 0.0, 0.0)[:2]
-        loop = sum(notes.seconds - sum(notes.steps) for notes in seen)
-        tokens = sum(notes.tokens for notes in seen)
-        each = [1e3 * part / tokens for part in (drafting, intermediate, full, loop)]
-        spent[name] = min(spent.get(name, each), each, key=sum)
+        loop = sum(n.seconds - sum(n.steps) for n in notes)
+        tokens = sum(n.tokens for n in notes)
+        ladder = ladder_text(*methods[name]) if min(methods[name][0], default=0) >= 0 else ""
+        name = f"{BARS[name]}\n{ladder}".rstrip()
+        spent[name] = [1e3 * part / tokens for part in (drafting, intermediate, full, loop)]
     return spent
 
 

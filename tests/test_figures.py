@@ -29,6 +29,7 @@ def small_run():
         ("greedy", (), (), (), 1.0, [1.25]),
         ("single-layer", (4,), (4,), (), 1.5, [1.5, 1.25]),
         ("hispec", (2, 4), (2, 4), (0.0, 0.0), 1.75, [2.0, 1.5, 1.25]),
+        ("draft alone", (2,), (4,), (), 1.25, [1.75, 1.25]),
         ("peer", (), (), (), 0.5, []),
     ]
     results = [dict(zip(columns, row), tokens_per_target_pass=1 + m) for m, row in enumerate(rows)]
@@ -86,7 +87,7 @@ def test_the_grid_is_run_and_its_texts_are_greedys(few_windows, monkeypatch):
     assert [data.speed[x] for x in (figures.GREEDY, *grid)] == pytest.approx([12, 36, 60, 84])
     measured = [measured for _, measured in data.compared["grid of windows"]][:3]
     assert measured == pytest.approx([3, 5, 7])
-    assert [measured for _, measured in data.compared["all prompts"]] == [1.5, 1.75]
+    assert [measured for _, measured in data.compared["all prompts"]] == [1.5, 1.75, 1.25]
     requests[2].greedy[5] += 1
     assert not gather(made).identical
 
@@ -118,7 +119,7 @@ def test_how_far_company_moves_logits():
     assert packed["ours"] == [0.0] * 16 and max(packed["plain"]) < 1e-2
 
 
-def test_the_wall_has_the_time_of_each_level(few_windows, monkeypatch):
+def test_time_is_that_of_each_level(monkeypatch):
     """By a clock that ticks a second a layer that a step's level is deep."""
     now = [0.0]
 
@@ -129,16 +130,21 @@ def test_the_wall_has_the_time_of_each_level(few_windows, monkeypatch):
 
     monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
     model, requests, _ = small_run()
-    prompts = [requests[0].prompt, requests[2].prompt]
     decoder = partial(bench.decode_with, model, Clocked(model))
-    wall = figures.wall(((2, 4), (2, 4), (0.0, 0.0)), 9, decoder, prompts, 12, ())
-    assert list(wall)[::4] == ["greedy", "HiSpec"]
-    ladders = [((), ()), ((2,), (4,)), ((4,), (4,)), ((4,), (16,)), ((2, 4), (2, 4))]
-    for took, (exits, windows) in zip(wall.values(), ladders, strict=True):
-        made = [generate(model, p, 12, exits=exits, windows=windows) for p in prompts]
+    methods = {
+        "greedy": ((), (), ()),
+        "draft alone": ((2,), (4,), (0.0,)),
+        "paper windows": ((2, 4), (1, 1), (0.0, 0.0)),
+        "hispec": ((2, 4), (2, 4), (0.0, 0.0)),
+    }
+    time = figures.where_time_goes(methods, decoder, requests, 12, ())
+    names = ["greedy", "draft exit alone\n2(4)", "HiSpec\n2(2) 4(4)"]
+    for name, ladder in zip(names, [methods[n] for n in figures.BARS if n in methods], strict=True):
+        exits, windows, _ = ladder
+        made = [generate(model, r.prompt, 12, exits=exits, windows=windows) for r in requests]
         calls = [sum(g.levels[k].calls for g in made) for k in range(len(exits) + 1)]
-        of = [1e3 * n * e / 24 for n, e in zip(calls, (*exits, 9))]
-        assert took == pytest.approx([*[*of[:-1], 0.0, 0.0][:2], of[-1], 0.0])
+        of = [1e3 * n * e / 48 for n, e in zip(calls, (*exits, 9))]
+        assert time[name] == pytest.approx([*[*of[:-1], 0.0, 0.0][:2], of[-1], 0.0])
 
 
 # The formula

@@ -73,17 +73,17 @@ def drawn(plot, data):
     return figure.axes
 
 
-def test_the_wall_stacks_milliseconds_of_a_token(data):
-    wall = {
+def test_time_is_stacked_in_milliseconds_of_a_token(data):
+    time = {
         "greedy": [0, 0, 9.0, 1.0],
-        "exit 2": [1.0, 0, 6.0, 0.5],
-        "HiSpec": [1.0, 2.0, 3.0, 0.25],
+        "draft exit alone\n2(2)": [1.0, 0, 6.0, 0.5],
+        "HiSpec\n2(2) 8(4)": [1.0, 2.0, 3.0, 0.25],
     }
-    (axes,) = drawn(plots.plot_wall, dataclasses.replace(data, wall=wall))
+    (axes,) = drawn(plots.plot_time, dataclasses.replace(data, time=time))
     for k, bars in enumerate(axes.containers):
-        assert [bar.get_height() for bar in bars] == [parts[k] for parts in wall.values()]
-        assert [bar.get_y() for bar in bars] == [sum(parts[:k]) for parts in wall.values()]
-    assert "7.5 ms with one untuned exit, 6.2 ms with both" in axes.get_title()
+        assert [bar.get_height() for bar in bars] == [parts[k] for parts in time.values()]
+        assert [bar.get_y() for bar in bars] == [sum(parts[:k]) for parts in time.values()]
+    assert "6.0 ms a token after the draft exit, 3.0 with" in axes.get_title()
 
 
 def test_layers_are_counted_with_and_without_what_levels_share(data):
@@ -93,8 +93,10 @@ def test_layers_are_counted_with_and_without_what_levels_share(data):
     heights = defaultdict(list)
     for bar in axes.patches:
         heights[round(bar.get_center()[0])].append(bar.get_height())
-    assert heights == {0: [9 * 1.25], 1: [4 * 1.5, 5 * 1.25], 2: [2 * 2, 2 * 1.5, 5 * 1.25]}
-    assert [line.get_ydata()[0] for line in axes.lines] == [11.25, 4 * 1.5 + 11.25, 4 + 6 + 11.25]
+    hispec, draft = [2 * 2, 2 * 1.5, 5 * 1.25], [2 * 1.75, 7 * 1.25]
+    assert heights == {0: [9 * 1.25], 1: [4 * 1.5, 5 * 1.25], 2: hispec, 3: draft}
+    unshared = [11.25, 4 * 1.5 + 11.25, 4 + 6 + 11.25, 2 * 1.75 + 11.25]
+    assert [line.get_ydata()[0] for line in axes.lines] == unshared
     assert "13 layers a token; if its levels shared nothing, it would be 21" in axes.get_title()
 
 
