@@ -83,13 +83,15 @@ def main() -> None:
     tell(painter.rest() if colour else tokenizer.decode(out.tokens, after=prompt))
 
     greedy: list[Event] = []
-    one = run(plain, args.max_new_tokens if args.html else FIRST, greedy.append)
+    as_long = args.max_new_tokens if args.html else min(FIRST, args.max_new_tokens)
+    one = run(plain, as_long, greedy.append)
     if args.html:
         recorded = [(best, watcher.events)]
         for ladder in ladders[1:]:
-            recorded.append((ladder, events := []))
+            events: list[Event] = []
             run(ladder, 2)
             run(ladder, args.max_new_tokens, events.append)
+            recorded.append((ladder, events))
         about = args.model, model.config.n_layers, args.prompt
         page.write(args.html, page.trace(*about, prompt, recorded, greedy, tokenizer.spell))
     tell("\n".join(statistics(out, names, one, "plain" if args.temperature > 0 else "greedy")))

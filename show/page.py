@@ -116,7 +116,7 @@ def per_token(alone: Sequence[Event]) -> float:
     return (alone[-1].seconds - alone[0].seconds) / (len(alone) - 1)
 
 
-def point(steps: list[Event], alone: Sequence[Event], windows: Sequence[int]) -> dict | None:
+def point(steps: Sequence[Event], alone: Sequence[Event], windows: Sequence[int]) -> dict | None:
     """Where a ladder of two exits stands in the page's cost model; None for all others.
 
     alpha, beta: how often level 1 and level 2 keep a draft they come to; a check that found none
