@@ -104,7 +104,8 @@ def options(description: str | None = __doc__) -> Parser:
     add("--seed", type=int, default=0)
     where = "pays on GPUs, and on CPUs with AVX-512 BF16 or AMX"
     add("--bf16", action="store_true", help=f"compute in bfloat16; {where}")
-    add("--compile", action="store_true", help="fuse each layer's operations; needs a C++ compiler")
+    fuse = "fuse the operations of each layer and of the loss; needs a C++ compiler"
+    add("--compile", action="store_true", help=fuse)
     add("--resume", action="store_true", help="continue DIR/training.safetensors")
     shape = p.add_argument_group("the model made by recipe 1")
     for name, default in dict(layers=32, dim=128, heads=2, kv_heads=1, ffn=384, vocab=2048).items():
@@ -374,6 +375,7 @@ class FrozenTrunk:
         self.rows = text[: len(text) // length * length].view(-1, length)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
         self.room = KEPT
+        self.against = torch.compile(against, dynamic=False) if args.compile else against
 
     def gradients(self, run: "Run", done: float) -> Tensor:
         """Add up the gradients of one step, and say what it was like: a line for each of `names`.
@@ -401,11 +403,11 @@ class FrozenTrunk:
         with torch.no_grad():
             goal = exit_logits(model, self.depths[-1], last, vocab).float().softmax(-1)
         for exit, h in zip(model.exits, hidden, strict=True):
-            logits = heads[str(exit)].known(model.exit_block(h, exit), model.head).float()
-            best = logits.detach().argmax(-1)
+            logits = heads[str(exit)].known(model.exit_block(h, exit), model.head)
+            loss, best = self.against(logits, goal)
             agrees = ((best if vocab is None else vocab[best]) == choices).float().mean()
-            losses.append(F.cross_entropy(logits.flatten(0, 1), goal.flatten(0, 1)))
-            stats.append(torch.stack([losses[-1].detach(), agrees]))
+            losses.append(loss)
+            stats.append(torch.stack([loss.detach(), agrees]))
         table = torch.stack(stats)
         return torch.stack(losses).mean(), torch.cat([table.mean(0, keepdim=True), table])
 
@@ -526,9 +528,8 @@ class LookBack(FrozenTrunk):
         for i in range(len(DRAFTS)):
             # a state belongs to the position before its token's; the first token has none
             state = head(F.pad(state[:, :-1], (0, 0, 1, 0)), embedded, rope, chain)
-            logits = head.out.known(state, model.head)[:, i:].float()  # (R, N - i, known)
-            loss = F.cross_entropy(logits.flatten(0, 1), goal[:, i:].flatten(0, 1))
-            best = logits.argmax(-1)
+            logits = head.out.known(state, model.head)[:, i:]  # (R, N - i, known)
+            loss, best = self.against(logits, goal[:, i:])
             best = best if head.out.vocab is None else head.out.vocab[best]
             table.append(torch.stack([loss, (best == choices[:, i:]).float().mean()]))
         weights = h.new_tensor(DRAFTS, dtype=torch.float32)
@@ -570,6 +571,12 @@ class Chain:
         behind = at[:, None] - at  # (N, N), how far a key's position lies behind the draft's
         guesses = [behind == last - i for i in range(1, last + 1)]
         return torch.cat([behind >= last, *guesses], 1)
+
+
+def against(logits: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of logits with distributions, both (R, N, V), and the likeliest tokens."""
+    logits = logits.float()
+    return F.cross_entropy(logits.flatten(0, 1), goal.flatten(0, 1)), logits.argmax(-1)
 
 
 def exit_logits(model: Llama, exit: int, h: Tensor, vocab: Tensor | None) -> Tensor:

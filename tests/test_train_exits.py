@@ -131,6 +131,9 @@ def test_a_draft_head_learns_and_drafts(tmp_path, corpus, trunk, exit):
         assert out.tokens == generate(before, ids, 40).tokens
         accepted, proposed = accepted + out.levels[0].accepted, proposed + out.levels[0].proposed
     assert accepted / proposed > 0.25
+    options = f"--model {tmp_path / 'run/model'} --draft-head {exit} {SPEED} --steps 1 --lr 1e-9"
+    again, _ = train(tmp_path / "again", corpus, options)  # goes on with what it has learned
+    torch.testing.assert_close(again.draft_heads.state_dict(), after.draft_heads.state_dict())
 
 
 def test_a_draft_head_drafts_what_its_exit_knows(tmp_path, corpus, trunk):
@@ -153,7 +156,7 @@ def test_drafts_in_a_row_are_trained_as_decoding_makes_them(trunk):
     model = model.double()
     model.draft_heads["2"] = DraftHead(model.config).double()
     ids = torch.arange(12) * 7 % model.config.vocab_size
-    args = Namespace(context=12, draft_head=2, device=torch.device("cpu"))
+    args = Namespace(context=12, draft_head=2, device=torch.device("cpu"), compile=False)
     recipe, seen = train_exits.LookBack(model, ids, args), []
     hook = recipe.head.block.register_forward_hook(lambda *passed: seen.append(passed[-1]))
     states, choices = recipe.run(ids)
