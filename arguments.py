@@ -165,8 +165,8 @@ class LevelStats:
     exit: int  # the level's depth in layers
     calls: int = 0  # steps: drafts of the first level, verifications of the others
     proposed: int = 0  # tokens it handed to the level above; last level: tokens it generated
-    accepted: int = 0  # how many of those the level above kept; last level: all
-    positions: int = 0  # processed by its segment; at depth 0, without layers: seen
+    accepted: int = 0  # how many of those the level above kept and wrote; last level: all
+    positions: int = 0  # positions its segment processed; at depth 0, which has no layers: saw
 
 
 @dataclass
@@ -190,7 +190,7 @@ class Event:
     base: int  # position of the first draft, counted from the prompt's first token
     drafts: list[int]  # what the level below had appended; none for level 0
     kept: int  # how many of them the level accepts
-    text: list[int]  # from base on, after the step: kept drafts, then the level's own token
+    text: list[int]  # from base on, after the step: kept drafts, then its own, up to the end
     positions: list[int]  # how many each segment has processed so far, including the prompt's
     seconds: float  # since the generation began
 

@@ -6,15 +6,16 @@
 
 For each prompt, greedy decoding writes the reference text; then the methods take turns. Times are
 wall-clock seconds of whole generations, prompt included. On every third prompt of a category, each
-method also samples a text; texts then differ, so tests prove that their distribution is the same.
-On every sixth prompt, each method runs once more, outside the measured speeds, to time its steps
-and to count which drafts are kept. A line is printed after each prompt, the tables after the last.
+method also samples a text. Sampled texts differ, so comparing them proves nothing; the tests prove
+that they have the same distribution. On every sixth prompt, each method runs once more, outside the
+measured speeds, to time its steps and to count which drafts are kept. A line is printed after each
+prompt, and the tables after the last.
 
 Each method is compared with greedy decoding, with its own draft alone (its first exit directly
 below the full model) and with the best single exit. The ladders are those that --tune last found
 for the model, dtype, step and processor. If it has not been run here, every method takes the ladder
-found for this model elsewhere; if there is none, the model's exits and the paper's windows.
-On a CPU the number of threads and the faster of float32 and bfloat16 are found once and kept.
+found for this model elsewhere, or, if there is none, the model's exits with the paper's windows. On
+a CPU the number of threads and the faster of float32 and bfloat16 are found once and kept.
 """
 
 import argparse
@@ -619,7 +620,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-new-tokens", type=int, metavar="N", help="per answer (default 64; --quick: 24)")
     warmth = "of the sampled part (default 0.8); 0: sample nothing"
     add("--temperature", type=float, default=0.8, help=warmth)
-    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this share")
+    add("--top-p", type=float, default=1.0, help="likeliest tokens, of this total probability")
     add("--top-k", type=int, default=0, help="draw from this many tokens (default 0: from all)")
     add("--seed", type=int, default=0, help="of the sampled part")
     add("--quick", action="store_true", help="one prompt per category, 24 tokens unless N is given")

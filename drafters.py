@@ -27,7 +27,7 @@ from torch import Tensor
 
 from kvcache import WIDEST
 
-SUFFIX = 4  # at most so many of the text's last tokens are looked for
+SUFFIX = 4  # at most this many of the text's last tokens are looked for
 
 
 class LookUp:

@@ -211,7 +211,7 @@ class Decoder:
         return q[: len(drafts)]
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A token (1,) by a drafter's logits (1, V), and the distribution it was drawn from."""
+        """A token (1,) chosen by logits (1, V), and the distribution it was drawn from."""
         if self.options.temperature == 0:
             return logits.argmax(-1), None
         q = self.options.distribution(logits)
@@ -298,8 +298,8 @@ class Step:
 def run_plan(model: Llama, plan: Plan, tokens: Tensor, start: int, depth: int) -> Tensor:
     """Run one pass of tokens (N,) through layers start..depth-1.
 
-    At layer 0 it begins with the tokens, further up with the hidden states that the cache holds at
-    that depth. Returns the states (N, D) from which the logits of the exit at `depth` are computed.
+    From layer 0 it begins with the tokens, from a deeper one with the hidden states that the cache
+    holds there. Returns the states (N, D) from which the exit at `depth` computes its logits.
     """
     hidden = plan.cache.hidden
     if start > 0:

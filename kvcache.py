@@ -50,7 +50,7 @@ class KVCache:
         c, weight = model.config, model.embed.weight
         self.depths = (*exits, c.n_layers)
         self.lengths = [0] * len(self.depths)  # positions that each segment has processed
-        self.processed = [0] * len(self.depths)  # the same, counting those rolled back since
+        self.processed = [0] * len(self.depths)  # the same, including those rolled back since
         blocks = [exit for exit in exits if exit in model.blocks]
         self.block_layers = {exit: c.n_layers + i for i, exit in enumerate(blocks)}
         self.draft_layer = c.n_layers + len(blocks)

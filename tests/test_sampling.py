@@ -38,7 +38,7 @@ class Choices:
         )
 
     def draw(self, weights, rng):
-        if weights.sum() == 0:  # p and q are equal but for a rounding error, and that was drawn
+        if weights.sum() == 0:  # p and q differ only by rounding, and that was drawn
             assert self.weight < 1e-12
             return torch.zeros(1, dtype=torch.long)
         return torch.tensor([self.choose((weights / weights.sum()).tolist())])
