@@ -166,7 +166,7 @@ class LevelStats:
     calls: int = 0  # steps: drafts of the first level, verifications of the others
     proposed: int = 0  # tokens it handed to the level above; last level: tokens it generated
     accepted: int = 0  # how many of those the level above kept and wrote; last level: all
-    positions: int = 0  # positions its segment processed; at depth 0, which has no layers: saw
+    positions: int = 0  # positions that its segment processed; at depth 0: those it saw
 
 
 @dataclass
