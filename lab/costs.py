@@ -68,7 +68,7 @@ def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
 
 @torch.inference_mode()
 def draft_seconds(step: Step, exit: int) -> list[float]:
-    """What ladders of these exits are charged for passes, measured with any kind of step."""
+    """Seconds of a draft whose head runs over 0 .. WIDTHS[-1] positions, its choice included."""
     model, took = step.model, []
     exits = (0, exit) if exit < model.config.n_layers else (0,)
     context = min(CONTEXT, model.config.max_seq_len - WIDTHS[-1])
