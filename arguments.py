@@ -1,4 +1,4 @@
-"""What `hispec.generate` takes, checked before any work is done, and what it returns."""
+"""The options of `hispec.generate`, checked before any work is done, and what it returns."""
 
 import math
 import numbers
@@ -18,18 +18,18 @@ REAL: Any = numbers.Real  # floats, ints, fractions, numpy's
 
 @dataclass(frozen=True)
 class Options:
-    """How `generate` decodes. Raises ValueError with what is wrong and what is allowed."""
+    """How `generate` decodes. Raises ValueError that says what is wrong and what is allowed."""
 
-    exits: tuple[int, ...] = ()  # depths in layers, ascending; at 0 the drafter drafts
+    exits: tuple[int, ...] = ()  # depths in layers, ascending; at depth 0 the drafter drafts
     windows: tuple[int, ...] = ()  # [k]: tokens asked of level k before level k+1 verifies them
-    # [k]: level k stops early once the product of its own probabilities of what it gathered is
-    # below this (at temperature 0: those of temperature 1). None given: never.
+    # [k]: level k stops early once the product of its own probabilities of the tokens it gathered
+    # is below this (at temperature 0, those of temperature 1 count). Empty: it never stops early.
     thresholds: tuple[float, ...] = ()
-    draft_head: int = 0  # at depth 0: the draft head on this exit drafts; 0: the drafter does
-    temperature: float = 0.0  # 0 takes the likeliest token; above, tokens are drawn:
-    top_k: int = 0  # from so many of the likeliest, 0: from all,
-    top_p: float = 1.0  # and of these from the fewest that hold so much of the probability
-    seed: int | None = None  # of the random numbers; None: another text each time
+    draft_head: int = 0  # at depth 0, the draft head on this exit drafts; 0: the drafter does
+    temperature: float = 0.0  # 0: take the likeliest token; above 0: draw tokens, as follows
+    top_k: int = 0  # draw from this many of the likeliest tokens; 0: from all
+    top_p: float = 1.0  # and of these, from the fewest that hold this share of the probability
+    seed: int | None = None  # for the random numbers; None: another text each time
     stop: frozenset[int] = frozenset()  # token ids; the text ends after the first new one
 
     def __post_init__(self):
@@ -72,13 +72,13 @@ class Options:
         return tuple(map(float, thresholds))
 
     def check_model(self, config: Config, draft_heads: Sequence[int] = ()) -> None:
-        """ValueError unless exits, stop tokens and a draft head are the model's."""
+        """ValueError unless the model has these exits, stop tokens and draft head."""
         if self.draft_head:
             reads = (*self.exits, config.n_layers)[1]
             if self.draft_head != reads or reads not in draft_heads:
                 raise ValueError(
                     f"the draft head must read the level above it, exit {reads}, and the model has "
-                    f"heads on exits {tuple(draft_heads)}; got draft_head={self.draft_head}"
+                    f"draft heads on exits {tuple(draft_heads)}; got draft_head={self.draft_head}"
                 )
         if self.exits and self.exits[-1] >= config.n_layers:
             raise ValueError(
@@ -87,10 +87,11 @@ class Options:
         check_tokens(config, self.stop, "stop")
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """What a level draws from (..., V), see `precise`: softmax of logits / temperature.
+        """The distribution (..., V) that a level draws from: softmax of logits / temperature.
 
-        It is cut to the top_k likeliest tokens, then to the fewest that hold top_p of what is left.
-        Ties with the last one kept are kept. At temperature 0 it is that of temperature 1.
+        It is cut to the top_k likeliest tokens, then to the fewest that hold top_p of the remaining
+        probability; ties with the last token kept are kept. At temperature 0 it is the distribution
+        of temperature 1. Its dtype is that of `precise`.
         """
         logits = logits.to(precise(logits.device))
         gap = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: nothing overflows
@@ -107,12 +108,12 @@ class Options:
 
 
 def precise(device: torch.device) -> torch.dtype:
-    """What distributions are computed in: float64, or float32 on Apple's GPUs, which lack it."""
+    """The dtype of distributions: float64, or float32 on Apple's GPUs, which lack float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def checked_prompt(config: Config, prompt, max_new_tokens) -> tuple[list[int], int]:
-    """The prompt's token ids, and the length at which the text ends at the latest; ValueError."""
+    """The prompt's token ids, and the text's greatest length. ValueError if either is wrong."""
     T = config.max_seq_len
     prompt = list(whole_numbers(prompt, "prompt"))
     if not prompt:
@@ -137,7 +138,7 @@ def check_tokens(config: Config, tokens: Iterable[int], name: str) -> None:
 
 
 def whole_number(value: Any, name: str) -> int:
-    """value as an int; ValueError if it is no whole number."""
+    """value as an int. ValueError if it is not a whole number."""
     try:
         return int(operator.index(value))
     except TypeError:
@@ -145,7 +146,7 @@ def whole_number(value: Any, name: str) -> int:
 
 
 def whole_numbers(values: Iterable[int], name: str) -> tuple[int, ...]:
-    """values as ints; ValueError if they are not several whole numbers."""
+    """values as ints. ValueError if they are not a list of whole numbers."""
     if not isinstance(values, Iterable):
         raise ValueError(f"{name} takes a list of whole numbers, got {values!r}")
     try:
@@ -161,36 +162,36 @@ def whole_numbers(values: Iterable[int], name: str) -> tuple[int, ...]:
 class LevelStats:
     """What one level did in one generation."""
 
-    exit: int  # depth in layers at which the level is read
-    calls: int = 0  # steps of this level: drafts for the first, verifications for the others
+    exit: int  # the level's depth in layers
+    calls: int = 0  # steps: drafts of the first level, verifications of the others
     proposed: int = 0  # tokens it handed to the level above; last level: tokens it generated
     accepted: int = 0  # how many of those the level above kept and wrote; last level: all
-    positions: int = 0  # that its segment processed; at depth 0, which has no layers: those it saw
+    positions: int = 0  # positions that its segment processed; at depth 0: those it saw
 
 
 @dataclass
 class Generation:
-    """The new tokens, one LevelStats a level, shallow to deep, and wall-clock seconds."""
+    """The new tokens, one LevelStats per level, shallow to deep, and wall-clock seconds."""
 
     tokens: list[int]
     levels: list[LevelStats] = field(repr=False)
     seconds: float
-    prefill_seconds: float = 0.0  # of these, until the prompt was read and the first token written
+    prefill_seconds: float = 0.0  # of these, up to the first token, which follows the prompt
 
 
 @dataclass(frozen=True)
 class Event:
-    """One step of one level, as `watch` is told: drafts judged, a token of its own added.
+    """One step of one level, as `watch` receives it: drafts were judged and a token was added.
 
-    At depth 0 the step is a drafter's, and all of its drafts are its own: several, or none.
+    At depth 0 the step is a drafter's: nothing is judged, and several tokens, or none, are added.
     """
 
     level: int  # 0 is the shallowest
     base: int  # position of the first draft, counted from the prompt's first token
     drafts: list[int]  # what the level below had appended; none for level 0
     kept: int  # how many of them the level accepts
-    text: list[int]  # from base on, after the step: kept drafts, the level's own, up to the end
-    positions: list[int]  # that each segment has processed so far, the prompt's included
+    text: list[int]  # from base on, after the step: kept drafts, then its own, up to the end
+    positions: list[int]  # how many each segment has processed so far, including the prompt's
     seconds: float  # since the generation began
 
 
@@ -198,7 +199,7 @@ class Event:
 
 
 def ladder_text(exits, windows, thresholds=(), draft_head=0) -> str:
-    """2(4 <0.3) 8(6): exit 2, window 4, stopping below probability 0.3; exit 8, window 6.
+    """For example 2(4 <0.3) 8(6): exit 2, window 4, threshold 0.3; then exit 8, window 6.
 
     8'(3) 8(6): at depth 0 the draft head on exit 8 drafts; 0(3) 8(6): the drafter does.
     """
@@ -208,7 +209,7 @@ def ladder_text(exits, windows, thresholds=(), draft_head=0) -> str:
 
 
 def parse_ladder(text: str) -> Options:
-    """A ladder written as `ladder_text` does, as options; ValueError."""
+    """The options of a ladder in the notation of `ladder_text`. ValueError if it is not one."""
     level = r"\s*(\d+)\s*\(\s*(\d+)\s*(?:<\s*(\d*\.?\d+)\s*)?\)\s*"
     head = re.match(r"\s*(\d+)'", text)
     text_of_exits = re.sub(r"^\s*\d+'", "0", text)

@@ -1,20 +1,21 @@
-"""Measure greedy decoding, single exits, HiSpec and look-ups: one loop, the same prompts.
+"""Measure greedy decoding, single exits, HiSpec and look-ups, in one loop on the same prompts.
 
     python bench.py --quick
     python bench.py --ladder "1(1) 2(2) 8(4)"
     torchrun --nproc_per_node=2 bench.py --model M      # a model larger than one GPU
 
-For each prompt greedy decoding writes the reference text; then the methods take turns. Times are
-wall-clock seconds of whole generations, prompt included. On every third prompt of a category each
-method also samples: another text of the same distribution, which tests prove and no comparison of
-texts could. On every sixth prompt, outside the speeds, steps are timed and what becomes of drafts
-is counted. A line is printed after each prompt, all else after the last.
+For each prompt, greedy decoding writes the reference text; then the methods take turns. Times are
+wall-clock seconds of whole generations, prompt included. On every third prompt of a category, each
+method also samples a text. Sampled texts differ, so comparing them proves nothing; the tests prove
+that they have the same distribution. On every sixth prompt, each method runs once more, outside the
+measured speeds, to time its steps and to count which drafts are kept. A line is printed after each
+prompt, and the tables after the last.
 
-Each method is compared with greedy decoding, with its own draft alone (its first exit straight
-below the full model) and with the best single exit. Ladders are those that --tune last found for
-the model, dtype, step and processor; where it has not been run, those found elsewhere for this
-model, for every method alike; and where there are none, the model's exits and the paper's windows.
-On a CPU the number of threads and the faster of float32 and bfloat16 are found once and kept.
+Each method is compared with greedy decoding, with its own draft alone (its first exit directly
+below the full model) and with the best single exit. The ladders are those that --tune last found
+for the model, dtype, step and processor. If it has not been run here, every method takes the ladder
+found for this model elsewhere, or, if there is none, the model's exits with the paper's windows. On
+a CPU the number of threads and the faster of float32 and bfloat16 are found once and kept.
 """
 
 import argparse
@@ -55,26 +56,26 @@ from hispec import Generation, Step, generate
 from model import Llama
 
 PROMPTS = Path(__file__).parent / "prompts"
-HELD_OUT = Path("held-out")  # in place of a file: beginnings of installed files, drawn by lab/
-WARM_UP = 8  # tokens before it: a process's first passes are slower than all that follow
+HELD_OUT = Path("held-out")  # not a file: stands for beginnings of installed files, drawn by lab/
+WARM_UP = 8  # tokens decoded before measuring: a process's first passes are slower than later ones
 ROOM = 288  # positions that a step must have room for, so that passes can be timed by themselves
 GREEDY: Ladder = ((), (), ())
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to decode. Ours differ only in the ladder; peers bring a decoder of their own."""
+    """One way to decode. Our methods differ only in the ladder; peers bring their own decoder."""
 
     name: str
     ladder: Ladder
     decode: Callable[..., Generation]  # decode(prompt, max_new_tokens, stop=..., temperature=...)
-    draft: Ladder | None = None  # its own draft alone: its first exit straight below the full model
+    draft: Ladder | None = None  # its own draft alone: its first exit directly below the full model
     ours: bool = True
-    sampled: "Method | None" = None  # the same kind, tuned for sampled text; None: this one
+    sampled: "Method | None" = None  # the same kind tuned for sampled text; None: this one
 
     @property
     def key(self) -> object:
-        """Methods of the same ladder are measured once."""
+        """Methods with the same key are measured only once."""
         return self.ladder if self.ours else self.name
 
 
@@ -88,7 +89,7 @@ class Request:
     made: list[Generation] = field(default_factory=list)  # [method]
     sampled: list[Generation] = field(default_factory=list)  # [method], or empty
     watched: dict[object, Notes] = field(default_factory=dict)  # by Method.key, or empty
-    ending: str = ""  # how the prompt ends, where its file says so
+    ending: str = ""  # how the prompt ends, if its file says so
 
 
 def main() -> None:
@@ -109,7 +110,7 @@ def main() -> None:
     if args.tune:
         from lab.tune import tune, tuning_table
 
-        tell("tuning: thousands of ladders are predicted and dozens run, which takes minutes")
+        tell("tuning: thousands of ladders are predicted and dozens are run; this takes minutes")
         firsts = {q["category"]: tokenizer.chat(q["turns"][:1]) for q in reversed(questions)}
         prompts = [p for p in firsts.values() if len(p) + args.max_new_tokens <= room]
         ran = tune(step, prompts, *limit, decoder, sampling(args))
@@ -128,7 +129,7 @@ def main() -> None:
     if args.peers:
         from lab.peers import peers
 
-        tell("peers: the same weights are loaded by transformers")
+        tell("peers: transformers loads the same weights")
         for name, decode in peers(model, exit=methods[1].ladder[0][0]):
             methods.append(Method(name, GREEDY, decode, ours=False))
 
@@ -168,7 +169,7 @@ def main() -> None:
 
 
 def load_model(args: argparse.Namespace, tell: Callable) -> tuple[Llama, Tokenizer, dict]:
-    """The model in the dtype that is faster here, its tokenizer, and the setting of the run."""
+    """The model in the dtype asked for or the faster one, its tokenizer, and the run's setting."""
     plain = args.step == "plain"
     load_as = partial(load, args.model, args.device, plain=plain, ranks=args.ranks)
     step = {"step": args.step}
@@ -179,7 +180,7 @@ def load_model(args: argparse.Namespace, tell: Callable) -> tuple[Llama, Tokeniz
     dtype = getattr(torch, args.dtype)
     model, tokenizer = load_as(dtype)
     if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer, and the prompts are text")
+        raise ValueError(f"{args.model} has no tokenizer, which the prompts need: they are text")
     if args.chat == "never":
         tokenizer.template = None
     header = step | describe(args.model, args.device, dtype) | {"sampling": sampling(args)}
@@ -193,7 +194,7 @@ def load_model(args: argparse.Namespace, tell: Callable) -> tuple[Llama, Tokeniz
 
 
 def make_step(model: Llama, args: argparse.Namespace, room: int) -> Step:
-    """The step that all of our methods take, for texts of at most `room` tokens."""
+    """The step that all of our methods use, for texts of at most `room` tokens."""
     if args.step == "plain":
         return Step(model)
     if args.step == "packed":
@@ -206,24 +207,24 @@ def make_step(model: Llama, args: argparse.Namespace, room: int) -> Step:
 
 
 def decode_with(model: Llama, step: Step, *ladder) -> Callable:
-    """generate with this step and ladder: exits, windows, thresholds; none given: greedy."""
+    """`generate` with this step and ladder (exits, windows, thresholds); no ladder: greedy."""
     return partial(generate, model, fast=step, **as_options(ladder or GREEDY))
 
 
 def choose_methods(
     model: Llama, tuned: dict[str, Ladder], own: list[Options], decoder: Callable, every_kind: bool
 ) -> list[Method]:
-    """The tuned ladders, or where there are none untuned ones, and `own`, named as written.
+    """The tuned ladders, or untuned ones where there are none, and `own`, named as written.
 
-    Each ladder's own draft alone is among them. every_kind: also what is tuned beyond these.
+    Each ladder's own draft alone is among them. every_kind: include the other tuned ladders too.
     """
 
     def alone(ladder: Ladder) -> Ladder | None:
-        """Its own draft alone; with the paper's window where no such ladder was tuned."""
+        """The ladder's own draft alone, with the paper's window if no such ladder was tuned."""
         exits, _, _ = ladder
         if len(exits) < 2:
             return ladder if exits else None
-        if exits[0] < 0:  # a draft head needs the exit that it reads
+        if exits[0] < 0:  # a draft head cannot do without the exit that it reads
             return None
         known = [single for single in tuned.values() if single[0] == exits[:1]]
         return known[0] if known else (exits[:1], (4,), (0.0,))
@@ -234,7 +235,7 @@ def choose_methods(
         "greedy": GREEDY,
         "single-layer": tuned.get("single-layer", ((middle,), (4,), (0.0,))),
         "hispec": hispec,
-        "draft alone": alone(hispec) or GREEDY,  # it has one
+        "draft alone": alone(hispec) or GREEDY,  # HiSpec always has one
         "paper windows": (hispec[0], (2, 4), (0.0, 0.0)),
         "look-up": tuned.get("look-up", ((0,), (4,), (0.0,))),
         "look-up, exit": tuned.get("look-up, exit", ((0, middle), (4, 4), (0.0, 0.0))),
@@ -254,7 +255,7 @@ def choose_methods(
 
 
 def sampling(args: argparse.Namespace) -> dict:
-    """How tokens are drawn in the sampled part; empty if there is none."""
+    """How tokens are drawn in the sampled part; empty if nothing is sampled."""
     names = ("temperature", "top_p", "top_k", "seed")
     return {name: getattr(args, name) for name in names} if args.temperature > 0 else {}
 
@@ -277,10 +278,10 @@ def choose_questions(args: argparse.Namespace, tokenizer: Tokenizer) -> list[dic
 
 
 def read_prompts(path: Path) -> list[dict]:
-    """Questions in Spec-Bench's form: a JSON object a line, with `category` and `turns` (texts)."""
+    """Questions in Spec-Bench's form: one JSON object per line, with `category` and `turns`."""
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # no other mark ends a line
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # nothing else ends a line
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the prompts {path}: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -302,15 +303,15 @@ def read_prompts(path: Path) -> list[dict]:
 
 
 def most_tokens(model, tokenizer, questions, max_new_tokens: int) -> int:
-    """An upper bound for the longest conversation, answers included; at most the context."""
+    """An upper bound on the longest conversation, answers included; at most the context."""
     asked = [[text for turn in q["turns"] for text in (turn, "")][:-1] for q in questions]
-    # an answer cut from the text and encoded anew may have more tokens than were generated
+    # an answer's text, encoded again, may have more tokens than were generated
     most = max(len(tokenizer.chat(turns)) + 2 * max_new_tokens * len(turns) for turns in asked)
     return min(most, model.config.max_seq_len)
 
 
 def ask(decode, tokenizer, questions, max_new_tokens, stop, room, tell) -> Iterator[Request]:
-    """Answer each turn greedily: the answer is the reference, and part of the next prompt."""
+    """Answer each turn greedily. The answer is the reference, and part of the next prompt."""
     for question in questions:
         conversation: list[str] = []
         for turn in question["turns"]:
@@ -332,9 +333,10 @@ def ask(decode, tokenizer, questions, max_new_tokens, stop, room, tell) -> Itera
 def measure(
     request: Request, before: list[Request], methods, limit, sampling: dict, bar=None
 ) -> None:
-    """Decode one request by every method, after those `before` it.
+    """Decode one request by every method.
 
-    limit: max_new_tokens and the stop tokens. sampling: how to sample, if at all.
+    before: the requests measured so far. limit: max_new_tokens and the stop tokens. sampling: how
+    to sample, or empty.
     """
     new, stop = limit
     turn = partial(take_turn, methods, request.prompt, bar=bar, stop=stop)
@@ -345,7 +347,7 @@ def measure(
         seed = (sampling["seed"] + sum(len(other.sampled) > 0 for other in before)) % 2**63
         drawing = partial(take_turn, for_sampled(methods), request.prompt, bar=bar, stop=stop)
         request.sampled = drawing(len(before), new, **sampling | {"seed": seed})
-    if len(before) % 6 == 0:  # which says enough, and nobody waits for it
+    if len(before) % 6 == 0:  # this is enough to count, and costs little time
         for method in methods:
             if method.ours and method.key not in request.watched:
                 request.watched[method.key] = watch(method.decode, request.prompt, new, stop)
@@ -358,7 +360,7 @@ def for_sampled(methods: list[Method]) -> list[Method]:
 def take_turn(
     methods, prompt, first: int, max_new_tokens: int, bar=None, **options
 ) -> list[Generation]:
-    """A generation of each method, one after the other, in an order that begins with `first`."""
+    """One generation by each method, in turn, beginning with method number `first`."""
     made: dict[object, Generation] = {}
     for i in range(len(methods)):
         method = methods[(first + i) % len(methods)]
@@ -369,11 +371,11 @@ def take_turn(
     return [made[method.key] for method in methods]
 
 
-# ---- what it comes to ---------------------------------------------------------------------------
+# ---- results ------------------------------------------------------------------------------------
 
 
 def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> list[dict]:
-    """One result a method: over all requests, by category, and of the sampled texts."""
+    """One result per method: over all requests, by category, and for the sampled texts."""
     predicted = choices(model, {e for m in methods for e in m.ladder[0] if e > 0}, requests)
     drawn = [request for request in requests if request.sampled]
     results = []
@@ -393,7 +395,7 @@ def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> l
 
 
 def by_category(methods, requests: list[Request], m: int, of: Callable) -> dict:
-    """The same figures of all requests, of each category's, and of each kind of ending's."""
+    """The figures over all requests, over each category's, and over each kind of ending's."""
     found = of(methods, requests, m)
     for name, kind in ("by_category", "category"), ("by_ending", "ending"):
         groups = defaultdict(list)
@@ -406,7 +408,7 @@ def by_category(methods, requests: list[Request], m: int, of: Callable) -> dict:
 
 
 def figures(methods: list[Method], requests: list[Request], m: int, sampled=False) -> dict:
-    """The figures of method m over these requests, of their greedy texts or of the sampled ones."""
+    """The figures of method m over these requests: of its greedy texts, or of its sampled ones."""
     turns = [request.sampled if sampled else request.made for request in requests]
     made = list(zip(*turns, strict=True))  # [method][request]
     keys = [method.key for method in methods]
@@ -418,7 +420,7 @@ def figures(methods: list[Method], requests: list[Request], m: int, sampled=Fals
         return rate(m) / rate(keys.index(key)) if key in keys else None
 
     def seconds(part) -> float | None:
-        """A prompt's, on average; None where levels are not known, and so neither is the part."""
+        """The mean per prompt, or None for a method without levels, which does not report this."""
         return statistics.mean(map(part, made[m])) if levels else None
 
     levels = list(zip(*(generation.levels for generation in made[m]), strict=True))
@@ -450,14 +452,14 @@ def figures(methods: list[Method], requests: list[Request], m: int, sampled=Fals
 
 
 def differing_tokens(tokens: list[int], reference: list[int]) -> int:
-    """Positions at which two texts differ; where one is longer, its surplus counts."""
+    """The number of positions at which two texts differ; tokens past the shorter's end count."""
     surplus = abs(len(tokens) - len(reference))
     return sum(a != b for a, b in zip(tokens, reference, strict=False)) + surplus
 
 
 @torch.inference_mode()
 def choices(model: Llama, exits: set[int], requests: list[Request]) -> dict[int, torch.Tensor]:
-    """What these exits and the full model predict along all greedy texts (N,), by depth."""
+    """By depth, what these exits and the full model predict along all greedy texts: (N,)."""
     predicted = defaultdict(list)
     for request in requests:
         ids = torch.tensor([request.prompt + request.greedy], device=model.embed.weight.device)
@@ -470,18 +472,18 @@ def choices(model: Llama, exits: set[int], requests: list[Request]) -> dict[int,
 
 
 def level_agreement(choice: dict[int, torch.Tensor], exits: tuple[int, ...]) -> dict:
-    """How often the levels of a ladder predict the same token, from what `choices` found.
+    """How often the levels of a ladder predict the same token, given the result of `choices`.
 
-    agreement["4-8"] is the share of tokens on which the levels at depths 4 and 8 agree.
-    false_rejects is the share of the draft's tokens refused by the level above it that the full
-    model would keep. A look-up predicts nothing.
+    agreement["4-8"] is the share of tokens on which the levels at depths 4 and 8 agree. Of the
+    draft's tokens that the level above rejects, false_rejects is the share that the full model
+    would keep. A look-up has no predictions to compare.
     """
     depths = (*(exit for exit in exits if exit > 0), max(choice))
     pairs = [(a, b) for i, a in enumerate(depths) for b in depths[i + 1 :]]
     draft, middle, full = choice[depths[0]], choice[depths[1]], choice[depths[-1]]
     same = {f"{a}-{b}": (choice[a] == choice[b]).double().mean().item() for a, b in pairs}
     out: dict = {"agreement": same}
-    if len(depths) > 2:  # the two lowest exits
+    if len(depths) > 2:  # between the two lowest exits
         refused = draft != middle
         out["false_rejects"] = ratio((refused & (draft == full)).sum().item(), refused.sum().item())
     return out
@@ -494,8 +496,8 @@ SHORT = {"single-layer": "single", "draft alone": "draft", "paper windows": "pap
          "look-up, exit": "look+exit", "head, exit": "head+exit"}  # fmt: skip
 
 
-COLUMNS = """x: tokens/s over greedy decoding's, its own draft alone's, the best single exit's.
-ladder: exit(window <threshold). a pass: tokens a full pass. accepted: by level, shallow to deep."""
+COLUMNS = """x: tokens/s relative to greedy decoding, its own draft alone, and the best single exit.
+ladder: exit(window <threshold). a pass: tokens per full pass. accepted: by level, draft first."""
 
 
 def percent(values) -> str:
@@ -507,7 +509,7 @@ def number(value: float | None, digits: int = 2) -> str:
 
 
 def shown(methods: list[Method]) -> list[tuple[str, int]]:
-    """Headings and indices of the methods that a line has room for, after greedy's speed."""
+    """Headings and indices of the methods for which a line has room after greedy's speed."""
     columns, room = [], WIDE - 34
     for m, method in enumerate(methods[1:], 1):
         heading = SHORT.get(method.name, method.name).rjust(4)
@@ -518,15 +520,15 @@ def shown(methods: list[Method]) -> list[tuple[str, int]]:
 
 
 def how_long(questions: list[dict], methods: list[Method], seconds: float) -> str:
-    """seconds: what one text took."""
+    """How long the run may take. seconds: what one text took."""
     turns = sum(len(question["turns"]) for question in questions)
     texts = turns * (1 + len({method.key for method in methods}) * 2)
     minutes = texts * seconds / 60
-    return f"(up to {texts} texts; if all took {seconds:.1f} s as the first, {minutes:.1f} minutes)"
+    return f"(up to {texts} texts; at {seconds:.1f} s each, like the first, {minutes:.1f} minutes)"
 
 
 def row(methods: list[Method], request: Request, columns: list[tuple[str, int]]) -> str:
-    """What was measured on one prompt: greedy's tokens a second, and speed-ups over it."""
+    """One prompt's results: greedy's tokens per second, and the others' speed-ups over it."""
     greedy = figures(methods, [request], 0)["tokens_per_second"]
     ratios = [
         number(figures(methods, [request], m)["speedup_vs_greedy"]).rjust(len(heading))
@@ -540,7 +542,7 @@ def row_line(prompt: str, speed: str, ratios: list[str]) -> str:
 
 
 def report(results: list[dict], limit: dict, temperature: float) -> str:
-    """What a reader needs first, in tables; the JSON holds all else."""
+    """What a reader needs first, in tables; the JSON holds everything else."""
     parts = [table(summary_rows(results, "all prompts", identical=True), 36) + "\n" + COLUMNS]
     if "sampled" in results[0]:
         drawn = [r | r["sampled"] for r in results]
@@ -568,14 +570,14 @@ def limit_text(greedy: dict, limit: dict) -> str:
     return (
         f"memory: {speed:.1f} GB/s, {size:.1f} MB of weights a full pass: at most {ceiling:.0f} "
         f"tokens/s, of which greedy\ndecoding reaches {greedy['tokens_per_second'] / ceiling:.0%}. "
-        f"A full pass over one position takes {1e3 * passes['1']:.2f} ms,\n"
-        f"over more so many times as long: {', '.join(wider)}"
+        f"A full pass over one position takes {1e3 * passes['1']:.2f} ms.\n"
+        f"Over several positions it takes longer: {', '.join(wider)}"
     )
 
 
 @torch.inference_mode()
 def divergences(model: Llama, methods: list[Method], requests: list[Request]) -> Iterator[str]:
-    """Where each text that is not greedy's first differs, and the two best logits there."""
+    """Where each text first differs from greedy's, if it does, and the two best logits there."""
     for m, method in enumerate(methods):
         for request in requests:
             tokens, reference = request.made[m].tokens, request.greedy
@@ -594,39 +596,39 @@ def divergences(model: Llama, methods: list[Method], requests: list[Request]) ->
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What is asked, defaults filled in. ValueError for what is wrong, before any work."""
+    """The options, with defaults filled in. ValueError if any is wrong, before any work."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    models = "tiny, smollm2, a folder or owner/name of Hugging Face's, or a .gguf file"
+    models = "tiny, smollm2, a Hugging Face folder or owner/name, or a .gguf file"
     add("--model", default="tiny", help=models)
     ours = "default: prompts/chat.jsonl for a model that chats, else prompts/python.jsonl"
-    drawn = f"or {HELD_OUT}: beginnings of installed files that no training has seen"
+    drawn = f"or {HELD_OUT}: beginnings of installed files never trained on"
     file = f"JSONL with category and turns, {drawn} ({ours})"
     add("--prompts", type=Path, metavar="FILE", help=file)
-    plain = "never: plain text, whatever the model"
+    plain = "never: plain text, even for a model that chats"
     add("--chat", choices=["auto", "never"], default="auto", help=plain)
-    another = "also measure this ladder: exit(window), exit(window <threshold); may be repeated"
+    another = "also measure this ladder: exit(window) or exit(window <threshold); may be repeated"
     add("--ladder", action="append", default=[], metavar='"2(2 <0.2) 8(4)"', help=another)
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     add("--dtype", choices=dtypes, help="default: bfloat16; on a CPU the faster of it and float32")
-    shapes = "plain: the core's own; packed: a CPU's weights packed (default there); fixed: every "
-    shapes += "pass has one shape, captured on a GPU (default there)"
+    shapes = "plain: the core's own; packed: weights packed, the default on a CPU; fixed: every "
+    shapes += "pass has one shape and is captured on a GPU, the default there"
     add("--step", choices=["plain", "packed", "fixed"], help=shapes)
-    launches = "fixed step on a GPU: capture the layers as they are"
+    launches = "fixed step on a GPU: capture the layers without compiling them"
     add("--no-compile", dest="compile", action="store_false", help=launches)
-    add("--max-new-tokens", type=int, metavar="N", help="an answer (default 64; --quick: 24)")
-    warmth = "of the sampled part (default 0.8); 0: measure greedy decoding only"
+    add("--max-new-tokens", type=int, metavar="N", help="per answer (default 64; --quick: 24)")
+    warmth = "of the sampled part (default 0.8); 0: sample nothing"
     add("--temperature", type=float, default=0.8, help=warmth)
-    add("--top-p", type=float, default=1.0, help="draw from the fewest tokens that hold so much")
-    add("--top-k", type=int, default=0, help="draw from so many tokens (default 0: from all)")
+    add("--top-p", type=float, default=1.0, help="likeliest tokens, of this total probability")
+    add("--top-k", type=int, default=0, help="draw from this many tokens (default 0: from all)")
     add("--seed", type=int, default=0, help="of the sampled part")
-    add("--quick", action="store_true", help="one prompt a category, 24 tokens unless N is given")
+    add("--quick", action="store_true", help="one prompt per category, 24 tokens unless N is given")
     find = "first find the fastest exits, windows and threads, and keep them for this machine"
     add("--tune", action="store_true", help=find)
-    everyone = "keep them in results/ladders.json instead, for all who clone this"
+    everyone = "with --tune: keep them in results/ladders.json, for all who clone this"
     add("--ship", action="store_true", help=everyone)
-    peers = "also measure transformers' decoding of the same weights, without our exit heads"
+    peers = "also measure decoding by transformers with the same weights, without our exit heads"
     add("--peers", action="store_true", help=peers)
     add("--json", type=Path, metavar="FILE", help="also write every figure to FILE")
     add("--figures", type=Path, metavar="DIR", help="also draw figures into DIR, as PNG and SVG")
@@ -640,12 +642,13 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def share_out(args: argparse.Namespace) -> None:
-    """Started by torchrun: every process makes the same calls, with a part of the model each.
+    """Share the model among the processes of torchrun; all make the same calls, each on its part.
 
-    So nothing may be chosen by time, which each would measure for itself; one prints and writes.
+    So nothing may be chosen by time, which each process would measure for itself. Only one of them
+    prints and writes.
     """
     if find_spec("fast") is None:
-        raise ValueError("several processes share a model by fast/, which is not here")
+        raise ValueError("several processes share a model through fast/, which is not here")
     if args.tune or args.peers or args.figures or args.step not in (None, "plain"):
         raise ValueError("several processes: no --tune, --peers or --figures, no --step but plain")
     from fast.parallel import start
@@ -662,7 +665,7 @@ def fill_in(args: argparse.Namespace) -> None:
     on_gpu, fast = args.device.startswith("cuda"), find_spec("fast") is not None
     args.step = args.step or ("plain" if not fast else "fixed" if on_gpu else "packed")
     if args.dtype is None and (args.device != "cpu" or not fast):
-        args.dtype = "bfloat16" if on_gpu else "float32"  # else whichever proves faster
+        args.dtype = "bfloat16" if on_gpu else "float32"  # otherwise the faster one
     if args.max_new_tokens is None:
         args.max_new_tokens = 24 if args.quick else 64
 
@@ -690,7 +693,7 @@ def check(args: argparse.Namespace) -> None:
         asked = ", ".join(option for option, given in of_lab.items() if given)
         raise ValueError(f"{asked}: needs lab/, which is not here")
     if args.prompts not in (None, HELD_OUT):
-        read_prompts(args.prompts)  # what is wrong is said now, not when everything is measured
+        read_prompts(args.prompts)  # an error in the file is raised now, not later
     if args.tune:
         must_be_keepable(args.ship)
     if args.json:

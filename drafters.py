@@ -1,20 +1,21 @@
-"""What drafts at depth 0, where no layer of the model runs.
+"""The drafters of depth 0, where no layer of the model runs.
 
 A drafter is an object with one method,
 
     draft(decoder, want) -> (tokens, q)
 
-It proposes at most `want` token ids that may follow `decoder.text`, as a list, or as a tensor on
-the model's device; none is allowed. q (n, V) are the distributions that they were drawn from, or
-None if they were not drawn: then all the probability is on them. For example
+It proposes at most `want` token ids, possibly none, to follow `decoder.text`: as a list, or as a
+tensor on the model's device. q (n, V) are the distributions that the tokens were drawn from, or
+None if they were not drawn: then each counts as having probability 1. For example
 
     class Again:  # the last token, again and again
         def draft(self, decoder, want):
             return [decoder.text[-1]] * want, None
 
-`decoder.choose(logits)` draws a token as the generation's options ask, and gives its distribution.
-The first `decoder.unchanged` tokens of the text are as the drafter last saw or wrote them: what it
-has cached for these is still right. At the first call of a generation it is 0: forget everything.
+`decoder.choose(logits)` draws a token as the generation's options ask, and returns its distribution
+too. The first `decoder.unchanged` tokens of the text are as the drafter last saw or wrote them, so
+that whatever it has cached for them is still right. At the first call of a generation this number
+is 0: the drafter must forget everything.
 """
 
 from collections import defaultdict
@@ -26,19 +27,19 @@ from torch import Tensor
 
 from kvcache import WIDEST
 
-SUFFIX = 4  # tokens of the text's end that are looked for at most
+SUFFIX = 4  # at most this many of the text's last tokens are looked for
 
 
 class LookUp:
-    """Drafts what followed the text's end where it stood before (prompt lookup).
+    """Finds the text's last tokens earlier in the text, and drafts what followed (prompt lookup).
 
-    Of all places the one that shares most with the end counts, up to SUFFIX tokens, among equals
-    the latest. An index of the places behind every run of tokens makes a draft take the same time
-    however long the text is.
+    It looks for the longest match, of up to SUFFIX tokens, and among equals for the latest. An
+    index of the places after every run of tokens makes a draft take the same time however long the
+    text is.
     """
 
     def __init__(self):
-        self.text: list[int] = []  # as far as its places are in the index
+        self.text: list[int] = []  # the part of the text that is in the index
         # places[run of 1 to SUFFIX tokens]: the lengths at which the text ended so, ascending
         self.places: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
 
@@ -46,16 +47,16 @@ class LookUp:
         return self.look_up(decoder.text, decoder.unchanged, want), None
 
     def look_up(self, text: Sequence[int], unchanged: int, want: int) -> list[int]:
-        """The `want` tokens that followed text's end before, or none.
+        """`want` tokens that followed the text's last tokens earlier in it, or none.
 
-        unchanged: how many of its first tokens are as they were at the last call. Where the copy
-        reaches the end of the text it goes on with its own beginning, as a text in a loop would.
+        unchanged: how many first tokens of the text are as they were at the last call. A copy that
+        reaches the end of the text continues with its own beginning, as a text in a loop would.
         """
         while len(self.text) > unchanged:
             for run in self.runs():
                 self.places[run].pop()
             self.text.pop()
-        for token in text[len(self.text) : -1]:  # the end itself is no place before it
+        for token in text[len(self.text) : -1]:  # the text's end is not an earlier place
             self.text.append(token)
             for run in self.runs():
                 self.places[run].append(len(self.text))
@@ -66,29 +67,30 @@ class LookUp:
         return []
 
     def runs(self) -> list[tuple[int, ...]]:
-        """The runs of tokens that the text indexed so far ends with."""
+        """The runs of 1 to SUFFIX tokens that end the text indexed so far."""
         return [tuple(self.text[-n:]) for n in range(1, min(SUFFIX, len(self.text)) + 1)]
 
 
 class HeadDrafter:
     """Drafts with the model's draft head on an exit (model.DraftHead), in the shared cache.
 
-    The exit's own level has judged all of the text when the head is asked: its states are there for
-    every position but the last. What the head computed from its own guesses is run again from these
-    states in the pass of its next draft, so that a kept position passes it at most twice.
+    When the head is asked, the exit's own level has judged all of the text, so its states are there
+    for every position but the last. Positions that the head ran from its own outputs are run again
+    from these true states in the pass of its next draft, so a kept position passes the head at most
+    twice.
     """
 
     def __init__(self, exit: int):
         self.exit = exit
-        self.length = 0  # positions that have passed the head from true states
+        self.length = 0  # positions that the head has run from true states
 
     def draft(self, decoder, want: int) -> tuple[Tensor, Tensor | None]:
         step, cache, tokens = decoder.step, decoder.cache, decoder.tokens
         first, last = min(self.length, decoder.unchanged), decoder.length
-        for start in range(first, last, WIDEST):  # more than one pass after a long prompt only
+        for start in range(first, last, WIDEST):  # only a long prompt takes more than one pass
             stop = min(start + WIDEST, last)
             before = cache.hidden[self.exit][:, max(0, start - 1) : stop - 1]  # (1, N, D)
-            if start == 0:  # nothing stands before the text
+            if start == 0:  # the first token has no state before it
                 before = F.pad(before, (0, 0, 1, 0))
             state, logits = step.draft(cache, self.exit, before, tokens[start:stop], start)
         self.length = last
@@ -104,5 +106,5 @@ class HeadDrafter:
 
 
 def look_up(text: Sequence[int], want: int) -> list[int]:
-    """What LookUp drafts behind a text that it sees for the first time."""
+    """What LookUp drafts after a text that it sees for the first time."""
     return LookUp().look_up(text, 0, want)

@@ -1,17 +1,17 @@
 """Hierarchical speculative decoding: one model, read at several depths, one recursion.
 
-A shallow exit drafts tokens, a deeper exit filters the draft, the full model has the last word
-(HiSpec, Kumar, Sanghavi, Das, arXiv 2510.01336). A *ladder* is a list of exits, each a depth in
-layers. Level k is the model cut at exit k, the last level is the whole model; segment k is the
-layers that level k has beyond level k-1. So
+A shallow exit drafts tokens, a deeper exit filters the draft, and the full model has the last
+word (HiSpec, Kumar, Sanghavi, Das, arXiv 2510.01336). A *ladder* is a list of exits, each a depth
+in layers. Level k is the model cut at exit k, and the last level is the whole model. Segment k is
+the layers that level k has beyond level k-1. So
 
     exits=()      windows=()       plain autoregressive decoding
     exits=(8,)    windows=(4,)     a single exit (LayerSkip, arXiv 2404.16710)
     exits=(4, 8)  windows=(2, 4)   HiSpec
     exits=(0, 8)  windows=(4, 4)   at depth 0 no layer runs: a drafter proposes (drafters.py)
 
-and longer ladders. Whatever the ladder, the output is the full model's own: the same tokens at
-temperature 0, the same distribution above it. `Decoder.propose` is the method.
+and so on for longer ladders. Whatever the ladder, the output is the full model's own: the same
+tokens at temperature 0, the same distribution above it. `Decoder.propose` is the method.
 """
 
 import time
@@ -38,11 +38,11 @@ def generate(
 
     The text also ends when the model's context is full.
     options: exits, windows, thresholds, temperature, top_k, top_p, seed, stop: arguments.Options.
-    watch: called with an Event after every step of a level. drafter: what drafts at depth 0
-    (drafters.py; default: the look-up). decoder: a subclass of Decoder, to count, to time, or to
-    decide otherwise. fast: the step to use; default: the model's own, or the plain one.
-    Raises ValueError for arguments out of range, before any work, and for logits that are not
-    finite.
+    watch: called with an Event after every step of a level. drafter: proposes tokens at depth 0
+    (drafters.py; default: the look-up). decoder: a subclass of Decoder that counts, measures time,
+    or decides otherwise. fast: the step to use; default: the model's own, or else the plain one.
+    Raises ValueError for arguments out of range, before any work is done, and for logits that are
+    not finite.
     """
     began = time.perf_counter()
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
@@ -68,9 +68,9 @@ def generate(
 class Decoder:
     """The state of one generation, and the recursion that advances it.
 
-    tokens[:length] is the text so far, on the device: what the last level wrote, then drafts that
-    it has not judged. `text` is its copy on the host, which lags behind while level 0 drafts. The
-    newest token has always been written, and no level has run it yet.
+    tokens[:length] is the text so far, on the device: the tokens that the last level wrote, then
+    drafts that it has not judged. `text` is the copy on the host, which lags behind while level 0
+    drafts. The newest token is always in `tokens`, but no level has run it yet.
     """
 
     def __init__(self, prompt: list[int], end: int, options: Options, step: "Step",
@@ -79,12 +79,12 @@ class Decoder:
         self.drafter, self.watch = drafter, watch
         self.depths = cache.depths
         self.top = len(self.depths) - 1  # the last level: the whole model
-        self.text = list(prompt)  # on the host, as far as it has been read there
+        self.text = list(prompt)  # the host's copy, as far as it has been read
         self.start = self.length = len(prompt)
-        self.unchanged = 0  # tokens of the text that are as they were when the drafter last saw it
-        self.end = end  # no text beyond it; a stop token that the last level writes lowers it
+        self.unchanged = 0  # how many first tokens are still as the drafter last saw them
+        self.end = end  # the text's greatest length; a stop token of the last level lowers it
         device = cache.keys.device
-        room = len(cache.columns) + 1  # a level's own token may fall right behind the text's end
+        room = len(cache.columns) + 1  # a level's own token may land just past the text's end
         self.tokens = torch.zeros(room, dtype=torch.long, device=device)
         self.tokens[: self.length] = torch.tensor(prompt)
         self.rng = torch.Generator(device)
@@ -94,21 +94,22 @@ class Decoder:
         self.began = time.perf_counter()
 
     def read_prompt(self) -> None:
-        """One pass through all layers; the last level's own token follows the prompt."""
+        """Run the prompt through all layers, and append the last level's own token."""
         base = self.length
         own, kept, _ = self.judge(self.top, base, None, self.run(self.top, base))
         self.settle(self.top, base, own, kept)
 
     def propose(self, k: int, want: int) -> Tensor | None:
-        """Append at least `want` tokens that level k accepts; fewer at the end of the text, or once
-        level k's probability of what it appended is below its threshold.
+        """Append at least `want` tokens that level k accepts.
 
-        Returns the distributions (n, V) that the n tokens are samples of; at temperature 0 None.
+        It appends fewer if the text ends, or once the product of level k's probabilities of the
+        appended tokens is below its threshold. Returns the distributions (n, V) that the n tokens
+        are samples of, or None at temperature 0.
         """
         if self.depths[k] == 0:
             return self.draft(want)
-        threshold = (*self.options.thresholds, 0.0)[k]  # the last level's word is final
-        goal, sure = self.length + want, 1.0  # sure: level k's probability of what it appended
+        threshold = (*self.options.thresholds, 0.0)[k]  # the last level never stops early
+        goal, sure = self.length + want, 1.0  # sure: level k's probability of the appended tokens
         samples_of: list[Tensor] = []
         while self.length < min(goal, self.end) and sure >= threshold:
             base, q = self.length, None  # level k has yet to run position base - 1
@@ -126,13 +127,15 @@ class Decoder:
         return torch.cat(samples_of) if samples_of else None
 
     def run(self, k: int, base: int) -> Tensor:
-        """Level k's logits (n+1, V) for the n drafts from `base` on and one token more."""
-        # a position's logits predict the next token: they are those from base - 1 on
+        """Level k's logits (n+1, V) for the n drafts from `base` on and the token after them."""
+        # a position's logits predict the token after it, so these begin at position base - 1
         return self.step.run(self.cache, self.tokens, self.length, k, self.length - base + 1)
 
     def judge(self, k: int, base: int, q: Tensor | None, logits: Tensor):
-        """What level k makes of the n drafts from `base` on: its own token (1,), how many drafts
-        (1,) it keeps before it, and the distributions (n+1, V) that these are samples of.
+        """Decide which of the n drafts from `base` on level k keeps.
+
+        Returns level k's own token (1,), how many drafts (1,) it keeps before that token, and the
+        distributions (n+1, V) that these tokens are samples of, or None at temperature 0.
         """
         drafts = self.tokens[base : self.length]  # (n,), none for level 0
         if self.options.temperature == 0:
@@ -142,33 +145,34 @@ class Decoder:
             p = self.options.distribution(logits)  # (n+1, V)
             q = p[:0] if q is None else q
             own, kept, written = self.accept(k, drafts, q, p)
-            to_check = torch.cat([p[:, 0], q[:, 0]])  # of logits with a NaN the whole row is NaN
+            to_check = torch.cat([p[:, 0], q[:, 0]])  # one NaN logit makes its whole row NaN
         if self.reads(k):
             # an own token of -1 means "not finite": `settle` raises, without a second host read
             own = torch.where(to_check.isfinite().all(), own, -1)
         return own, kept, written
 
     def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
-        """The acceptance rule for sampled text: override it to try another.
+        """The acceptance rule for sampled text. Override it to try another.
 
-        drafts (n,) are samples of the rows of q (n, V); p (n+1, V) is level k's own. Returns its
-        own token (1,), how many drafts it keeps before that (1,), and what is written, (n+1, V):
-        row i is the distribution of the token at draft i's place, over all that could have happened
-        there, whether the draft was kept or not. If a rule keeps what is in a set S, and else draws
-        from p, then written = q * S + (q outside S).sum() * p. The last level's rule has to write
-        p, so call super() there. At temperature 0 `judge` decides, by the argmax alone.
+        drafts (n,) are samples of the rows of q (n, V), and p (n+1, V) holds level k's own
+        distributions. Returns level k's own token (1,), how many drafts it keeps before that token
+        (1,), and `written` (n+1, V): row i is the distribution of the token that ends up in draft
+        i's place, whether the draft is kept or replaced. For example, a rule that keeps a draft in
+        a set S, and otherwise draws from p, has written = q * S + (q outside S).sum() * p. At the
+        last level `written` must be p, so call super() there. At temperature 0 `judge` decides by
+        the argmax alone.
         """
         return accept_block(drafts, q, p, self.rng)
 
     def reads(self, k: int) -> bool:
-        """Whether the host reads what level k decides. The lowest level, if it only drafts, never
-        judges, so that its tokens may stay on the device.
+        """Whether the host reads what level k decides. A lowest level that only drafts judges
+        nothing, so its tokens may stay on the device.
         """
         return k > 0 or self.top == 0
 
     def settle(self, k: int, base: int, own: Tensor, kept: Tensor) -> None:
-        """Keep the accepted drafts and level k's own token behind them; roll back the rest."""
-        n, drafts = 0, []  # as it is where nothing is read: no drafts, and one token of its own
+        """Keep the accepted drafts, append level k's own token, and roll back the rest."""
+        n, drafts = 0, []  # if the host reads nothing, there are no drafts but only an own token
         if self.reads(k):  # the one host read of a verification without thresholds
             read = torch.cat([kept, own, self.tokens[base : self.length]])
             n, token, *drafts = read.tolist()
@@ -189,7 +193,7 @@ class Decoder:
         self.report(k, base, drafts, n)
 
     def draft(self, want: int) -> Tensor | None:
-        """Depth 0 has no layers: the drafter appends at most `want` tokens, or none."""
+        """Let the drafter append at most `want` tokens, or none: depth 0 has no layers."""
         base, want = self.length, min(want, self.end - self.length)
         drafts, q = self.drafter.draft(self, want)
         if not isinstance(drafts, Tensor):
@@ -202,32 +206,32 @@ class Decoder:
         self.report(0, base, [], 0)
         if self.options.temperature == 0:
             return None
-        if q is None:  # not drawn: all the probability is on each draft
+        if q is None:  # the drafts were not drawn: each has probability 1
             q = F.one_hot(drafts, self.step.model.config.vocab_size).to(precise(drafts.device))
         return q[: len(drafts)]
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A drafter's token (1,) by its logits (1, V), and the distribution it was drawn from."""
+        """A token (1,) chosen by logits (1, V), and the distribution it was drawn from."""
         if self.options.temperature == 0:
             return logits.argmax(-1), None
         q = self.options.distribution(logits)
         return draw(q[0], self.rng), q
 
-    # ---- what was done, for whoever wants to know -----------------------------------------------
+    # ---- statistics and events ------------------------------------------------------------------
 
     def report(self, k: int, base: int, drafts: list[int], kept: int) -> None:
-        """Count what a step of level k did, and tell whoever watches."""
+        """Count what a step of level k did, and pass it to `watch`."""
         self.stats[k].calls += 1
         if k > 0:
             self.stats[k - 1].proposed += len(drafts)
-            self.stats[k - 1].accepted += min(kept, self.length - base)  # none behind a stop token
+            self.stats[k - 1].accepted += min(kept, self.length - base)  # none after a stop token
         if self.watch:
             text, now = self.tokens[base : self.length].tolist(), time.perf_counter() - self.began
             positions = list(self.cache.processed)
             self.watch(Event(k, base, drafts, kept, text, positions, now))
 
     def statistics(self) -> list[LevelStats]:
-        """What each level did, once the text has ended."""
+        """What each level did. To be called once, when the text has ended."""
         for stats, positions in zip(self.stats, self.cache.processed):
             stats.positions = positions
         self.stats[-1].proposed = self.stats[-1].accepted = self.length - self.start
@@ -235,14 +239,14 @@ class Decoder:
 
 
 class TokenByToken(Decoder):
-    """Decides on each sampled draft by itself, as speculative sampling was first published."""
+    """Decides on each sampled draft by itself, as in the first papers on speculative sampling."""
 
     def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
         return accept_tokens(drafts, q, p, self.rng)
 
 
 class Step:
-    """How levels run: plainly. fast/ has steps that do the same work in less time."""
+    """The plain way to run levels. The steps in fast/ do the same work in less time."""
 
     name = "plain"
 
@@ -266,7 +270,7 @@ class Step:
     def segment(self, cache: KVCache, tokens: Tensor, j: int, length: int) -> Tensor:
         """Run segment j over the N positions < length that it has not processed.
 
-        Returns what it leaves for its exit's logits there (N, D).
+        Returns the states (N, D) at these positions, from which the exit's logits are computed.
         """
         start, depth = (0, *cache.depths)[j : j + 2]
         plans = cache.plans(j, length) if depth > 0 else ()
@@ -275,7 +279,7 @@ class Step:
         return torch.cat(states) if states else self.model.embed.weight[:0]
 
     def logits(self, states: Tensor, depth: int) -> Tensor:
-        """The logits (n, V) of what `segment` left at n positions (n, D)."""
+        """The logits (n, V) of the states (n, D) that `segment` returned at n positions."""
         return self.model.logits(states, depth)
 
     def draft(
@@ -283,8 +287,8 @@ class Step:
     ) -> tuple[Tensor, Tensor]:
         """Run the draft head on `exit` over the N positions from `first` on.
 
-        states (1, N, D): the exit's, one position before each; tokens (N,): those at the positions.
-        Returns what the head makes of the last one: its state (1, 1, D), its logits (1, V).
+        states (1, N, D): the exit's states, each from one position earlier. tokens (N,): the tokens
+        at the positions. Returns the head's state (1, 1, D) and logits (1, V) at the last position.
         """
         plan = cache.plan(first, first + len(tokens))
         h = self.model.draft(exit, states, tokens[None], plan)[:, -1:]
@@ -292,10 +296,10 @@ class Step:
 
 
 def run_plan(model: Llama, plan: Plan, tokens: Tensor, start: int, depth: int) -> Tensor:
-    """One pass, of tokens (N,), through layers start..depth-1.
+    """Run one pass of tokens (N,) through layers start..depth-1.
 
-    It begins with the tokens at layer 0, elsewhere with the hidden states that were left there.
-    Returns the states (N, D) for the logits of the exit at `depth`.
+    From layer 0 it begins with the tokens, from a deeper one with the hidden states that the cache
+    holds there. Returns the states (N, D) from which the exit at `depth` computes its logits.
     """
     hidden = plan.cache.hidden
     if start > 0:
@@ -308,13 +312,14 @@ def run_plan(model: Llama, plan: Plan, tokens: Tensor, start: int, depth: int) -
     return model.exit_block(h, depth, plan)[0]
 
 
-# ---- acceptance: what a level keeps of the drafts below it --------------------------------------
+# ---- acceptance: which drafts a level keeps -----------------------------------------------------
 
 
 def accept_equal(drafts: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
-    """The level's own token (1,), where drafts (n,) differ or end, and how many precede it (1,).
+    """Keep drafts (n,) up to the first that is not the level's choice.
 
-    choice (n+1,): the tokens that the level would write, for each draft and one token more.
+    choice (n+1,): the tokens that the level would write in place of each draft, and after the last.
+    Returns the level's own token (1,) and how many drafts precede it (1,).
     """
     kept = leading(choice[:-1] == drafts)
     return choice.index_select(0, kept), kept
@@ -323,12 +328,12 @@ def accept_equal(drafts: Tensor, choice: Tensor) -> tuple[Tensor, Tensor]:
 def accept_tokens(
     drafts: Tensor, q: Tensor, p: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Speculative sampling (arXiv 2211.17192, Algorithm 1): what is written is distributed as p.
+    """Speculative sampling (arXiv 2211.17192, Algorithm 1): its output is distributed as p.
 
-    drafts (n,) are samples of the rows of q (n, V); p (n+1, V) is the level's own. Draft x is kept
-    with probability min(1, p(x) / q(x)). The first that is not is replaced by a draw from the
-    positive part of p - q; after a full match nothing is subtracted. Returns the level's own token
-    (1,), how many drafts precede it (1,), and the distributions of what is written: p.
+    drafts (n,) are samples of the rows of q (n, V), and p (n+1, V) holds the level's distributions.
+    Draft x is kept with probability min(1, p(x) / q(x)). The first rejected draft is replaced by a
+    draw from the positive part of p - q; if all are kept, one more token is drawn from p. Returns
+    the level's own token (1,), how many drafts precede it (1,), and the output's distributions: p.
     """
     kept = leading(coin(ratios(drafts, q, p), rng))
     residual = torch.cat([(p[:-1] - q).clamp(min=0), p[-1:]])  # (n+1, V), unnormalised
@@ -338,17 +343,19 @@ def accept_tokens(
 def accept_block(
     drafts: Tensor, q: Tensor, p: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Block verification (arXiv 2403.10444): the same, and on average it keeps no fewer drafts.
+    """Block verification (arXiv 2403.10444): its output is distributed as p, too.
 
-    A draft that p likes more than q makes up for a later one that it likes less (the argument is in
+    On average it keeps at least as many drafts as `accept_tokens`: a draft to which p gives more
+    probability than q makes up for a later one to which it gives less (the argument is in
     lecture/acceptance.md). For drafts x_1 .. x_n
 
         b_0 = 1,  b_i = min(1, b_{i-1} p_i(x_i) / q_i(x_i))
         r_i = sum over v of max(b_i p_{i+1}(v) - q_{i+1}(v), 0)
         pass_i = r_i / (r_i + 1 - b_i) for i < n,  pass_n = b_n
 
-    and the largest i whose coin, of probability pass_i, says yes is how many are kept. The level's
-    own token is drawn from that sum's terms, or from p behind the last draft.
+    Coin i says yes with probability pass_i. The largest i whose coin says yes is the number of
+    drafts kept (0 if none does). The level's own token is drawn in proportion to the terms of r_i
+    for this i, or from p after the last draft.
     """
     n, steps = len(drafts), [p.new_ones(())]
     for ratio in ratios(drafts, q, p):
@@ -358,7 +365,7 @@ def accept_block(
     r = residual[1:-1].sum(dim=-1)  # (n-1,): r_1 .. r_{n-1}
     passes = torch.cat([r / (r + 1 - b[1:-1]), b[1:][-1:]])  # (n,): pass_1 .. pass_n
     numbers = torch.arange(1, n + 1, device=p.device)
-    says_yes = coin(passes.nan_to_num(0), rng)  # 0/0 where p and q are the same: never needed
+    says_yes = coin(passes.nan_to_num(0), rng)  # 0/0 where p equals q: then a later one says yes
     kept = torch.cat([numbers.new_zeros(1), numbers * says_yes]).amax(dim=0, keepdim=True)
     return draw(residual.index_select(0, kept).squeeze(0), rng), kept, p
 
@@ -375,16 +382,16 @@ def leading(agree: Tensor) -> Tensor:
 
 
 def probability(tokens: Tensor, p: Tensor) -> float:
-    """The product of the probabilities of tokens (n,) by the first rows of p (n or more, V)."""
+    """The product of the probabilities of tokens (n,) in the first n rows of p (n or more, V)."""
     return p[: len(tokens)].gather(1, tokens.unsqueeze(1)).prod().item()
 
 
 def coin(prob: Tensor, rng: torch.Generator) -> Tensor:
-    """True with probability prob (n,); at 1 and above always."""
+    """True with probability prob (n,), and always where prob is 1 or above."""
     return torch.rand(prob.shape, dtype=prob.dtype, device=prob.device, generator=rng) < prob
 
 
 def draw(weights: Tensor, rng: torch.Generator) -> Tensor:
-    """A token (1,) in proportion to weights (V,), with no host read."""
+    """Draw a token (1,) in proportion to weights (V,), without a host read."""
     clocks = torch.empty_like(weights).exponential_(generator=rng)
     return (weights / clocks).argmax(dim=0, keepdim=True)  # the token whose clock rings first

@@ -1,23 +1,24 @@
 """The cache that all levels of a ladder share.
 
 A ladder with exits e_0 < e_1 < ... < e_{K-1} cuts the model's L layers into K+1 segments: segment
-0 ends at e_0, segment k goes on from e_{k-1} to e_k, the last ends at L. The cache holds, by slot,
+0 ends at e_0, segment k goes on from e_{k-1} to e_k, and the last one ends at L. The cache holds
 
-- each layer's keys and values, and those of the blocks that exits' own heads may have, and of a
-  draft head;
-- the hidden states at each exit, from which the segment above it starts;
+- the keys and values of each layer, and of the blocks that exit heads and a draft head may have,
+  by slot;
+- the hidden states at each exit, by slot: from these the segment above starts;
 - for each segment one integer: how many positions it has processed.
 
 The token at position t lies in slot t, unless a plan says otherwise. Everything is allocated once.
-Rolling back after a rejection sets integers and copies nothing: what lies beyond a segment's length
-is stale, masked, and overwritten when its position comes again.
+Rolling back after a rejection sets integers and copies nothing: slots beyond a segment's length are
+stale. They are masked, and overwritten when their position is processed again.
 
-Bytes a sequence, for T slots, s bytes a number, G key/value heads of size E, width D, L layers and
-blocks of heads, and K exits above depth 0 (or the full depth, where a draft head reads it):
+A sequence takes this many bytes, for T slots, s bytes per number, G key/value heads of size E,
+width D, L layers and head blocks, and K exits above depth 0 (counting the full depth if a draft
+head reads it):
 
     s * T * (2 * L * G * E  +  K * D)
 
-The file knows nothing of drafts, acceptance or sampling (hispec.py), and it does not run the model.
+This file knows nothing of drafts, acceptance or sampling (hispec.py), and does not run the model.
 """
 
 from collections.abc import Iterator
@@ -28,13 +29,13 @@ from torch import Tensor
 
 from model import Llama
 
-WIDEST = 512  # positions in a pass, which bounds its activations and its mask
+WIDEST = 512  # most positions in a pass; this bounds the size of its activations and its mask
 
 
 class KVCache:
     """Keys, values, hidden states and segment lengths of `batch` sequences of at most max_len.
 
-    exits: the ladder's depths in layers, ascending; depth 0 has no layers, and so no states.
+    exits: the ladder's depths in layers, ascending; depth 0 has no layers, hence no states.
     draft_head: the exit that a draft head reads, 0 if none does.
     """
 
@@ -49,7 +50,7 @@ class KVCache:
         c, weight = model.config, model.embed.weight
         self.depths = (*exits, c.n_layers)
         self.lengths = [0] * len(self.depths)  # positions that each segment has processed
-        self.processed = [0] * len(self.depths)  # the same, and those rolled back since
+        self.processed = [0] * len(self.depths)  # the same, including those rolled back since
         blocks = [exit for exit in exits if exit in model.blocks]
         self.block_layers = {exit: c.n_layers + i for i, exit in enumerate(blocks)}
         self.draft_layer = c.n_layers + len(blocks)
@@ -67,7 +68,7 @@ class KVCache:
             yield self.plan(first, min(first + WIDEST, length))
 
     def plan(self, first: int, stop: int) -> "Plan":
-        """The pass over positions first .. stop-1, each in its own slot, seeing all before it."""
+        """The pass over positions first .. stop-1: each has its own slot and sees all before it."""
         positions = self.columns[first:stop]
         return Plan(self, positions, positions, self.columns[:stop] <= positions[:, None])
 
@@ -82,27 +83,27 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys, values and hidden states: the formula above, for each sequence."""
+        """Bytes of all keys, values and hidden states: the formula above times `batch`."""
         return sum(t.nbytes for t in (self.keys, self.values, *self.hidden.values()))
 
 
 @dataclass
 class Plan:
-    """One pass of N tokens through some layers: where they stand, are written, and may look.
+    """One pass of N tokens through some layers: each token's position, slot, and view of the cache.
 
     Positions and slots are the same for tokens that follow each other. A tree of drafts has
-    several tokens at one position, each in a slot of its own that only its descendants see; the
-    cache must have room for them, and to keep a branch its slots are copied into line (exercise 8
-    of the lecture). `hispec.run_plan` runs a plan.
+    several tokens at one position, each in its own slot, which only its descendants see. The cache
+    must have room for these slots, and to keep a branch, its slots are copied into their positions'
+    slots (exercise 8 of the lecture). `hispec.run_plan` runs a plan.
     """
 
     cache: KVCache
-    positions: Tensor  # (N,) in the text: what RoPE turns by
+    positions: Tensor  # (N,) in the text; they set RoPE's angles
     slots: Tensor  # (N,) where keys, values and hidden states are written
-    mask: Tensor  # (N, T) whether a token may look at each of the first T slots
+    mask: Tensor  # (N, T) whether a token may attend to each of the first T slots
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, G, N, E) in a layer's slots; all of its first T (B, G, T, E)."""
+        """Store k and v (B, G, N, E) in a layer's slots; return its first T slots (B, G, T, E)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys.index_copy_(2, self.slots, k)
         values.index_copy_(2, self.slots, v)

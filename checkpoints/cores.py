@@ -6,15 +6,16 @@ from pathlib import Path
 
 
 def cores(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many threads can run at once here: as many as OMP_NUM_THREADS says, if it is set.
+    """How many threads can run at once here: OMP_NUM_THREADS, if it is set.
 
-    Else the cores that this process may run on, or fewer if its control group (version 1 or 2, or
-    one above it) has a quota of processor time. own, groups: where Linux says so.
+    Otherwise the number of cores that this process may run on, or fewer if its control group
+    (version 1 or 2) or a parent of it has a quota of processor time. own, groups: the files in
+    which Linux reports this.
     """
-    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list is one number a depth
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]  # a list has a number per nesting
     if said.isdecimal() and int(said) > 0:
         return int(said)
-    affinity = getattr(os, "sched_getaffinity", None)  # not everywhere
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     for line in own.read_text().splitlines() if own.exists() else ():
         _, controllers, path = line.split(":", 2)
@@ -27,7 +28,7 @@ def cores(own: Path = Path("/proc/self/cgroup"), groups: Path = Path("/sys/fs/cg
 
 
 def quota(folder: Path) -> int | None:
-    """The cores that a control group's processor time is worth, rounded up; None: no limit."""
+    """How many cores a control group's quota of time amounts to, rounded up; None: no limit."""
     try:
         if (folder / "cpu.max").exists():
             time_, period = (folder / "cpu.max").read_text().split()

@@ -1,4 +1,4 @@
-"""The families of models that are read and written, and what their files call each setting.
+"""The families of models that can be read and written, and their files' names for each setting.
 
 Sources: the configuration classes of huggingface/transformers; docs/gguf.md of ggml-org/ggml and
 the Hugging Face converter of ggml-org/llama.cpp.
@@ -10,7 +10,7 @@ from typing import Any
 
 from model import Config
 
-# Config's name of a setting: config.json's, and a GGUF file's after the architecture and a dot
+# Config's name of a setting: its name in config.json, and in a GGUF file after "ARCHITECTURE."
 FIELDS = {
     "dim": ("hidden_size", "embedding_length"),
     "n_layers": ("num_hidden_layers", "block_count"),
@@ -24,16 +24,16 @@ FIELDS = {
 }
 CONFIG = {ours: theirs for ours, (theirs, _) in FIELDS.items()}
 CONFIG |= {"vocab_size": "vocab_size", "tie_embeddings": "tie_word_embeddings"}
-GGUF = {ours: theirs for ours, (_, theirs) in FIELDS.items()}  # the tensors say the other two
+GGUF = {ours: theirs for ours, (_, theirs) in FIELDS.items()}  # the tensors tell the other two
 
 
 @dataclass(frozen=True)
 class Family:
     """architecture: config.json's name of the class. gguf: the architecture in a GGUF file.
 
-    absent: what it means if config.json leaves a setting out. only: settings of which nothing but
-    this is implemented. interleaved: a GGUF file has the rows of queries and keys in pairs
-    (2i, 2i+1), where `rotate` pairs (i, i + E/2).
+    absent: the values of settings that config.json leaves out. only: settings for which just this
+    value is implemented. interleaved: in a GGUF file, pairs of query and key rows are (2i, 2i+1),
+    while `rotate` pairs (i, i + E/2).
     """
 
     architecture: str
@@ -45,7 +45,7 @@ class Family:
     only: Mapping[str, Any] = field(default_factory=dict)
 
 
-FAMILIES = {  # by config.json's model_type; of those that hold the same model the first is saved
+FAMILIES = {  # by config.json's model_type; the first that can hold a model is used to save it
     "llama": Family(
         "LlamaForCausalLM",
         "llama",
@@ -76,7 +76,7 @@ FAMILIES = {  # by config.json's model_type; of those that hold the same model t
     ),
 }
 ABSENT = {"head_dim": 0, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
-ONLY = {  # in config.json of every family; whatever else it asks for would have to be ignored
+ONLY = {  # the only supported values in any family's config.json; others would have to be ignored
     "hidden_act": "silu",
     "quantization_config": None,
     "partial_rotary_factor": 1.0,
@@ -85,11 +85,11 @@ ONLY = {  # in config.json of every family; whatever else it asks for would have
 GGUF_ONLY = {"expert_count": 0, "attention.sliding_window": 0, "attention.causal": True}
 GGUF_ROPE = ["rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"]
 GGUF_ROPE += ["rope.scaling.original_context_length", "rope.scaling.finetuned"]
-GGUF_IDLE = ("vocab_size", "expert_used_count", "tensor_data_layout")  # nothing depends on them
+GGUF_IDLE = ("vocab_size", "expert_used_count", "tensor_data_layout")  # no result depends on these
 
 
 def family_of(config: Config, name: str = "") -> str:
-    """The family to save a model in: that of this name if it holds such models, else the first."""
+    """The family to save a model in: the one named, if it has such models, else the first."""
     held = (config.qkv_bias, config.qk_norm)
     names = [name for name, f in FAMILIES.items() if (f.qkv_bias, f.qk_norm) == held]
     if not names:

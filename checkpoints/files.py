@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, JSON, refusals, and the setting of a run in words."""
+"""Writing files whole or not at all, reading JSON, refusing, and describing a run's setting."""
 
 import json
 import os
@@ -17,16 +17,16 @@ from safetensors import SafetensorError, safe_open
 
 
 def write_whole(path: Path, fill: str | Callable[[Path], object] | None) -> None:
-    """Write a text, or what `fill` does, under another name, then put it in place. None: remove.
+    """Write a text, or let `fill` write, under another name; then move the file into place.
 
-    Where path is a link, what it leads to is replaced.
+    fill None: remove the file. If path is a link, the file that it points to is replaced.
     """
     if fill is None:
         return path.unlink(missing_ok=True)
     place, draft = place_and_draft(path)
     try:
         draft.touch()
-        mode = draft.stat().st_mode  # safetensors would write for the owner alone
+        mode = draft.stat().st_mode  # safetensors would make it readable by its owner alone
         if isinstance(fill, str):
             draft.write_text(fill, "utf-8")
         else:
@@ -38,15 +38,15 @@ def write_whole(path: Path, fill: str | Callable[[Path], object] | None) -> None
     except OSError as error:
         if error.errno is None:
             raise
-        # the reader knows the file by its own name
+        # name the file that the caller asked for
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        with suppress(OSError):  # the error to be told is the one before
+        with suppress(OSError):  # an earlier error is the one to report
             draft.unlink()
 
 
 def must_be_writable(path: Path) -> None:
-    """ValueError if `write_whole` cannot put a file there: to be said before long work."""
+    """ValueError if `write_whole` cannot put a file there. To be called before long work."""
     try:
         place, draft = place_and_draft(path)
         draft.touch()
@@ -59,14 +59,14 @@ def must_be_writable(path: Path) -> None:
 
 
 def place_and_draft(path: Path) -> tuple[Path, Path]:
-    """Where a path leads, and the name beside that place to write under first."""
+    """The file that a path leads to, and the name next to it under which to write first."""
     place = Path(os.path.realpath(path))
     return place, place.with_name(f".{place.name}.{os.getpid()}")
 
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file a run has left. ValueError if it is cut, or not what is looked for."""
+    """A safetensors file that a run has left. ValueError if it is damaged or of another kind."""
     try:
         with safe_open(path, "pt") as file:
             yield file
@@ -75,7 +75,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file, empty if there is no such file."""
+    """The object in a JSON file, or an empty one if there is no such file."""
     try:
         content = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except (ValueError, RecursionError) as error:
@@ -98,7 +98,7 @@ def only(what: str, got: object, *supported: object) -> None:
 
 
 def describe(model: str, device: torch.device | str, dtype: torch.dtype) -> dict:
-    """What a reader needs to repeat a measurement: machine, versions, the command running."""
+    """What one needs to repeat a measurement: the machine, versions, and the command."""
     device = torch.device(device)
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
@@ -122,7 +122,7 @@ def describe(model: str, device: torch.device | str, dtype: torch.dtype) -> dict
 
 
 def program() -> list[str]:
-    """What is running, as one would type it behind `python`: a file, or -m and a module."""
+    """The running program, as one types it after `python`: a file, or -m and a module."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     if spec is not None and spec.origin == sys.argv[0]:
         return ["-m", spec.name.removesuffix(".__main__")]
@@ -130,6 +130,6 @@ def program() -> list[str]:
 
 
 def in_words(header: dict) -> str:
-    """What `describe` gives, but for the command, as a line below a figure."""
+    """What `describe` returns, without the command, as a line below a figure."""
     versions = ", ".join(f"{package} {version}" for package, version in header["versions"].items())
     return "{model}, {dtype}, {device}, threads: {threads}; ".format(**header) + versions

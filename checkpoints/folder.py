@@ -1,4 +1,4 @@
-"""A Hugging Face folder: configuration, weights, trained exits, vocabulary; read and written."""
+"""Reading and writing a Hugging Face folder: configuration, weights, trained exits, vocabulary."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def load_folder(
         raise ValueError(f"exits must rise strictly between 1 and {last}, got {exits}")
     tokenizer = vocabulary.from_folder(path, settings, config.vocab_size)
     files = [safe_open(file, framework="pt") for file in _weight_files(path)]
-    # all but a buffer of older transformers
+    # all tensors except a buffer of older transformers
     where = {
         key: file
         for file in files
@@ -44,7 +44,7 @@ def load_folder(
     }
     names = {name: name for name in where}
     if config.tie_embeddings and HEAD in names:
-        names.setdefault(EMBED, HEAD)  # the one matrix may stand under either name
+        names.setdefault(EMBED, HEAD)  # the single matrix may have either name
         a, b = (where[names[name]].get_tensor(names[name]) for name in (EMBED, HEAD))
         if not torch.equal(a, b):  # a copy is harmless, a second matrix is not
             raise ValueError(f"tie_word_embeddings is true, but {HEAD} is not {EMBED}")
@@ -115,10 +115,10 @@ def _filled(head: nn.Module, parts: dict, model: Llama, where: str, ranks) -> nn
 def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -> None:
     """Write a Hugging Face folder of the model's family; `load` in its dtype gives back every bit.
 
-    Beyond what transformers reads, config.json lists `exits`, and exits.safetensors holds the heads
-    they own, under names like 8.norm.weight, 8.vocab and 8.block.attn.qkv.weight; so does
-    draft.safetensors the draft heads (8.fuse.weight, 8.out.vocab). Each file appears whole or not
-    at all, config.json last; what the model lacks is removed from an earlier save.
+    Beyond what transformers reads, config.json lists `exits`, exits.safetensors holds the exits'
+    heads under names like 8.norm.weight, 8.vocab and 8.block.attn.qkv.weight, and draft.safetensors
+    holds the draft heads (8.fuse.weight, 8.out.vocab). Each file appears whole or not at all,
+    config.json last. Files of an earlier save that the model does not need are removed.
     """
     folder, name = Path(folder), family_of(model.config, model.family)
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def save(model: Llama, tokenizer: Tokenizer | None, folder: str | os.PathLike) -
         write_whole(folder / f"{kind}.safetensors", write)
     texts: dict[str, str | None] = dict.fromkeys(["tokenizer.json", "tokenizer_config.json"])
     texts |= dict.fromkeys(["tokenizer.model", "special_tokens_map.json"])
-    texts |= dict.fromkeys(["chat_template.jinja", "generation_config.json"])  # said elsewhere then
+    texts |= dict.fromkeys(["chat_template.jinja", "generation_config.json"])  # replaced by others
     if tokenizer is not None:
         texts |= vocabulary.to_files(tokenizer)
     c, scaling = model.config, model.config.rope_scaling

@@ -1,7 +1,7 @@
 """GGUF files: configuration, weights and vocabulary of a model, in one file or split into parts.
 
 The gguf package reads the file and expands quantised weights. Sources: docs/gguf.md of
-ggml-org/ggml; llama.cpp's Hugging Face converter, for the order of q's and k's rows and for
+ggml-org/ggml; llama.cpp's Hugging Face converter, for the order of the rows of q and k and for
 rope_freqs.
 """
 
@@ -37,7 +37,7 @@ def load_gguf(
             values = {key: field.contents() for key, field in reader.fields.items()}
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"truncated or corrupt GGUF file ({error})") from error
-        only("byte order", reader.byte_order, "I")  # the gguf package expands no other
+        only("byte order", reader.byte_order, "I")  # the gguf package expands only this
         meta = values | meta  # the first part has the metadata
         tensors |= {tensor.name: tensor for tensor in reader.tensors}
     arch: Any = meta.get("general.architecture")
@@ -68,7 +68,7 @@ def load_gguf(
 
 
 def _parts(path: Path) -> list[Path]:
-    """All files of a split file, of which path is any; path alone if it is whole."""
+    """All parts of the split file of which path is a part, or only path if it is whole."""
     split = re.fullmatch(r"(?i)(.*-)\d{5}(-of-(\d{5})\.gguf)", path.name)
     if split is None:
         return [path]
@@ -108,7 +108,7 @@ def _config(meta: dict, shapes: dict[str, tuple[int, ...]]) -> Config:
 
 
 def _rope_scaling(config: Config, divisors: torch.Tensor) -> RopeScaling:
-    """What the converter made these divisors (E/2,) from. Every Llama since 3.1 has 1, 4, 8192."""
+    """The scaling from which a converter made these divisors (E/2,): 1, 4, 8192 since Llama 3.1."""
     guess = RopeScaling(divisors.max().item(), 1.0, 4.0, 8192)
     plain, stretched = (rope_frequencies(replace(config, rope_scaling=s)) for s in (None, guess))
     if divisors.shape != plain.shape or not torch.allclose(plain / stretched, divisors, rtol=1e-5):

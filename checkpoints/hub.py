@@ -1,4 +1,4 @@
-"""Checkpoints from the Hugging Face Hub: of each the files that hold data, none that could run."""
+"""Checkpoints from the Hugging Face Hub. Only files of data are fetched, none that could run."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from huggingface_hub import errors, snapshot_download
 
 
 def fetch(name: str) -> Path:
-    """The folder of owner/name, fetched, or as the cache has it. ValueError says what to do."""
+    """The folder of owner/name, fetched or from the cache. ValueError says what to do."""
     data = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
     try:
         return Path(snapshot_download(name, allow_patterns=data, ignore_patterns="*/*"))
@@ -18,7 +18,7 @@ def fetch(name: str) -> Path:
         todo = "is no folder here, nor a name the Hub could have: owner/name"
     except errors.LocalEntryNotFoundError:
         todo = "is no folder here and not in the Hub's cache: go online, without HF_HUB_OFFLINE"
-    except Exception as error:  # whatever else a network does
+    except Exception as error:  # any other trouble with a network
         reason = " ".join(str(error).split())
         todo = f"could not be fetched from the Hub: {type(error).__name__}: {reason}"
     raise ValueError(f"{name} {todo}") from None

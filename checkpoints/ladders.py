@@ -1,8 +1,8 @@
 """The ladders, threads and dtype that were found fastest, by model, dtype, step and processor.
 
-What ships is in results/ladders.json. What is found on a user's machine goes to a folder of its
-own, $XDG_CACHE_HOME/hispec/ladders or ~/.cache/hispec/ladders, a file for each setting, so that two
-runs at once lose nothing. Where this machine has found nothing, what another found is taken.
+Those that ship are in results/ladders.json. Those found on a user's machine go to a folder of their
+own, $XDG_CACHE_HOME/hispec/ladders or ~/.cache/hispec/ladders, with one file per setting, so that
+two runs at the same time lose nothing. If nothing was found on this machine, another's are used.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ from model import Llama
 SHIPPED = Path(__file__).parent.parent / "results" / "ladders.json"
 # exits, windows, thresholds; a first exit of 0 is a look-up, of -8 the draft head on exit 8
 Ladder = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
-OF_A_LADDER = ("exits", "windows", "thresholds", "draft_head")  # what files say of one
+OF_A_LADDER = ("exits", "windows", "thresholds", "draft_head")  # a ladder's keys in files
 
 
 def as_ladder(options: Options) -> Ladder:
@@ -40,7 +40,7 @@ def as_ladder(options: Options) -> Ladder:
 
 
 def as_options(ladder: Ladder) -> dict:
-    """What `generate` takes, and what files say."""
+    """The ladder as options of `generate`, and as it is written to files."""
     exits, windows, thresholds = ladder
     options: dict = {"exits": exits, "windows": windows, "thresholds": thresholds}
     if exits and exits[0] < 0:
@@ -61,17 +61,17 @@ def default_exits(model: Llama) -> tuple[int, ...]:
     return exits
 
 
-# ---- what is asked for --------------------------------------------------------------------------
+# ---- what was found -----------------------------------------------------------------------------
 
 
 def kept_ladders(
     header: dict, model: Llama, sampled: bool = False
 ) -> tuple[dict[str, Ladder], str]:
-    """The ladders tuned for this model, by kind, and where that was; ({}, "") if nowhere.
+    """The ladders tuned for this model, by kind, and where they were tuned; ({}, "") if nowhere.
 
-    All are of one tuning: this machine's, or that of a processor of the same name, or another's,
-    with the same dtype and step first. Ladders that do not fit the model are passed over.
-    sampled: those for sampled text, where a kind was tuned for it too.
+    All come from one tuning: preferably this machine's, then that of a processor of the same name,
+    then another's, first with the same dtype and step. Ladders that do not fit the model are
+    skipped. sampled: take the ladders for sampled text, for the kinds that were also tuned for it.
     """
     for found, where in _found(header):
         if ladders := ladders_in(found, model, sampled):
@@ -80,14 +80,17 @@ def kept_ladders(
 
 
 def ladders_in(found: dict, model: Llama, sampled: bool = False) -> dict[str, Ladder]:
-    """What one tuning found, by kind; as `kept_ladders`."""
+    """The ladders that one tuning found, by kind; arguments as for `kept_ladders`."""
     entries = found | (found.get("sampled", {}) if sampled else {})
     ladders = {name: _fitting(kept, model) for name, kept in entries.items()}
     return {name: ladder for name, ladder in ladders.items() if ladder}
 
 
 def kept_ladder(header: dict, model: Llama) -> tuple[Ladder, str] | None:
-    """HiSpec's of `kept_ladders`, or the fastest of any kind if that loses; and why. None: none."""
+    """HiSpec's tuned ladder, or if it is slower than greedy the fastest of any kind; and why.
+
+    None if there is none.
+    """
     for found, where in _found(header):
         known = [
             (kept["measured"], name, ladder)
@@ -102,10 +105,10 @@ def kept_ladder(header: dict, model: Llama) -> tuple[Ladder, str] | None:
 
 
 def kept_threads(header: dict, model: Llama, anew: bool = False) -> int:
-    """The number of threads that is best for this model, dtype, step and CPU.
+    """The best number of threads for this model, dtype, step and CPU.
 
-    As many as OMP_NUM_THREADS says, if it does. Else found once, which takes seconds, and kept;
-    anew: found again. Never more than there are cores to run them.
+    OMP_NUM_THREADS decides, if it is set. Otherwise the number is found once, which takes seconds,
+    and kept; anew: find it again. It is never more than there are cores.
     """
     if os.environ.get("OMP_NUM_THREADS"):
         return cores()
@@ -121,7 +124,8 @@ def kept_threads(header: dict, model: Llama, anew: bool = False) -> int:
 def kept_dtype(header: dict, load: Callable[[str], Llama], anew: bool = False) -> str:
     """float32 or bfloat16, whichever decodes this model faster on this CPU.
 
-    Found once, with each one's best number of threads, and kept. load: gives the model in a dtype.
+    It is found once, with each dtype's best number of threads, and kept; anew: find it again. load:
+    loads the model in a dtype.
     """
     either, names = header | {"dtype": "either dtype"}, ("float32", "bfloat16")
     dtype = _of_this_machine(either).get("dtype")
@@ -147,18 +151,18 @@ def own_folder() -> Path:
 
 
 def must_be_keepable(ship: bool) -> None:
-    """ValueError if `save_ladders` could not write: to be said before long work."""
+    """ValueError if `save_ladders` could not write. To be called before long work."""
     must_be_writable(SHIPPED) if ship else must_take_files(own_folder())
 
 
 def save_ladders(header: dict, ladders: dict[str, dict], ship: bool = False) -> Path:
-    """Keep what tuning found on this machine; ship: in results/ladders.json. Returns the file."""
+    """Keep the ladders tuned on this machine; ship: in results/ladders.json. Returns the file."""
     about = {key: header[key] for key in ("threads", "versions", "command")}
     return _keep(header, {**ladders, **about}, ship)
 
 
 def _keep(header: dict, entry: dict, ship: bool = False) -> Path:
-    """Add to what is kept for the setting; shipped: in place of it."""
+    """Add to the setting's entry; ship: replace the entry in results/ladders.json."""
     key = _key(header)
     file = SHIPPED if ship else _own_file(key)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +175,7 @@ def _keep(header: dict, entry: dict, ship: bool = False) -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """While open, no other process that asks for the same writes there (where a system can)."""
+    """Lock a folder, so that no other process that also asks for the lock writes there."""
     if fcntl is None:
         yield
         return
@@ -187,7 +191,7 @@ def _try_to_keep(header: dict, entry: dict) -> None:
     try:
         _keep(header, entry)
     except OSError:
-        pass  # where nothing can be kept it is found anew each time
+        pass  # if it cannot be kept, it is found again each time
 
 
 def _key(header: dict) -> str:
@@ -195,7 +199,7 @@ def _key(header: dict) -> str:
 
 
 def _own_file(key: str) -> Path:
-    """A file's name says what it is for; a few digits tell settings apart that read alike."""
+    """A file name made of the setting's words; a few digits tell apart settings that look alike."""
     words = re.sub(r"[^\w.]+", "-", key)[:100]
     return own_folder() / f"{words}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.json"
 
@@ -206,11 +210,11 @@ def _of_this_machine(header: dict) -> dict:
 
 
 def _found(header: dict) -> Iterator[tuple[dict, str]]:
-    """What is kept for this model, and where it was found, the likest setting first."""
+    """The entries kept for this model and where each was found, the most similar setting first."""
     folder, key = own_folder(), _key(header)
     own = sorted(folder.glob("*.json")) if folder.is_dir() else []
     kept = []
-    for file in (*own, SHIPPED):  # of equals the own files first
+    for file in (*own, SHIPPED):  # this machine's files come first among equals
         for setting, found in _read(file).items():
             if not setting.startswith(f"{header['model']}, "):
                 continue
@@ -225,7 +229,7 @@ def _found(header: dict) -> Iterator[tuple[dict, str]]:
 
 
 def _fitting(kept: object, model: Llama) -> Ladder | None:
-    """The ladder that was kept; None if it is none, or none of this model."""
+    """The ladder in an entry; None if there is no valid one, or it does not fit the model."""
     try:
         ladder = Options(**{k: v for k, v in kept.items() if k in OF_A_LADDER})  # type: ignore
         ladder.check_model(model.config, list(map(int, model.draft_heads)))

@@ -1,6 +1,6 @@
-"""What this machine has and what decoding takes on it: cores, threads, memory, passes, steps.
+"""Measure this machine and decoding on it: threads, memory, passes, steps.
 
-Nothing is chosen here: ladders.py keeps what was found, bench.py and lab/ measure with it.
+Nothing is stored here: ladders.py keeps what was found, and bench.py and lab/ measure with this.
 """
 
 import math
@@ -23,10 +23,10 @@ WIDTH = 16  # positions: the widest pass that `limits` times
 
 
 def best_threads(model: Llama) -> int:
-    """The number of threads with which the CPU decodes fastest; the fewest among about equals.
+    """The number of threads with which the CPU decodes fastest; of nearly equal ones, the fewest.
 
-    One token at a time leaves little to share out, and threads that wait for each other can cost
-    far more than they bring, most of all where cores are few or shared.
+    Decoding one token at a time leaves little work to share, and threads that wait for each other
+    can cost far more than they gain, above all if cores are few or shared.
     """
     best, shortest, threads = 1, math.inf, 1
     while threads <= cores():
@@ -35,13 +35,13 @@ def best_threads(model: Llama) -> int:
         if seconds < 0.95 * shortest:
             best, shortest = threads, seconds
         if seconds > 1.5 * shortest:
-            break  # more would be worse still, and take long to say so
+            break  # more threads would be even worse, and slow to measure
         threads *= 2
     return best
 
 
 def seconds_of_few(model: Llama) -> float:
-    """Seconds of a few tokens, decoded greedily: enough to tell settings apart."""
+    """Seconds that greedy decoding of a few tokens takes: enough to tell settings apart."""
     generate(model, [0], 2)
     return min(generate(model, [0], 6).seconds for _ in range(3))
 
@@ -50,7 +50,7 @@ def seconds_of_few(model: Llama) -> float:
 
 
 def timed(call: Callable, device: torch.device) -> float:
-    """Seconds of one call: the fastest of twenty, since other work of the machine can only add."""
+    """Seconds of one call: the fastest of twenty, since other work can only add to the time."""
     took = []
     for _ in range(20):
         began = time.perf_counter()
@@ -65,9 +65,10 @@ def timed(call: Callable, device: torch.device) -> float:
 def pass_seconds(
     step: Step, depth: int, widths: Sequence[int], context: int
 ) -> tuple[list[float], list[float]]:
-    """Seconds of passes over so many positions behind `context` others, one number a width.
+    """Seconds of passes over each of `widths` positions that follow `context` others.
 
-    First of the layers down to `depth` (and its block, if the exit has one), then with its head.
+    The first list is for the layers up to `depth` (and its block, if the exit has one), the second
+    includes its head.
     """
     model, longest = step.model, context + max(widths)
     exits = (depth,) if depth < model.config.n_layers else ()
@@ -94,8 +95,8 @@ def limits(step: Step, context: int) -> dict:
     """What bounds greedy decoding here: how fast memory is read, and how long full passes take.
 
     A full pass reads each weight once, so greedy_tokens_per_second is what the memory allows. A
-    model that fits into the processor's caches can be faster; keys and values are left out.
-    pass_seconds: by the number of positions, head included. layer_seconds, head_seconds: of a pass
+    model that fits into the processor's caches can be faster. Keys and values are not counted.
+    pass_seconds: by the number of positions, head included. layer_seconds, head_seconds: for a pass
     over one position.
     """
     model, c = step.model, step.model.config
@@ -116,7 +117,7 @@ def limits(step: Step, context: int) -> dict:
 
 @torch.inference_mode()
 def memory_speed(model: Llama) -> float:
-    """Bytes a second: the best of five times ten products of a matrix and a vector.
+    """Bytes read per second, in the best of five runs of ten products of a matrix and a vector.
 
     The matrix is too large for most caches.
     """
@@ -125,7 +126,7 @@ def memory_speed(model: Llama) -> float:
     fastest = math.inf
     for _ in range(6):  # the first warms up
         began = time.perf_counter()
-        for _ in range(10):  # else a GPU's host would be what is timed
+        for _ in range(10):  # with one, a GPU's host would be timed
             product = matrix @ matrix[0]
         product[0].item()
         fastest = min(fastest, (time.perf_counter() - began) / 10)
@@ -134,18 +135,18 @@ def memory_speed(model: Llama) -> float:
 
 @dataclass
 class Notes:
-    """What was seen of one generation."""
+    """What was observed in one generation."""
 
     tokens: int = 0
     seconds: float = 0.0  # in all
     steps: list[float] = field(default_factory=list)  # of these, in each level's steps
-    # the level that verified, how many drafts, how many it kept; but for the prompt's own pass
+    # the level that verified, how many drafts, how many it kept; without the prompt's own pass
     checks: list[tuple[int, int, int]] = field(default_factory=list)
-    memory: int | None = None  # bytes of GPU memory in use at most, weights too
+    memory: int | None = None  # peak bytes of GPU memory, weights included
 
 
 class Watched(Decoder):
-    """Also takes notes. It is slower, since timing a step has to wait for it."""
+    """A decoder that also takes notes. It is slower, since it waits for each step to time it."""
 
     def __init__(self, notes: Notes, *arguments):
         super().__init__(*arguments)
@@ -190,11 +191,11 @@ def watch(decode: Callable, prompt: list[int], max_new_tokens: int, stop=()) -> 
 
 
 def what_was_seen(notes: list[Notes]) -> dict:
-    """Shares of the time in each level's steps and outside them, and what became of drafts.
+    """The share of time in each level's steps and outside them, and how many drafts were kept.
 
-    acceptance_by_position[k][i]: the share of level k's drafts with an i-th token whose i-th token
-    was kept, from 0 on. A token behind a rejected one is not. accepted_length[k]: tokens kept a
-    verification.
+    acceptance_by_position[k][i]: of level k's drafts that have an i-th token (from 0), the share
+    whose i-th token was kept; a token after a rejected one is not. accepted_length[k]: drafts kept
+    per verification.
     """
     total = sum(n.seconds for n in notes)
     shares = [sum(steps) / total for steps in zip(*(n.steps for n in notes), strict=True)]

@@ -1,9 +1,9 @@
-"""Chat templates: a checkpoint's own program for what stands around the turns of a conversation.
+"""Chat templates: a checkpoint's own program that writes the text around a conversation's turns.
 
-The program comes from a file, so it runs in jinja2's sandbox, with what transformers gives it and
-no more. The sandbox keeps it away from the machine; nothing bounds how long it runs.
-`Template.cut` tells what the template wrote from what a turn says: only in the first may special
-tokens be read. Knows no tokens.
+The program comes from a file, so it runs in jinja2's sandbox, with the functions that transformers
+gives it and no more. The sandbox keeps it away from the machine; nothing limits how long it runs.
+`Template.cut` separates the template's own text from the turns, since only the former may contain
+special tokens. This file knows nothing of tokens.
 """
 
 import functools
@@ -21,10 +21,10 @@ class Template:
 
     def __init__(self, source: str, where: str, names: dict[str, str]):
         self.source, self.where, self.names = source, where, names
-        self._mark = secrets.token_hex(12)  # no turn can hold what it cannot know
+        self._mark = secrets.token_hex(12)  # random, so no turn can contain it
         sandbox = _sandbox()
         try:
-            # what an assistant says may be marked for training: here it is a block like any other
+            # {% generation %} marks an assistant's text for training: here it is an ordinary block
             source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
             source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source)
             tree = sandbox.parse(source)
@@ -33,17 +33,17 @@ class Template:
             raise ValueError(f"{where}: the chat template is not valid Jinja: {error}") from error
         constants = [n.value for n in tree.find_all(nodes.Const) if isinstance(n.value, str)]
         written = [n.data for n in tree.find_all(nodes.TemplateData)]
-        self.literals = "\0".join(written + constants)  # what it can write by itself
+        self.literals = "\0".join(written + constants)  # all text that it can write by itself
 
     def __reduce__(self):
         return Template, (self.source, self.where, self.names)  # a compiled program is not copied
 
     def cut(self, turns: list[str]) -> list[str]:
-        """The template's own text and the turns' by turns, its own at both ends.
+        """The template's own text and the turns in alternation; its own is at both ends.
 
-        A mark in place of every turn shows where the template's own text ends; then one turn after
-        the other is shown as it is, to see what the template makes of it (most trim it, some cut a
-        train of thought). Raises ValueError if the template fails, or drops or repeats a turn.
+        With a mark in place of every turn, the template's own text can be told apart. Then it is
+        given one real turn at a time, to see what it makes of that turn (most templates trim it,
+        some cut out reasoning). ValueError if the template fails, or drops or repeats a turn.
         """
         marks = [f"{self._mark}{k:06}" for k in range(len(turns))]
         own = self._between(marks)
@@ -57,13 +57,13 @@ class Template:
         return pieces
 
     def _between(self, turns: list[str]) -> list[str]:
-        """What the template makes of the turns, cut at the marks among them."""
+        """The text that the template writes for these turns, split at the marks among them."""
         roles = ("user", "assistant")
         messages = [{"role": roles[k % 2], "content": turn} for k, turn in enumerate(turns)]
         given = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
         try:
             text = self._program.render(given, **self.names)
-        except Exception as error:  # whatever a program from a file can do
+        except Exception as error:  # a program from a file can raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{self.where}: the chat template refuses: {reason}") from error
         mark = self._mark + r"\d{6}"
@@ -73,10 +73,10 @@ class Template:
 
 
 def _sandbox() -> ImmutableSandboxedEnvironment:
-    """What transformers runs a template in: the same extension, filters and functions."""
+    """A sandbox like that of transformers: the same extension, filters and functions."""
     loops = ["jinja2.ext.loopcontrols"]  # break and continue
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=loops)
-    # jinja2's own filter escapes what HTML would read
+    # jinja2's own filter also escapes for HTML
     sandbox.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     sandbox.globals["raise_exception"] = _refuse
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

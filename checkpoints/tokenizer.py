@@ -1,8 +1,8 @@
-"""Text to token ids and back, as a checkpoint's files say.
+"""Text to token ids and back, as a checkpoint's files define it.
 
-Two libraries do the work, behind one face. `Library` is Hugging Face's tokenizers, which reads
-whatever vocabulary a file brings. `Tiktoken` is byte-level BPE in the library of that name: for the
-vocabularies that are learned here, and for Llama 3's tokenizer.model. `vocabulary` chooses.
+Two libraries do the work, behind one interface. `Library` uses Hugging Face's tokenizers, which
+reads any vocabulary from a file. `Tiktoken` is byte-level BPE with the library of that name, for
+vocabularies that are learned here and for Llama 3's tokenizer.model. `vocabulary` chooses.
 """
 
 import os.path
@@ -16,7 +16,7 @@ import tokenizers
 
 from checkpoints.template import Template
 
-# GPT-2's spelling of bytes as characters: the visible of Latin-1 as they are, others from U+0100 up
+# GPT-2 spells bytes as characters: visible Latin-1 ones as they are, the others from U+0100 up
 _HIDDEN = [b for b in range(256) if b == ord(" ") or not chr(b).isprintable()]
 BYTES = {chr(256 + _HIDDEN.index(b) if b in _HIDDEN else b): b for b in range(256)}
 _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -25,9 +25,9 @@ _FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 class Tokenizer:
     """special: the ids of the tokens that no text can spell. stop: the ids that end an answer.
 
-    n_vocab: one more than the largest id. template: None if a conversation is told as plain text.
-    settings: what tokenizer_config.json says (or would, for a GGUF file); names: its bos_token and
-    the like, without their flags. Made by `load`.
+    n_vocab: one more than the largest id. template: None if conversations are plain text.
+    settings: the content of tokenizer_config.json (or its equivalent in a GGUF file). names: its
+    bos_token and the like, without their flags. Made by `load`.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class Tokenizer:
         if isinstance(source, list):  # several, by name
             source = {t["name"]: t["template"] for t in source}.get("default")
         self.template = Template(source, where, self.names) if source else None
-        # what a template writes itself is as good as special, if it is more than a word or blanks:
-        # <｜User｜> of DeepSeek is not marked
+        # a token that a template writes counts as special, unless it is a word or blanks, since
+        # DeepSeek's <｜User｜> is not marked as special
         written = self.template.literals if self.template else ""
         self.special = {
             token: id
@@ -59,14 +59,14 @@ class Tokenizer:
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, BOS first if the files ask for it. It can spell no special token."""
+        """Token ids of a text, BOS first if the files ask for it. No text spells special tokens."""
         return [*self.bos, *self.engine.ids([text])]
 
     def decode(self, ids: list[int], after: list[int] | None = None) -> str:
-        """The text; an id without a token, as padded vocabularies have them, adds nothing.
+        """The text of these ids. Ids without a token, as in padded vocabularies, add nothing.
 
-        after: what stands before the ids, such as the prompt of an answer. A sentencepiece
-        vocabulary drops the blank that begins a text, but not one that begins a continuation.
+        after: the ids that come before, such as an answer's prompt. A sentencepiece vocabulary
+        drops the blank that begins a text, but not one that begins a continuation.
         """
         if after is None:
             return self.engine.decode(ids)
@@ -74,15 +74,16 @@ class Tokenizer:
         return whole[len(os.path.commonprefix([before, whole])) :]
 
     def spell(self, id: int) -> bytes:
-        """The bytes of one token: a part of a character, maybe, or none at all."""
+        """The bytes of one token, which may be part of a character, or empty."""
         return self.engine.spell(id)
 
     def chat(self, turns: list[str]) -> list[int]:
         """Token ids of a conversation (user, assistant, user, ...), ready for the next answer.
 
-        As the checkpoint's chat template has it; without one, BOS and the turns, a newline between
-        them. Special tokens are read only in what the template writes, so that no turn can forge an
-        end of turn. Raises ValueError if the last turn is not the user's, or the template refuses.
+        The checkpoint's chat template is used; without one, BOS and the turns, separated by
+        newlines. Special tokens are recognised only in the template's own text, so that no turn can
+        forge an end of turn. Raises ValueError if the last turn is not the user's, or the template
+        refuses.
         """
         if isinstance(turns, str):
             raise ValueError("a conversation is a list of turns, got a text")
@@ -100,25 +101,25 @@ class Tokenizer:
 
     @property
     def prompt(self) -> str:
-        """How `chat` tells a conversation, in words."""
+        """In words, how `chat` writes a conversation."""
         plain = "plain text with BOS" if self.bos else "plain text"
         return "chat template of the model" if self.template else plain
 
 
 class Library:
-    """A tokenizer.json, by tokenizers. Raises ValueError if it is damaged or refused.
+    """A tokenizer.json, read by tokenizers. Raises ValueError if it is damaged or refused.
 
-    listed: tokens by id, as tokenizer.json and tokenizer_config.json add them; some are only in the
-    second. What must not be read out of a text is made special, and special tokens are off; where
-    one is meant, a name that no text can hold stands for it, with the same flags, so that the
-    library cuts and strips around it as it would.
+    listed: tokens by id that tokenizer.json and tokenizer_config.json add; some are only in the
+    second. Tokens that must not be read from a text are made special, and special tokens are not
+    recognised. Where one is meant, a random name that no text contains stands for it, with the same
+    flags, so that the library cuts and strips around it as around the token.
     """
 
     def __init__(self, content: str, listed: dict[int, dict] | None = None):
         self.content = content
         try:
             self._engine = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the library has no type of its own for it
+        except Exception as error:  # the library has no type for this error
             raise ValueError(f"tokenizer.json: {error}") from error
         self._engine.no_truncation()
         self._engine.no_padding()
@@ -156,7 +157,7 @@ class Library:
 
     def ids(self, parts: list[str | int]) -> list[int]:
         text = "".join(self._names[p] if isinstance(p, int) else p for p in parts)
-        # no encoding of bytes can hold half a surrogate pair
+        # half a surrogate pair cannot be encoded as bytes
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = self._engine.encode(text, add_special_tokens=False).ids
         for id in ids:
@@ -180,7 +181,7 @@ class Library:
 
 
 class Tiktoken:
-    """Byte-level BPE by tiktoken. special: the ids of the tokens that no merges make."""
+    """Byte-level BPE with tiktoken. special: the ids of the tokens that no merges produce."""
 
     def __init__(self, encoding: tiktoken.Encoding, special: dict[str, int]):
         self.encoding, self.n_vocab, self.id_of = encoding, encoding.n_vocab, special.get

@@ -1,7 +1,7 @@
 """How varied a generated text is: texts that go round in circles are easy to draft.
 
-Texts are rows of token ids, without the prompt. Beside a speed-up, both figures say whether the
-method is fast or the text is dull.
+Texts are rows of token ids, without the prompt. Next to a speed-up, the two figures tell whether
+the method is fast or the text is dull.
 """
 
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ def distinct(tokens: Sequence[int], n: int = 64) -> int:
 
 
 def looping(tokens: Sequence[int]) -> float:
-    """Share of tokens in repetitions of eight or more."""
+    """The share of tokens that `looped` finds in repetitions of eight or more tokens."""
     return len(looped(tokens, 8)) / len(tokens) if tokens else 0.0
 
 
 def looped(tokens: Sequence[int], n: int) -> set[int]:
-    """Where tokens repeat: n tokens or more that stand right after the very same tokens.
+    """The positions of repeated tokens: n or more that directly follow the very same tokens.
 
-    Loops of fewer than n tokens count too, since several rounds of them are n tokens or more. The
-    first round is none: of a row of one token, all but n are in a loop.
+    Loops shorter than n tokens count too, since several rounds of them make n tokens or more. The
+    first round does not count: of one token repeated, all but the first n are in a loop.
     """
     row: list[int] = list(tokens)
     inside: set[int] = set()

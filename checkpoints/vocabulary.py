@@ -1,8 +1,8 @@
-"""Vocabularies: of a Hugging Face folder, of a GGUF file, or learned; to a `Tokenizer`, and back.
+"""Vocabularies: read from a Hugging Face folder or a GGUF file, or learned, and written back.
 
-What files bring is read by tokenizers, whose format tokenizer.json is; a GGUF file's vocabulary is
-written as one. tiktoken takes what `learn` makes and Llama 3's tokenizer.model: there a token's id
-is also its rank among the merges.
+The library tokenizers reads vocabularies from files: tokenizer.json is its format, and a GGUF
+file's vocabulary is converted to it. tiktoken handles vocabularies made by `learn` and Llama 3's
+tokenizer.model, in which a token's id is also its rank among the merges.
 
 Sources: docs/gguf.md of ggml-org/ggml; the pre-tokenizers and the sentencepiece merges of
 ggml-org/llama.cpp; the tokenizer of meta-llama/llama-models.
@@ -20,13 +20,13 @@ import tokenizers
 from checkpoints.files import need, only, read_json
 from checkpoints.tokenizer import BYTES, Library, Tiktoken, Tokenizer
 
-END = "<|endoftext|>"  # what a learned vocabulary has between documents
+END = "<|endoftext|>"  # between documents, in a learned vocabulary
 _CHARS = {b: c for c, b in BYTES.items()}
 
-# How text is cut into pieces before any merge. Each pattern matches every character: none is lost.
+# How text is cut into pieces before any merge. Each pattern matches any character; none is lost.
 GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-2's after each digit was cut out: a digit ends the text for what stands before it, so white
-# space there stays whole, where GPT-2 would leave its last space to the next word
+# GPT-2's, after each digit has been cut out: what stands before a digit ends there, so white space
+# stays whole, while GPT-2 would leave its last space to the next word
 SMOLLM = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 LLAMA3 = (
     r"(?i:'(?:[sdmt]|ll|ve|re))|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -38,8 +38,8 @@ TEKKEN = (  # Mistral's: a word ends before a capital letter
     rf"[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]*[{_LOWER}]+|[^\r\n\p{{L}}\p{{N}}]?[{_UPPER}]+[{_LOWER}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# What a learned vocabulary is cut by, for code. A newline is a piece by itself and so is the
-# indentation after it, so that a text may end after either and go on as the files it learned from.
+# For learned vocabularies, meant for code. A newline is a piece by itself and so is the indentation
+# after it, so that a text may end after either and continue as in the training files.
 LEARNED = r"\n| {2,}|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s"
 # by their names in a GGUF file
 SPLITS = {"smollm": SMOLLM, "gpt-2": GPT2, "qwen2": QWEN2, "tekken": TEKKEN}
@@ -51,15 +51,16 @@ def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None
     """The tokenizer of a Hugging Face folder, None if it has none. config: its config.json.
 
     Its answers end at the eos_token_id of config.json and of generation_config.json; if neither has
-    one, at tokenizer_config.json's eos_token. ValueError if a file is damaged or contradicts.
+    one, at tokenizer_config.json's eos_token. ValueError if a file is damaged or contradicts
+    another.
     """
     settings = read_json(folder / "special_tokens_map.json")
     settings |= read_json(folder / "tokenizer_config.json")
-    where = folder / "tokenizer_config.json"  # of the template, which may refuse later
+    where = folder / "tokenizer_config.json"  # where the template is, for its errors
     if (folder / "chat_template.jinja").is_file():
         where = folder / "chat_template.jinja"
         settings["chat_template"] = where.read_text("utf-8")
-    # tokenizer.json first: it states the split and the special tokens, as the other does not
+    # tokenizer.json first: unlike tokenizer.model it has the split and the special tokens
     engine: Library | Tiktoken
     if (folder / "tokenizer.json").is_file():
         engine = _from_json(folder / "tokenizer.json", settings)
@@ -81,7 +82,7 @@ def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None
 
 
 def _checked(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """ValueError if a token that begins, ends or frames a text is none of the model's."""
+    """ValueError if a token that begins, ends or frames a text is not in the model's vocabulary."""
     template = tokenizer.template
     used = {"bos_token": tokenizer.bos, "eos_token": tokenizer.stop}
     used["chat template's"] = [
@@ -155,8 +156,8 @@ def learn(texts: list[str], vocab_size: int) -> Tokenizer:
 
 def to_files(tokenizer: Tokenizer) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json, for the same ids here and in transformers."""
-    # without this class transformers would rebuild a Llama-2 tokenizer around the vocabulary, and
-    # it reads the special tokens only as texts
+    # without this class transformers would build a Llama-2 tokenizer around the vocabulary, and it
+    # reads special tokens only as plain texts
     settings = tokenizer.settings | tokenizer.names
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     engine = tokenizer.engine
@@ -171,7 +172,7 @@ def to_files(tokenizer: Tokenizer) -> dict[str, str]:
         vocab = {written[token]: id for token, id in ranks.items()} | special
         content = _content(_byte_level(vocab, merges, engine.encoding._pat_str, True), special)
         settings["engine"] = "tiktoken"
-    if tokenizer.bos and not engine.opening:  # transformers has it from here alone
+    if tokenizer.bos and not engine.opening:  # the only place where transformers looks for it
         bos = tokenizer.names["bos_token"]
         framed = tokenizers.Tokenizer.from_str(content)
         framed.post_processor = tokenizers.processors.TemplateProcessing(
@@ -187,7 +188,7 @@ def _from_json(file: Path, settings: dict) -> Library | Tiktoken:
     if settings.get("engine") == "tiktoken":  # written by `to_files`
         special = {token["content"]: token["id"] for token in added}
         vocab = {t: id for t, id in content["model"]["vocab"].items() if t not in special}
-        # what was saved of SmolLM2 lacks some bytes, which tiktoken needs
+        # a saved SmolLM2 vocabulary lacks some bytes, which tiktoken needs
         if BYTES.keys() <= vocab.keys() and all(token["special"] for token in added):
             split = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
             return _tiktoken(_ranks(vocab), special, split)
@@ -197,7 +198,7 @@ def _from_json(file: Path, settings: dict) -> Library | Tiktoken:
 
 
 def _from_model(data: bytes) -> Tiktoken:
-    """Llama 3's tokenizer.model, a base64 token and its rank a line, and what 3.1 adds to it."""
+    """Llama 3's tokenizer.model (a base64 token and its rank per line), with 3.1's additions."""
     try:
         lines = [line.split() for line in data.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -225,7 +226,7 @@ def _tiktoken(ranks: dict[bytes, int], special: dict[str, int], split: str) -> T
 
 
 def _pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What token's bytes have become when every merge of a lower rank than its own is done."""
+    """The pieces of a token's bytes after every merge of a lower rank than its own."""
     pieces = [token[i : i + 1] for i in range(len(token))]
     own = ranks[token]
     while True:
@@ -237,7 +238,7 @@ def _pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _byte_level(vocab: dict, merges: list, split: str, whole: bool) -> tokenizers.Tokenizer:
-    """whole: a piece of text that is a token is taken as one, even if no merges lead to it."""
+    """whole: a piece of text that is a token becomes that token even if no merges lead to it."""
     engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=whole))
     pre = tokenizers.pre_tokenizers
     to_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -251,8 +252,8 @@ def _sentencepiece(
 ) -> tokenizers.Tokenizer:
     """sentencepiece's BPE joins the neighbours whose union scores best, however they came about.
 
-    As a list: for each token all pairs that make it, best score first. blank: each stretch of text
-    between special tokens begins with one, as llama.cpp has it and most files of Llama 2 do.
+    So the merges are, for each token, all pairs that make it, best score first. blank: put a blank
+    before each stretch of text between special tokens, as llama.cpp and most Llama 2 files do.
     """
     normal = {token: id for token, id in vocab.items() if types[id] == NORMAL}
     merges = sorted(
@@ -279,7 +280,7 @@ def _sentencepiece(
 def _content(
     engine: tokenizers.Tokenizer, added: Collection[str], plain: Collection[str] = ()
 ) -> str:
-    """The tokenizer.json of an engine to which these tokens are added, the plain not special."""
+    """The tokenizer.json of an engine with these tokens added; those in `plain` are not special."""
     engine.add_tokens(
         [tokenizers.AddedToken(t, special=t not in plain, normalized=False) for t in added]
     )

@@ -1,4 +1,4 @@
-"""Which of a file's tensors make up which of the model's. Knows no file."""
+"""Which of a file's tensors make up which of the model's. This module reads no file itself."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from model import Config, Llama, RopeScaling
 
 
 def layout(config: Config) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
-    """Each parameter of the model, and what makes up its rows in a Hugging Face folder, by name."""
+    """Each parameter of the model, with the tensors of a Hugging Face folder that form its rows."""
     D, F, V = config.dim, config.ffn_dim, config.vocab_size
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     rows = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
@@ -45,10 +45,10 @@ def build(
     spell: Callable = str,
     ranks=None,
 ) -> Llama:
-    """The model. read: fetches one of the tensors; spell: what a folder's is called in the file.
+    """The model. read: fetches a tensor by name. spell: turns a folder's name into the file's.
 
-    ranks: the processes that share the model (fast/parallel.py): only this one's part is built, and
-    of what `read` gives, a tensor or a slice of a file, only this part is copied.
+    ranks: the processes that share the model (fast/parallel.py). Only this one's part is built, and
+    only this part is copied from what `read` returns, a tensor or a slice of a file.
     """
     parameters: dict[str, list[str]] = {}
     shapes = dict(shapes)
@@ -62,13 +62,13 @@ def build(
     if shapes:
         raise ValueError(f"unexpected tensor {min(shapes)} ({len(shapes)} in all)")
     with torch.device("meta"), _Unfilled():
-        model = Llama(config)  # shapes alone: no memory, no random numbers
+        model = Llama(config)  # only shapes: no memory, no random numbers
         model = ranks.share(model) if ranks else model
     state = {}
     for ours, names in parameters.items():
         held = [read(name) for name in names]
         held = ranks.cut(ours, held) if ranks else held
-        # a copy also of one: it may be a page of the file
+        # copies even a single tensor, which may be a page of the file
         state[ours] = torch.cat([tensor.to(device, dtype) for tensor in held])
     model.load_state_dict(state, strict=False, assign=True)  # a tied head has no tensor of its own
     if config.tie_embeddings:
@@ -77,7 +77,7 @@ def build(
 
 
 class _Unfilled(TorchFunctionMode):
-    """Lets torch.nn.init do nothing: on the meta device its draws take a second to do as much."""
+    """Makes torch.nn.init do nothing; its draws on the meta device, to no effect, take a second."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -86,7 +86,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 def linear(factor: float, context: int) -> RopeScaling:
-    """All frequencies divided by factor: none turns so often within the context that it stays."""
+    """Divide all frequencies by factor: none turns often enough in the context to be kept."""
     if not isinstance(factor, (int, float)) or not factor > 0:
         raise ValueError(f"factor of linear RoPE scaling must be a number above 0, got {factor!r}")
     return RopeScaling(factor, float(context), context + 1.0, context)

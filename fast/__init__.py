@@ -1,4 +1,4 @@
-"""The same steps, faster: what generate(fast=...) takes. The core does not need this folder.
+"""Faster steps, for generate(fast=...). The core does not need this folder.
 
     step_for(model, max_len)           a step for the model's device: packed on a CPU, else captured
     fast.cpu.prepare(model)            packs a model on a CPU, in place, and gives it its step
@@ -6,8 +6,8 @@
     fast.training.for_training(model)  attention in blocks, for training on a CPU
     fast.parallel.start(device)        several processes share a model
 
-layers.py holds what both kinds of step share. A plain model is changed by replacing its modules by
-subclasses that compute the same. A file is imported by whoever needs it: on a CPU nothing of CUDA.
+Both kinds of step share layers.py. A plain model is changed by replacing its modules by subclasses
+that compute the same. Each file is imported only when it is needed: on a CPU, no CUDA code.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ from model import Llama
 
 
 def step_for(model: Llama, max_len: int, compiled: bool = True) -> Any:
-    """The fastest step for the model where it is.
+    """The fastest step for the model on its device.
 
-    max_len: the longest sequence that a captured step has room for, prompt included, in tokens.
+    max_len: the longest sequence, in tokens, that a captured step has room for, prompt included.
     compiled: whether its layers are compiled before they are captured, which takes some seconds.
     """
     if model.embed.weight.is_cuda:

@@ -1,16 +1,16 @@
-"""What a model does, done faster on a CPU: products and norms.
+"""Faster products and norms for a model on a CPU.
 
-`Linear.pack` changes where the numbers of a weight lie, not the numbers: what is trained and what
-is saved is the plain weight. There are two layouts, by size:
+`Linear.pack` changes where a weight's numbers lie, not the numbers: the plain weight is what is
+trained and saved. There are two layouts, by size:
 
-- small float32 matrices are transposed in memory: there a call costs more than its work;
-- larger ones, and all in bfloat16, are packed by oneDNN, which takes about as long for a few rows
-  as for one, and gives a row the same bits however many rows there are. How oneDNN cuts a long sum
-  would depend on the number of rows: such a sum is cut here first, always in the same way.
+- Small float32 matrices are transposed in memory: for them a call costs more than its work.
+- Larger ones, and all in bfloat16, are packed by oneDNN, which takes about as long for a few rows
+  as for one, and gives a row the same bits however many rows there are. How oneDNN splits a long
+  sum would depend on the number of rows, so such a sum is split here first, always the same way.
 
-Plain float32 products (MKL's) have the same bits for any number of rows from ROWS on, if the rows
-begin at multiples of 16 bytes. Passes of a model that holds some are padded to a multiple of ROWS
-positions (`PackedStep`).
+Plain float32 products (MKL's) give the same bits for any number of rows from ROWS on, if the rows
+begin at multiples of 16 bytes. If a model has such products, its passes are padded to a multiple of
+ROWS positions (`PackedStep`).
 """
 
 import math
@@ -30,24 +30,24 @@ from fast.modules import replaced
 from kvcache import KVCache
 from model import Llama
 
-ROWS = 4  # the fewest rows that MKL multiplies as it does many
-SMALL = 2**18  # weights in float32; below, transposed is faster than packed
-NARROW = 16  # outputs; with fewer, transposed gives a row other bits in another place
-LONGEST = 1024  # terms in a sum that oneDNN does not cut
+ROWS = 4  # the fewest rows that MKL multiplies in the same way as many
+SMALL = 2**18  # float32 matrices with fewer weights are faster transposed than packed
+NARROW = 16  # with fewer outputs than this, a transposed row's bits depend on its place
+LONGEST = 1024  # the most terms in a sum that oneDNN does not split
 
 
 def prepare(model: Llama) -> "PackedStep":
-    """Pack a model on a CPU for inference, in place; `generate` then takes the step returned.
+    """Pack a model on a CPU for inference, in place; `generate` then uses the step returned.
 
-    train(), to() and load_state_dict() undo the packing, and another call of this does it again. A
-    weight that is changed in place is not seen.
+    train(), to() and load_state_dict() undo the packing, and another call of this packs again. A
+    change of a weight in place is not noticed.
     """
     pack(model.eval())
     model.fast = PackedStep(model)
     return model.fast
 
 
-@torch.inference_mode(False)  # a gradient may pass through what is made here
+@torch.inference_mode(False)  # a gradient may pass through the tensors made here
 def pack(model: Llama) -> None:
     """Put the modules below in place of plain ones, and pack them, unless the model trains."""
     model._modules = replaced(model, KINDS)._modules
@@ -55,14 +55,14 @@ def pack(model: Llama) -> None:
         if isinstance(module, ExitHead):
             module.gather(model.head)
         elif isinstance(module, Linear):
-            # the embedding goes on reading the plain matrix
+            # the embedding still reads the plain matrix
             module.pack(keep=model.config.tie_embeddings and module is model.head)
         elif isinstance(module, RMSNorm):
             module.pack()
 
 
 class PackedStep(hispec.Step):
-    """The plain step over packed weights, on a cache that gives equal bits at every width."""
+    """The plain step over packed weights, on a cache that gives the same bits at every width."""
 
     name = "packed"
 
@@ -72,7 +72,7 @@ class PackedStep(hispec.Step):
 
     @contextmanager
     def open(self, exits: tuple[int, ...], max_len: int, draft_head: int = 0) -> Iterator[KVCache]:
-        if any(type(module) in KINDS for module in self.model.modules()):  # of new heads
+        if any(type(module) in KINDS for module in self.model.modules()):  # new heads
             pack(self.model)
         modules: list[Any] = list(self.model.modules())
         linears = [m for m in modules if isinstance(m, Linear)]
@@ -81,7 +81,7 @@ class PackedStep(hispec.Step):
         yield Cache(self.model, exits, max_len, self.pad, draft_head)
 
     def segment(self, cache: KVCache, tokens: Tensor, j: int, length: int) -> Tensor:
-        new = length - cache.lengths[j]  # behind them is padding
+        new = length - cache.lengths[j]  # after them comes padding
         return super().segment(cache, tokens, j, length)[:new]
 
     def logits(self, states: Tensor, depth: int) -> Tensor:
@@ -100,7 +100,7 @@ class PackedStep(hispec.Step):
 
 
 class Packed(nn.Module):
-    """What is laid out anew for inference, until it is trained, moved or loaded."""
+    """A module with another memory layout for inference, until it is trained, moved or loaded."""
 
     def unpack(self) -> None:
         raise NotImplementedError
@@ -122,16 +122,16 @@ class Packed(nn.Module):
 class Linear(Packed, nn.Linear):
     """x @ weight.T, plus the bias if there is one."""
 
-    turned: Tensor | None = None  # a small weight's transpose, as it lies in memory
+    turned: Tensor | None = None  # a small weight's transpose, contiguous
     packed: Sequence[Tensor] = ()  # in oneDNN's own layout, for `block` inputs each
     block = LONGEST
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., inputs) to (..., outputs)."""
-        bias = self._parameters["bias"]  # found sooner there than as an attribute
+        bias = self._parameters["bias"]  # a faster look-up than as an attribute
         if not self.packed:
             turned = self.turned if torch.is_inference_mode_enabled() else None
-            # as F.linear, which turns the weight at each call
+            # the same as F.linear, which transposes the weight at each call
             y = F.linear(x, self.weight) if turned is None else x @ turned
             return y if bias is None else y + bias
         if len(self.packed) == 1:
@@ -145,7 +145,7 @@ class Linear(Packed, nn.Linear):
     def pack(self, keep: bool = False) -> None:
         """Take the fastest layout for inference.
 
-        keep: someone else reads the plain weight too, which otherwise is let go.
+        keep: another module reads the plain weight too, which is otherwise freed.
         """
         weight = self.weight.detach()
         if self.packed or weight.device.type != "cpu":
@@ -163,7 +163,7 @@ class Linear(Packed, nn.Linear):
 
     @property
     def same_bits(self) -> bool:
-        """Whether any number of rows gives the same bits; else it does so from ROWS rows on."""
+        """Whether any number of rows gives the same bits; if not, any number from ROWS on does."""
         plain = self.weight.dtype in (torch.float32, torch.float64)
         return bool(self.packed) or self.weight.device.type != "cpu" or not plain
 
@@ -178,7 +178,7 @@ class Linear(Packed, nn.Linear):
         self.turned, self.packed = None, ()
 
     def __getstate__(self) -> dict:
-        """What a copy is made of: the plain weight, since oneDNN's own layout cannot be copied."""
+        """The state to copy, with the plain weight, since oneDNN's layout cannot be copied."""
         state = {**self.__dict__, "turned": None, "packed": ()}
         if not self.weight.numel():
             weight = nn.Parameter(self.dense(), self.weight.requires_grad)
@@ -192,14 +192,14 @@ class Linear(Packed, nn.Linear):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product reads."""
+        """The bytes that a product reads."""
         return sum(block.nbytes for block in self.packed) or self.weight.nbytes
 
 
 def product(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, to: Tensor | None = None
 ) -> Tensor:
-    """x times a packed weight, plus a bias, or `to`, if that is given."""
+    """x times a packed weight, plus a bias or `to`, whichever is given."""
     if to is None:
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return torch.ops.mkldnn._linear_pointwise.binary(x, to, weight, None, "add")
@@ -222,7 +222,7 @@ def can_pack(dtype: torch.dtype) -> bool:
 class RMSNorm(Packed, nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467).
 
-    Packed, by four operators in place of PyTorch's eight: in a small model calls set the pace.
+    When packed, it takes four operators instead of PyTorch's eight: in small models calls dominate.
     """
 
     packed: tuple[Tensor, Tensor] | None = None  # sqrt(D) * weight, sqrt(D * eps)
@@ -233,11 +233,11 @@ class RMSNorm(Packed, nn.RMSNorm):
         weight, least = self.packed  # both in float32 at least
         size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=least.dtype)
         y = x * weight / torch.hypot(size, least)
-        return y if y.dtype == x.dtype else y.to(x.dtype)  # an idle `to` costs a call
+        return y if y.dtype == x.dtype else y.to(x.dtype)  # even an idle `to` costs a call
 
     def pack(self) -> None:
         if self.weight.device.type != "cpu" or self.weight.dtype == torch.float64:
-            return  # in float64 `hypot` rounds alone otherwise than with others
+            return  # in float64, `hypot` rounds a single number differently from several
         weight = self.weight.detach().to(torch.promote_types(self.weight.dtype, torch.float32))
         D = len(weight)
         self.packed = weight * math.sqrt(D), weight.new_tensor(math.sqrt(D * (self.eps or 0.0)))
@@ -249,10 +249,10 @@ class RMSNorm(Packed, nn.RMSNorm):
 class ExitHead(Packed, plain.ExitHead):
     """An exit's head whose rows of the output matrix are gathered once, and packed."""
 
-    rows: Sequence[Linear] = ()  # in a list, so as to be no part of what is saved or trained
+    rows: Sequence[Linear] = ()  # in a list, so that they are neither saved nor trained
 
     def gather(self, head: nn.Linear) -> None:
-        """Take the rows that the exit reads out of the output layer."""
+        """Copy the rows that the exit reads from the output layer."""
         if self.rows or self.vocab is None:
             return
         dense = head.dense() if isinstance(head, Linear) else head.weight.detach()

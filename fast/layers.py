@@ -1,10 +1,11 @@
-"""Modules, and a cache, that give a position the same bits whatever its company in a pass.
+"""Modules and a cache that give a position the same bits whatever other positions are in a pass.
 
-How many keys a position is compared with changes how its sums are rounded. So a position attends
-over the keys up to the next multiple of CHUNK, those ahead of it masked: how many they are depends
-on the position alone, not on what else is in the pass, nor on how long the text may get. A pass
-that crosses such a multiple falls into chunks there, for attention only. The number of positions in
-a pass changes the rounding too: cpu.py pads them to a multiple of four, cuda.py to a fixed width.
+The number of keys that a position is compared with affects how its sums are rounded. So a position
+attends to the keys up to the next multiple of CHUNK, and those after it are masked: the number of
+keys depends on the position alone, not on what else is in the pass or how long the text may get. A
+pass that crosses such a multiple is split into chunks there, for attention only. The number of
+positions in a pass affects rounding too: cpu.py pads it to a multiple of four, cuda.py to a fixed
+width.
 """
 
 from itertools import pairwise
@@ -17,14 +18,14 @@ from torch import Tensor, nn
 import model as plain
 from kvcache import KVCache, Plan
 
-CHUNK = 64  # positions: more would read more masked keys, fewer would cut more passes
+CHUNK = 64  # positions: more would read more masked keys, fewer would split more passes
 ROWS = 4  # attention takes its queries in fours: on a CPU fewer would get other bits
 
 
 class Cache(KVCache):
-    """The shared cache, with passes cut into chunks and padded to a multiple of `pad` positions.
+    """The shared cache, with passes split into chunks and padded to a multiple of `pad` positions.
 
-    What is padded is written beyond the segment's length, and so is stale from the start.
+    Padding is written beyond the segment's length, so it is stale from the start.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Cache(KVCache):
         self.layers = list(zip(self.keys, self.values))
         # end: the layers' keys and values before it, and the masks of all rows of the last chunk
         self.views: dict[int, tuple[list[tuple[Tensor, Tensor]], Tensor]] = {}
-        # the positions of a chunk, and those padded behind it: every mask is a part of this one
+        # a chunk's positions and the padding after it: every mask is a part of this one
         at = torch.arange(CHUNK + pad + ROWS, device=self.columns.device)
         self.causal = mask(at, self.columns - len(self.columns) + CHUNK, self.group, self.keys)
 
@@ -59,10 +60,10 @@ class Cache(KVCache):
 
 
 class ChunkPlan(Plan):
-    """A pass over positions (N,) that each see the keys up to the end of their chunk.
+    """A pass over positions (N,) that each attend to the keys up to the end of their chunk.
 
-    chunks: n positions, the keys and values of each layer that they see, those ahead of them
-    masked, and the mask.
+    chunks: for each the number of positions, each layer's keys and values up to its end, and the
+    mask of those that come after a position.
     """
 
     cache: Cache
@@ -73,7 +74,7 @@ class ChunkPlan(Plan):
         self.seen = [(pairs, mask) for _, pairs, mask in chunks]
 
     def write_chunks(self, layer: Any, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Store k, v (B, G, N, E); for each chunk keys, values (B, G, end, E) and the mask."""
+        """Store k and v (B, G, N, E); return each chunk's keys, values (B, G, end, E) and mask."""
         keys, values = self.cache.layers[layer]
         keys.index_copy_(2, self.slots, k)
         values.index_copy_(2, self.slots, v)
@@ -81,7 +82,7 @@ class ChunkPlan(Plan):
 
 
 def mask(positions: Tensor, columns: Tensor, group: int, like: Tensor) -> Tensor:
-    """What to add to the scores of columns (T,), -inf where they lie ahead: (N * group, T).
+    """What to add to the scores of columns (T,): (N * group, T), with -inf for later columns.
 
     A row is a query head at one of the positions (N,); `group` of them share a key head.
     """
@@ -90,14 +91,14 @@ def mask(positions: Tensor, columns: Tensor, group: int, like: Tensor) -> Tensor
 
 
 class Layer(plain.Layer):
-    """A layer that attends chunk by chunk; what surrounds that stands apart, to be compiled."""
+    """A layer that attends chunk by chunk. `before` and `after` are separate, to be compiled."""
 
     def forward(self, h: Tensor, rope: Any, plan=None, layer: int | None = None) -> Tensor:
         if not isinstance(plan, ChunkPlan):
             return super().forward(h, rope, plan, layer)
         q, k, v = self.before(h, rope.signed)
         seen = plan.write_chunks(layer, k, v)
-        if len(seen) == 1:  # most passes are of one chunk
+        if len(seen) == 1:  # most passes have one chunk
             return self.after(h, attend(q, *seen[0]))
         chunks = zip(q.split(plan.sizes, 1), seen)
         return self.after(h, torch.cat([attend(some, *keys) for some, keys in chunks], 1))
@@ -114,15 +115,15 @@ class Layer(plain.Layer):
         return q, k.transpose(1, 2), v.transpose(1, 2)
 
     def after(self, h: Tensor, y: Tensor) -> Tensor:
-        """h (B, N, D) plus what was attended to, y (B, N, H*E), and the MLP behind it."""
+        """The layer's output (B, N, D) from its input h (B, N, D) and attention's y (B, N, H*E)."""
         h = h + self.attn.out(y)
         return h + self.mlp(self.mlp_norm(h))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """What queries (B, N, H, E) see (B, N, H*E); mask (N * H/G or more, T), added to the scores.
+    """Attention (B, N, H*E) of queries (B, N, H, E); mask (N * H/G or more, T) is added to scores.
 
-    The query heads that share a key head are its rows: every fused kernel takes that.
+    Query heads that share a key head become rows of one head, which every fused kernel accepts.
     """
     (B, N, _, E), G = q.shape, k.shape[1]
     q = q.view(B, N, G, -1, E).transpose(1, 2).reshape(B, G, -1, E)
@@ -135,13 +136,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class RoPE(plain.RoPE):
-    """The angles from a table: a cosine may round differently in other company."""
+    """The angles from a table, since a cosine's rounding may depend on what is computed with it."""
 
     table: Tensor | None = None  # of every position: cos twice, -sin and sin (2, T, 1, E)
 
     def forward(self, positions: Tensor) -> Any:
         if self.table is None or self.table.device != positions.device:
-            with torch.inference_mode(False):  # training may use what decoding has built
+            with torch.inference_mode(False):  # training may use a table that decoding has built
                 every = torch.arange(self.config.max_seq_len, device=positions.device)
                 cos, sin = super().forward(every)  # (T, E/2)
                 rows = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
@@ -151,7 +152,7 @@ class RoPE(plain.RoPE):
 
 
 class Angles:
-    """A pass's cos and sin, one by one, as the model's own layers take them; `signed` for these."""
+    """A pass's cos and sin: iterate for those of the plain layers; `signed` is for these layers."""
 
     def __init__(self, rows: Tensor):  # (2, N, 1, E)
         self.rows, self.signed = rows, rows.unbind()
@@ -161,10 +162,10 @@ class Angles:
 
 
 def rotate(x: Tensor, signed: plain.Rope) -> Tensor:
-    """As the model's own, in fewer operators: x (B, N, heads, E), cos and signed sin (N, 1, E)."""
+    """Like model.rotate, in fewer operators: x (B, N, heads, E), cos and signed sin (N, 1, E)."""
     cos, sin = signed
     y = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
-    return y if y.dtype == x.dtype else y.to(x.dtype)  # an idle `to` costs a call
+    return y if y.dtype == x.dtype else y.to(x.dtype)  # even an idle `to` costs a call
 
 
 def up_to_chunk(length: int) -> int:

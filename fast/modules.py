@@ -1,12 +1,12 @@
-"""How a plain model is changed: subclasses in place of its modules, with the same tensors."""
+"""Changing a plain model: subclasses replace its modules and hold the same tensors."""
 
 from torch import nn
 
 
 def replaced(module: nn.Module, kinds: dict[type, type]) -> nn.Module:
-    """The tree of modules with subclasses in place of classes.
+    """The tree of modules, with classes replaced by subclasses as in `kinds`.
 
-    What changes is a copy that holds the same tensors; what does not is the module itself.
+    A changed module is a copy that holds the same tensors; an unchanged one is the module itself.
     """
     below = {
         name: child if child is None else replaced(child, kinds)

@@ -1,19 +1,20 @@
-"""One model shared out among several processes: tensor parallelism (arXiv 1909.08053).
+"""One model shared by several processes: tensor parallelism (arXiv 1909.08053).
 
-Each process holds some of the heads, with their keys and values, some of the feed-forward, and some
-rows of the embedding and of the output matrix; norms are everyone's. In a layer the processes add
-up what comes out of attention and of the feed-forward; behind the output rows they gather logits.
-What a process holds is a `Llama` of its own, with fewer heads and a narrower feed-forward, so the
-cache and the plain step know nothing of this.
+Each process holds some of the heads, with their keys and values, part of the feed-forward, and some
+rows of the embedding and of the output matrix; all hold the norms. In a layer the processes add up
+the outputs of attention and of the feed-forward; after the output matrix they gather logits. A
+process's part is a `Llama` of its own, with fewer heads and a narrower feed-forward, so the cache
+and the plain step need no change.
 
     torchrun --nproc_per_node=2 bench.py        ranks = start(); load(name, ranks=ranks)
 
-Every process makes the same calls in the same order, so all must come to the same decisions. They
-decide by logits and random numbers alone: a logit is computed by one process and copied to all, and
-`start` gives them all one seed. For inference only: no gradient passes from process to process.
+Every process makes the same calls in the same order, so all must make the same decisions. These
+depend only on logits and random numbers: each logit is computed by one process and copied to all,
+and `start` gives them all one seed. This is for inference only: no gradient passes between
+processes.
 
-torch.distributed carries the sums. PyTorch's parallelize_module is not used: it cuts a fused matrix
-(queries, keys and values, or gate and up) straight through, and heads into equal parts only.
+torch.distributed carries the sums. PyTorch's parallelize_module is not used, since it cuts a fused
+matrix (queries, keys and values, or gate and up) straight through, and heads only into equal parts.
 """
 
 import atexit
@@ -34,14 +35,14 @@ import model as plain
 from fast.modules import replaced
 from model import Config
 
-TIMEOUT = timedelta(minutes=10)  # for a process that does not answer: loading takes time too
+TIMEOUT = timedelta(minutes=10)  # how long to wait for another process, which may still be loading
 
 
 def start(device: str | None = None, timeout: timedelta = TIMEOUT) -> "Ranks | None":
     """Join the processes that torchrun has started; None if this one is alone.
 
-    device: cpu or cuda; default: a GPU for each process if there are any. Only rank 0 goes on
-    printing. Raises ValueError if there are fewer GPUs than processes on this machine.
+    device: cpu or cuda; default: a GPU for each process if there are any. From then on only rank 0
+    prints. Raises ValueError if there are fewer GPUs than processes on this machine.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return None
@@ -67,28 +68,28 @@ def start(device: str | None = None, timeout: timedelta = TIMEOUT) -> "Ranks | N
 class Ranks:
     """The processes that share a model, numbered 0 .. size-1, and which of them this one is."""
 
-    whole: Config  # the whole model's shape, from when its model is made
+    whole: Config  # the whole model's shape, known once `share` has been called
 
     def __init__(self, rank: int, size: int, device: str = "cpu"):
         self.rank, self.size, self.device = rank, size, device
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     # ---- who holds what -------------------------------------------------------------------------
 
     def span(self, n: int, rank: int | None = None) -> tuple[int, int]:
-        """Which of n things, first to stop, are this process's, or another's."""
+        """Which of n items, first to stop, belong to this process, or to the given rank."""
         rank = self.rank if rank is None else rank
         return n * rank // self.size, n * (rank + 1) // self.size
 
     def heads(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Which query heads and which key/value heads are this process's, first to stop.
+        """Which query heads and which key/value heads belong to this process, first to stop.
 
-        Query heads go with their key/value head. If there are more processes than those, some hold
-        the same one, and share out its query heads.
+        Query heads go with their key/value head. If there are more processes than key/value heads,
+        several processes hold the same one and divide its query heads.
         """
         kv_heads = self.whole.n_kv_heads
         group = self.whole.n_heads // kv_heads
@@ -101,10 +102,10 @@ class Ranks:
         return (head * group + first, head * group + stop), (head, head + 1)
 
     def cut(self, name: str, parts: Sequence) -> list[Tensor]:
-        """This process's rows or columns of a parameter of the model, by its name.
+        """This process's rows or columns of the model's parameter of this name.
 
-        parts: what makes up the parameter's rows: q, k and v; gate and up; else one. Tensors, or
-        slices of a safetensors file, of which only what is wanted is read.
+        parts: the tensors that form the parameter's rows (q, k and v; gate and up; else only one),
+        or slices of a safetensors file, of which only the needed part is read.
         """
         c = self.whole
         q, kv = ((a * c.head_dim, b * c.head_dim) for a, b in self.heads())
@@ -122,7 +123,7 @@ class Ranks:
         return [part[:] for part in parts]
 
     def share(self, model: plain.Llama) -> plain.Llama:
-        """This process's part of a model, which is used up. ValueError if not all get a part."""
+        """This process's part of a model, which is consumed. ValueError if not all get a part."""
         c = self.whole = model.config
         group, holders = c.n_heads // c.n_kv_heads, -(-self.size // c.n_kv_heads)
         if self.size > min(c.ffn_dim, c.vocab_size) or holders > group:
@@ -143,7 +144,7 @@ class Ranks:
         return part
 
     def share_layers(self, module: nn.Module) -> nn.Module:
-        """This process's part of the layers in a module, as in an exit's head, which is used up."""
+        """This process's part of the layers in a module (as an exit's head), which is consumed."""
         module = replaced(module, {plain.ExitHead: ExitHead})
         (q, q_stop), (kv, kv_stop) = self.heads()
         for part in module.modules():
@@ -163,7 +164,7 @@ class Ranks:
                 part.ranks = self
         return module
 
-    # ---- what they say to each other ------------------------------------------------------------
+    # ---- communication --------------------------------------------------------------------------
 
     def sum(self, t: Tensor) -> Tensor:
         """All processes' tensors of this shape, added up in place."""
@@ -172,7 +173,7 @@ class Ranks:
         return t
 
     def gather(self, t: Tensor, n: int) -> Tensor:
-        """All processes' parts (..., span(n)) side by side: (..., n), the same bits for each."""
+        """All processes' parts (..., span(n)) side by side: (..., n), the same bits for all."""
         widths = [stop - first for first, stop in (self.span(n, rank) for rank in range(self.size))]
         t = F.pad(t, (0, max(widths) - t.shape[-1])).contiguous()  # all of one shape
         parts = [torch.empty_like(t) for _ in widths]
@@ -183,7 +184,7 @@ class Ranks:
 
 @contextmanager
 def _others() -> Iterator[None]:
-    """Says in one line that another process has ended, or has not answered for too long."""
+    """Reports in one line that another process has ended, or has not answered for too long."""
     try:
         yield
     except RuntimeError as error:
@@ -192,7 +193,7 @@ def _others() -> Iterator[None]:
 
 
 class Summed(nn.Linear):
-    """A product whose inputs are shared out: each process has some terms of every sum."""
+    """A product whose inputs are divided: each process has some terms of every sum."""
 
     def __init__(self, ranks: Ranks, weight: Tensor):
         super().__init__(weight.shape[1], weight.shape[0], bias=False, device="meta")
@@ -203,7 +204,7 @@ class Summed(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """An embedding whose rows are shared out: a token's is known to one process, and added to 0."""
+    """An embedding whose rows are divided: one process has a token's row, and the others add 0."""
 
     def __init__(self, ranks: Ranks, weight: Tensor):
         super().__init__(weight.shape[0], weight.shape[1], device="meta")
@@ -217,7 +218,7 @@ class Embedding(nn.Embedding):
 
 
 class Head(nn.Linear):
-    """An output layer whose rows are shared out: logits (..., V) for all."""
+    """An output layer whose rows are divided; every process gets all logits (..., V)."""
 
     def __init__(self, ranks: Ranks, weight: Tensor):
         super().__init__(weight.shape[1], ranks.whole.vocab_size, bias=False, device="meta")
@@ -228,7 +229,7 @@ class Head(nn.Linear):
 
 
 class ExitHead(plain.ExitHead):
-    """An exit's head that reads some rows of the shared output layer, if not all."""
+    """An exit's head that reads the rows of its `vocab` from the divided output layer."""
 
     ranks: Ranks
 
@@ -238,7 +239,7 @@ class ExitHead(plain.ExitHead):
         first, stop = self.ranks.span(head.out_features)
         mine = ((self.vocab >= first) & (self.vocab < stop)).nonzero().squeeze(1)
         some = F.linear(self.norm(h), head.weight[self.vocab[mine] - first])
-        # one process has a number where all others have 0: the sum is the same bits for each
+        # only one process has a number here and all others have 0, so the sum has the same bits
         known = some.new_zeros(*some.shape[:-1], len(self.vocab))
         return self.ranks.sum(known.index_copy(-1, mine, some))
 

@@ -10,7 +10,7 @@ from fast.modules import replaced
 
 
 def for_training(model: plain.Llama) -> None:
-    """Let the model attend in blocks, which trains faster on a CPU, compiled."""
+    """Let the model attend in blocks; compiled, this trains faster on a CPU."""
     model._modules = replaced(model, {plain.Attention: BlockAttention})._modules
 
 
@@ -31,8 +31,8 @@ class BlockAttention(plain.Attention):
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, size: int = 128) -> Tensor:
     """Causal attention (B, H, N, E) of queries (B, H, N, E) to keys and values (B, G, N, E).
 
-    In plain products, `size` queries at a time with the keys up to the last of them: to train on a
-    CPU, compiled, this takes half as long as PyTorch's fused kernel and its gradient.
+    It uses plain products, of `size` queries at a time with the keys up to the last of these. To
+    train on a CPU, compiled, it takes half as long as PyTorch's fused kernel and its gradient.
     """
     (B, H, N, E), G = q.shape, k.shape[1]
     q, blocks = (q * E**-0.5).reshape(B, G, H // G, N, E), []

@@ -1,1 +1,1 @@
-"""What measures, chooses and draws: used by bench.py, train_exits.py and show/, knows none."""
+"""Measuring, tuning, drawing, and training beyond the two recipes of train_exits.py."""

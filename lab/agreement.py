@@ -1,4 +1,4 @@
-"""How often depths pick the same token: on held-out text, on greedy texts."""
+"""How often the exits pick the full model's token, on held-out text and on greedy texts."""
 
 import textwrap
 from pathlib import Path
@@ -15,7 +15,7 @@ from train_exits import held_rows, measure
 
 
 def agreement(model: Llama, held: Tensor, context: int) -> tuple[float, dict[str, list[float]]]:
-    """The loss on held-out tokens (T,); each layer's agreement there and on what greedy adds."""
+    """The loss on held-out tokens (T,); each layer's agreement there and on greedy text."""
     rows, start = held_rows(held, 2 * context), max(1, context // 2)
     cold = torch.zeros(len(rows), dtype=torch.bool)
     loss, on_text = measure(model, rows)
@@ -25,7 +25,7 @@ def agreement(model: Llama, held: Tensor, context: int) -> tuple[float, dict[str
 
 
 def kept(original: Llama, model: Llama, held: Tensor, context: int) -> str:
-    """What a trained model has kept of the original, in words."""
+    """In words, how much of the original a trained model has kept."""
     rows = held_rows(held, 2 * context)
     p, q = (log_probabilities(m, rows) for m in (original, model))
     kl, same = (p.exp() * (p - q)).sum(-1).mean(), (p.argmax(-1) == q.argmax(-1)).float().mean()
@@ -37,7 +37,7 @@ def kept(original: Llama, model: Llama, held: Tensor, context: int) -> str:
 
 @torch.no_grad()
 def log_probabilities(model: Llama, rows: Tensor) -> Tensor:
-    """Of every next token (B, N, V), after each but the last of rows (B, N+1)."""
+    """Log-probabilities (B, N, V) of the next token, after each but the last of rows (B, N+1)."""
     device = model.embed.weight.device
     pieces = [model(r[:, :-1].to(device)).float().log_softmax(-1) for r in rows.split(4)]
     return torch.cat(pieces)
@@ -46,7 +46,7 @@ def log_probabilities(model: Llama, rows: Tensor) -> Tensor:
 def write_figure(
     folder: Path, header: dict, exits: tuple[int, ...], columns: dict[str, list[float]]
 ) -> None:
-    """agreement.png: the columns of agreement.csv by layer, and the setting in which."""
+    """Draw agreement.png: the columns of agreement.csv by layer, with the setting below."""
     figure = Figure((7, 4), layout="constrained")
     axes = figure.subplots()
     for name, column in columns.items():
@@ -57,7 +57,7 @@ def write_figure(
     axes.legend()
     setting = in_words(header), header["command"]
     caption = [x for text in setting for x in textwrap.wrap(text, 110, break_on_hyphens=False)]
-    # a dollar sign in a path begins no formula
+    # a dollar sign in a path must not begin a formula
     style = dict(ha="left", fontsize=7, color="0.3", parse_math=False)
     figure.supxlabel("\n".join(caption), x=0.01, **style)
     write_whole(folder / "agreement.png", lambda to: figure.savefig(to, format="png", dpi=150))

@@ -1,12 +1,13 @@
-"""Formula and replay side by side, by tokens and by bytes: what is easy is easy at every depth.
+"""Compare formula and replay, by tokens and by bytes: easy text is easy at every depth.
 
     python -m lab.bytes --json results/cpu-tiny-bytes.json --figure results/figures/bytes
 
-The cost formula takes agreements to be independent, from level to level and from token to token.
-The replay of recorded texts does not. Both are asked how much faster the two exits of a model are
-than the better one alone, each with its best windows, for the model's tokens, and then for the same
-texts read byte by byte: an exit's choice of a byte is the likeliest by its distribution over the
-tokens that begin with the bytes before it. A byte's pass is charged what a token's costs.
+The cost formula assumes that agreements are independent, from level to level and from token to
+token. The replay of recorded texts does not. Both predict how much faster the two exits of a model
+are than the better one alone, each with its best windows: first for the model's tokens, then for
+the same texts read byte by byte. An exit's choice of a byte is the likeliest next byte under its
+distribution over the tokens that begin with the bytes so far. A pass over a byte is charged the
+cost of a pass over a token.
 """
 
 import json
@@ -31,7 +32,7 @@ from lab.tune import GREEDY, WINDOWS, costs_of_ladders
 from model import Llama
 
 PROMPTS = Path(__file__).parent.parent / "prompts" / "python.jsonl"
-TOKENS = 64  # of a text
+TOKENS = 64  # per text
 CHAIN = 4  # drafts in a row whose agreement is counted
 
 
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def measure(model: Llama, prompts: list[list[int]], spell: list[bytes]) -> dict:
-    """{"tokens", "bytes"}: what `compared` finds along greedy texts, read in either way."""
+    """{"tokens", "bytes"}: the results of `compared` along greedy texts, read in either way."""
     step, n, stop = model.fast or Step(model), model.config.n_layers, ()
     exits = default_exits(model)[:2]
 
@@ -76,11 +77,11 @@ def measure(model: Llama, prompts: list[list[int]], spell: list[bytes]) -> dict:
 
 
 def as_bytes(trace: Trace, spell: list[bytes]) -> Trace:
-    """The same text byte by byte, and each depth's likeliest byte behind those before it."""
+    """The same text byte by byte, with each depth's likeliest byte after those before it."""
 
     @cache
     def nexts(begun: bytes) -> tuple[Tensor, Tensor]:
-        """The tokens that go on after these bytes, and the byte with which each does."""
+        """The tokens that begin with these bytes and go on, and the next byte of each."""
         ids = [
             i for i, word in enumerate(spell) if len(word) > len(begun) and word.startswith(begun)
         ]
@@ -101,7 +102,7 @@ def as_bytes(trace: Trace, spell: list[bytes]) -> Trace:
 
 
 def compared(traces: list[Trace], costs: Costs, exits: tuple[int, ...], n_layers: int) -> dict:
-    """Agreement jointly and in a row, beside what independence would give; and speed-ups."""
+    """Joint agreement and agreement in a row, next to independence's; and speed-ups."""
     draft, middle, full = (
         np.concatenate([t.choices[depth] for t in traces]) for depth in (*exits, n_layers)
     )
@@ -128,13 +129,15 @@ def compared(traces: list[Trace], costs: Costs, exits: tuple[int, ...], n_layers
 
 
 def in_a_row(same: list[np.ndarray], k: int) -> float:
-    """The share of places from which the first k drafts are all the exit's between."""
+    """The share of places at which the first k drafts all equal the middle exit's choices."""
     starts = [np.lib.stride_tricks.sliding_window_view(s, k).all(-1) for s in same if len(s) >= k]
     return float(np.concatenate(starts).mean())
 
 
 def replayed_best(traces, costs: Costs, exits: tuple[int, ...], n_layers: int) -> tuple:
-    """Speed-ups over greedy after the prompt: of the better exit alone, of both; best windows."""
+    """Speed-ups over greedy after the prompt, of the better exit alone and of both, at the best
+    windows.
+    """
 
     def seconds(ladder: Ladder) -> float:
         return sum(replay(t, ladder, costs, n_layers) for t in traces)

@@ -1,4 +1,4 @@
-"""Text that a model writes itself: to be trained on, and to show it its loops."""
+"""Text that a model writes itself, to train it on and to find its loops."""
 
 import copy
 import json
@@ -17,17 +17,17 @@ from lab.installed import INSTALLED, everything, is_held_out
 from model import Llama
 from train_exits import HELD_OUT, WHOLE, encode, read_corpus, split
 
-SIDE_BY_SIDE = {"cpu": 64, "cuda": 1024}  # samples written at once
-ASK = 64  # a question of the model's own has at most so many tokens
-LOOP = 4  # tokens that come again at once are a loop, to a model that shall leave it
+SIDE_BY_SIDE = {"cpu": 64, "cuda": 1024}  # samples written at the same time
+ASK = 64  # most tokens of a question that the model writes itself
+LOOP = 4  # with --unlikelihood, this many tokens repeated at once are a loop
 
 
 def own_samples(model: Llama, tokenizer: Tokenizer | None, args) -> tuple[Tensor, Tensor]:
     """Tokens (T,) the model writes, to train on and held out: rows of WHOLE x --context tokens.
 
-    Half of them greedily, half at temperature 1, in batches shared among the processes. Most answer
-    a question that a chat model has written itself, at temperature 1; the others, and all of other
-    models, a few words of the corpus.
+    Half are written greedily, half at temperature 1, in batches shared among the processes. Most
+    of a chat model's answer a question that it has written itself at temperature 1. The others, and
+    all of other models, continue a few words of the corpus.
     """
     file, length = args.out / "samples.safetensors", WHOLE * args.context
     kind = {"model": args.model, "tokens": args.self_distill, "length": length}
@@ -72,7 +72,7 @@ def write_samples(model: Llama, tokenizer: Tokenizer | None, args) -> Tensor:
 
 
 def openers(model: Llama, tokenizer: Tokenizer | None, args) -> Tensor:
-    """Tokens (T,) from which samples take their first words: the corpus; else every token."""
+    """Tokens (T,) from which samples take their first words: the corpus, or every token."""
     if tokenizer is None:
         return torch.arange(model.config.vocab_size)
     if args.corpus == INSTALLED:
@@ -89,13 +89,13 @@ def openers(model: Llama, tokenizer: Tokenizer | None, args) -> Tensor:
 def make_openings(
     tokenizer: Tokenizer | None, words: Tensor, i: int, rows: int, rng: torch.Generator
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Openings of samples (rows, P), and the tokens that end a question left open."""
+    """Openings of samples (rows, P), and the tokens that end a question, if one must be written."""
     if tokenizer is None:
         return torch.randint(len(words), (rows, 4), generator=rng), ()
     turn, other = tokenizer.chat(["a"]), tokenizer.chat(["b"])
-    # where the user's words belong
+    # where the user's words begin
     before = next(j for j, pair in enumerate(zip(turn, other)) if pair[0] != pair[1])
-    if tokenizer.template is not None and i % 4:  # BOS alone is no chat
+    if tokenizer.template is not None and i % 4:  # BOS alone is not a chat
         return torch.tensor(turn[:before]).expand(rows, -1), tokenizer.stop
     starts = torch.randint(len(words) - 12, (rows,), generator=rng).tolist()
     texts = [[*turn[:before], *words[s : s + 12].tolist(), *turn[before + 1 :]] for s in starts]
@@ -103,11 +103,11 @@ def make_openings(
 
 
 def own_loops(model: Llama, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows (B, N), their second halves written by the model, greedily; and which of that is in a
-    loop (B, N): its first round is not.
+    """Rows (B, N) whose second halves the model has rewritten greedily, and which of these tokens
+    are in a loop (B, N); a loop's first round does not count.
     """
     (B, N), half = rows.shape, rows.shape[1] // 2
-    with torch.compiler.set_stance("force_eager"):  # each pass here has another shape
+    with torch.compiler.set_stance("force_eager"):  # each pass here has a different shape
         own = sample(model, rows[:, :half], N, torch.zeros(B, dtype=torch.bool))
     inside = torch.zeros(B, N, dtype=torch.bool)
     for row, mark in zip(own.tolist(), inside):
@@ -123,8 +123,8 @@ def sample(
 ) -> Tensor:  # fmt: skip
     """Continue openings (B, P) to (B, length): rows marked in warm (B,) at temperature 1.
 
-    The others greedily. With `until`, every row begins at temperature 1 and goes on so through the
-    first of these tokens, or ASK tokens.
+    The others are continued greedily. With `until`, every row begins at temperature 1, up to the
+    first of these tokens, or for ASK tokens.
     """
     (B, P), device = openings.shape, model.embed.weight.device
     cache, first = KVCache(model, (), length, batch=B), 0

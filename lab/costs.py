@@ -1,9 +1,8 @@
-"""What the parts of a generation cost on this machine, and what a ladder made of them would take.
+"""The cost of a generation's parts on this machine, and the time that a ladder would take.
 
-`measure_costs` times passes by width, `trace` records what every exit says along a text of the full
-model, and `replay` adds up the steps that a ladder would take along it. Along a sampled text the
-exits' choices are drawn first (`coupled`). Which ladders are worth running is not decided here but
-in tune.py.
+`measure_costs` times passes by width, `trace` records every exit's predictions along a text of the
+full model, and `replay` adds up the steps that a ladder would take along it. For a sampled text the
+exits' choices are drawn first (`coupled`). Which ladders are worth running is decided in tune.py.
 """
 
 import math
@@ -24,10 +23,10 @@ from hispec import Generation, Step, accept_block, probability
 from model import Llama
 from train_exits import Chain
 
-# positions in a timed pass, up to more than any ladder takes; others in between. A fixed step takes
-# as long for 16 as for one, and twice as long for 17
+# positions in a timed pass, up to more than any ladder takes; widths in between are interpolated. A
+# fixed step takes as long for 16 as for one, and twice as long for 17
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, 17, 20)
-IN_A_ROW = 4  # drafts of a head that are told apart; a later one is taken for the last of these
+IN_A_ROW = 4  # a head's drafts in a row that are recorded; later ones are treated as the last
 CONTEXT = 256  # positions before a timed pass: a prompt and half an answer
 
 ByDepth = dict[int, list[float]]  # seconds, by depth in layers and positions in a pass
@@ -37,20 +36,20 @@ ByDepth = dict[int, list[float]]  # seconds, by depth in layers and positions in
 class Costs:
     """Seconds, listed by the number of positions in a pass: 0 .. WIDTHS[-1].
 
-    A segment is charged the difference of two depths: a level that drafts runs the same few layers
-    over and over, which stay in the processor's caches, so that its layers are cheaper than a full
-    pass's.
+    A segment is charged the difference of two depths. A drafting level runs the same few layers
+    over and over, which stay in the processor's caches, so its layers are cheaper than those of a
+    full pass.
     """
 
-    trunk: ByDepth  # of the layers down to each depth, 0 included
-    head: ByDepth  # of what comes after an exit: its block, its norm, its output matrix
-    doubt: float  # of a step's probability, which a threshold needs
-    loop: dict[int, float]  # of a step that ends at each depth, beyond its pass
-    draft: ByDepth = field(default_factory=dict)  # of the draft head on each exit, choice included
+    trunk: ByDepth  # the layers up to each depth, 0 included
+    head: ByDepth  # after an exit: its block, its norm, its output matrix
+    doubt: float  # computing a step's probability, which a threshold needs
+    loop: dict[int, float]  # a step that ends at each depth, beyond its pass
+    draft: ByDepth = field(default_factory=dict)  # the draft head on each exit, choice included
 
 
 def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
-    """What a ladder of these exits is charged for its passes, by any kind of step alike."""
+    """What a ladder of these exits is charged for its passes, measured with any kind of step."""
     model, widths = step.model, range(1, WIDTHS[-1] + 1)
     trunk, head = {0: [0.0] * (WIDTHS[-1] + 1)}, {}
     for depth in (*exits, model.config.n_layers):
@@ -69,7 +68,7 @@ def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
 
 @torch.inference_mode()
 def draft_seconds(step: Step, exit: int) -> list[float]:
-    """What a draft takes whose head runs over 0 .. WIDTHS[-1] positions, its choice included."""
+    """Seconds of a draft whose head runs over 0 .. WIDTHS[-1] positions, its choice included."""
     model, took = step.model, []
     exits = (0, exit) if exit < model.config.n_layers else (0,)
     context = min(CONTEXT, model.config.max_seq_len - WIDTHS[-1])
@@ -85,11 +84,11 @@ def draft_seconds(step: Step, exit: int) -> list[float]:
 def with_loop(
     costs: Costs, traces: list["Trace"], alone: dict[Ladder, list[Generation]], n_layers: int
 ) -> Costs:
-    """The same with what a step costs beyond its pass, by depth, from runs of single exits.
+    """The costs, with what a step costs beyond its pass, by depth, from runs of single exits.
 
-    alone: {ladder: a generation for each trace}, greedy first. What they took longer than their
-    passes is the host's work; also, a pass is timed over and over and finds its layers in the
-    processor's caches, where in a generation the full model's have been since.
+    alone: {ladder: a generation for each trace}, greedy first. The time that these took beyond
+    their passes is the host's work. It also covers that a repeatedly timed pass finds its layers in
+    the processor's caches, while in a generation the full model's layers have replaced them.
     """
     for ladder, made in alone.items():
         took = sum(g.seconds - g.prefill_seconds for g in made)
@@ -102,7 +101,7 @@ def with_loop(
 
 
 def with_sampling(costs: Costs, step: Step, sampling: dict) -> Costs:
-    """The same for sampled text, where a step also works out distributions and flips coins.
+    """The costs for sampled text, where a step also computes distributions and tosses coins.
 
     Each step is charged for a check of four drafts.
     """
@@ -118,9 +117,9 @@ def with_sampling(costs: Costs, step: Step, sampling: dict) -> Costs:
 class Trace:
     """What every exit predicts along a text of n tokens: its choices, and how sure it is of them.
 
-    The text is the full model's. Of a sampled one also each exit's distributions p (n, V) by depth.
-    Of a draft head the same, by the exit that it reads: a list, as there is one for a first draft,
-    one for a second that follows it, and so on.
+    The text is the full model's. For a sampled text, p holds each exit's distributions (n, V) by
+    depth. drafts and drafts_p hold the same for draft heads, by the exit that a head reads: a list
+    with one entry for a first draft, one for a second that follows it, and so on.
     """
 
     prompt: list[int]
@@ -137,7 +136,7 @@ def trace(
     model: Llama, prompt: list[int], max_new_tokens: int, stop, exits: tuple[int, ...], decode,
     **sampling,
 ) -> Trace:  # fmt: skip
-    """Along the greedy text; with sampling (arguments.Options' names) along a sampled one."""
+    """The trace of the greedy text, or with `sampling` (names of Options) of a sampled one."""
     prefill = min(decode(prompt, 1).seconds for _ in range(2))
     text = decode(prompt, max_new_tokens, stop=stop, **sampling).tokens
     p, drafts, drafts_p = {}, {}, {}
@@ -161,10 +160,10 @@ def trace(
 
 
 def draft_logits(model: Llama, exit: int, ids: Tensor, h: Tensor) -> list[Tensor]:
-    """What the draft head on `exit` makes of ids (1, N) and the exit's states h (1, N, D).
+    """Logits of the draft head on `exit`, from ids (1, N) and the exit's states h (1, N, D).
 
-    One (N, V) for each draft in a row: the i-th at a position is drafted from true states up to i
-    positions before it, and from the head's own guesses since.
+    There is one (N, V) for each draft in a row: the i-th at a position is drafted from true states
+    up to i positions before it, and after these from the head's own outputs.
     """
     head: Any = model.draft_heads[str(exit)]
     rope, chain = model.rope(torch.arange(ids.shape[1], device=h.device)), Chain()
@@ -178,13 +177,14 @@ def draft_logits(model: Llama, exit: int, ids: Tensor, h: Tensor) -> list[Tensor
 def coupled(trace: Trace, exits: tuple[int, ...], n_layers: int, seed: int) -> Trace:
     """The trace of a sampled text with choices drawn for this ladder's exits, deep to shallow.
 
-    Each exit's choices are samples of its own p, drawn so that they are the next level's as often
-    as that level would keep them token by token: with probability min(1, p(x) / p_above(x)).
+    Each exit's choices are samples of its own p. They are drawn so that they equal the next level's
+    as often as that level would keep them token by token: with probability min(1, p(x) /
+    p_above(x)).
     """
     rng = torch.Generator().manual_seed(seed)
 
     def draw(p: Tensor, token: Tensor, above: Tensor) -> Tensor:
-        """(n, 1) samples of p (n, V), as often as may be those of the level above."""
+        """(n, 1) samples of p (n, V) that equal those of the level above as often as possible."""
         same = torch.rand(token.shape, generator=rng) < p.gather(1, token) / above.gather(1, token)
         clocks = torch.empty_like(p).exponential_(generator=rng)
         other = ((p - above).clamp(min=0) / clocks).argmax(-1, keepdim=True)
@@ -204,13 +204,13 @@ def coupled(trace: Trace, exits: tuple[int, ...], n_layers: int, seed: int) -> T
 
 
 def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
-    """Seconds after the prompt: hispec's recursion, with recorded choices in place of the model."""
+    """Seconds after the prompt: hispec's recursion, with recorded choices instead of the model."""
     exits, windows, thresholds = ladder
     depths, thresholds = (*exits, n_layers), (*thresholds, 0.0)
     text, end, seconds = trace.choices[n_layers][:1], len(trace.choices[n_layers]), 0.0
     seen = [-1] * len(depths)  # the prompt's pass has written the first token
     drafter, prompt = LookUp(), trace.prompt
-    unchanged, known = 0, 0  # of the text: since it was last drafted for; by a head's true states
+    unchanged, known = 0, 0  # first tokens: unchanged since the last draft; run from true states
 
     def propose(k: int, want: int) -> None:
         nonlocal seconds, unchanged, known
@@ -221,7 +221,7 @@ def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
         if depths[k] < 0:
             took, rows = costs.draft[-depths[k]], trace.drafts[-depths[k]]
             last, want = len(prompt) + len(text), min(want, end - len(text))
-            width = last - min(known, unchanged)  # at the first draft the whole prompt
+            width = last - min(known, unchanged)  # the first draft reads the whole prompt
             seconds += took[min(width, WIDTHS[-1])] * max(1.0, width / WIDTHS[-1])
             seconds += took[1] * (want - 1)
             for i in range(want):

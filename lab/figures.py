@@ -1,10 +1,10 @@
-"""What the figures of one run of the bench show, measured and predicted; plots.py draws them.
+"""The data for the figures of one run of the bench, measured and predicted; plots.py draws them.
 
     python bench.py --figures DIR
 
-Nothing is shown that was not measured in the same run, on the same machine, or predicted from what
-was: ladders too many to run are replayed on measured costs and recorded texts, and the figure says
-so. Two panels show the formula at other costs than this machine's.
+Everything shown was measured in the same run on the same machine, or predicted from such
+measurements. Where there are too many ladders to run, they are replayed on measured costs and
+recorded texts, and the figure says so. Two panels show the formula at costs of other machines.
 """
 
 import statistics
@@ -29,20 +29,20 @@ from train_exits import measure
 
 N_D, N_I = (1, 2, 3, 4, 6, 8), (2, 4, 6, 8, 12, 16)  # the windows that are run
 FEW = 6  # prompts they are run on, each of another category
-# what the figure of where time goes compares
+# the methods that the figure of where time goes compares
 BARS = {
     "greedy": "greedy", "draft alone": "draft exit alone", "hispec": "HiSpec",
     "single-layer": "best exit alone", "head, exit": "draft head, exit",
     "look-up, exit": "look-up, exit",
 }  # fmt: skip
-LONGEST = (12, 24)  # the longest windows the formula tries: N_d and N_i; together, a single exit's
-OPENING, SAMPLES = 16, 1000  # tokens that are sampled after, and how often
+LONGEST = (12, 24)  # the longest windows the formula tries: N_d, N_i; one exit: their sum
+OPENING, SAMPLES = 16, 1000  # tokens before the one that is sampled, and how often it is
 WIDEST = 16  # positions in a pass whose logits are compared
 
 
 @dataclass(frozen=True)
 class Data:
-    """What the figures show: speed-ups over greedy, agreement with the full model (0..1)."""
+    """The data of the figures: speed-ups over greedy, agreement with the full model (0..1)."""
 
     n_layers: int
     ladder: Ladder  # HiSpec's in this run
@@ -55,16 +55,16 @@ class Data:
     # predicted and measured speed-ups, by kind of ladder
     compared: dict[str, list[tuple[float, float]]]
     trained: tuple[int, ...]  # the exits that were trained
-    # by method milliseconds a token: drafting, intermediate, full, and the loop outside steps
+    # by method, milliseconds per token: drafting, intermediate, full, and the loop outside steps
     time: dict[str, list[float]]
-    # by category: alpha, draft and intermediate agree; beta, intermediate and full do
+    # by category, how often draft and intermediate (alpha), intermediate and full (beta) agree
     rates: dict[str, tuple[float, float]]
-    # HiSpec's speed-up with its best windows, by how much is charged: the formula's, then replayed
+    # HiSpec's speed-up with its best windows, by which costs count: the formula's, then replayed
     charged: dict[str, float]
-    # (3, V) distributions of one token: the draft exit's, the full model's, what HiSpec sampled
+    # (3, V) distributions of one token: the draft exit's, the full model's, HiSpec's samples
     one_token: np.ndarray
     moved: dict[str, list[float]]  # by step: how far the widths 1..WIDEST of a pass move logits
-    results: list[dict]  # the bench's, one a method
+    results: list[dict]  # the bench's, one per method
 
 
 # ---- gathering ----------------------------------------------------------------------------------
@@ -72,11 +72,11 @@ class Data:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What ladders are predicted from: costs, and what every exit says along the greedy answers."""
+    """What ladders are predicted from: costs, and every exit's predictions on greedy answers."""
 
     n_layers: int
     costs: Costs
-    traces: list[Trace]  # one a request
+    traces: list[Trace]  # one per request
 
     def predicted(self, ladders: list[Ladder], chosen, what: str) -> dict[Ladder, float]:
         """Speed-ups over greedy on the chosen requests, for the figure of `what`."""
@@ -92,9 +92,9 @@ def gather(
     step: Step, requests: Sequence, results: list[dict], tuned: dict, max_new_tokens: int, stop,
     make_decoder: Callable,
 ) -> Data:  # fmt: skip
-    """Measure and predict all that the figures show.
+    """Measure and predict everything that the figures show.
 
-    requests: with category, prompt and greedy, the answer. results: the bench's dict for each
+    requests: each has category, prompt, and greedy (the answer). results: the bench's dict for each
     method. tuned: by kind of ladder, with the ladders that tuning ran if it was part of this run.
     make_decoder: as in tune.tune.
     """
@@ -141,10 +141,10 @@ def gather(
 
 
 def grid(ladder: Ladder, recorded: Recorded, few: list[int]) -> list[Ladder]:
-    """HiSpec's exits with every pair of windows, and last the best that has thresholds."""
+    """HiSpec's exits with every pair of windows, and finally the best ladder with thresholds."""
     windows = [w for w in product(N_D, N_I) if w[0] <= w[1]]
     adaptive = ladder
-    if not any(ladder[2]):  # not tuned, or without success: what the replay finds best
+    if not any(ladder[2]):  # no tuned thresholds: take those that replay finds best
         doubts = [t for t in product(THRESHOLDS, repeat=2) if any(t)]
         both = [(w, t) for w, t in product(windows, doubts) if can_matter(w, t)]
         fields: list[Ladder] = [(ladder[0], w, t) for w, t in both]
@@ -157,7 +157,7 @@ def compared(
     tuned: dict, faster: dict[Ladder, float], results: list[dict], recorded: Recorded,
     few: list[int],
 ) -> dict[str, list[tuple[float, float]]]:  # fmt: skip
-    """Predicted and measured speed-ups: of what tuning ran, of the grid, of the bench's methods."""
+    """Predicted and measured speed-ups of the tuned ladders, the grid, and the bench's methods."""
     points = {
         f"tuning: {kind}": [(r["predicted"], r["measured"]) for r in t.get("ran", ())]
         for kind, t in tuned.items()
@@ -173,7 +173,7 @@ def compared(
 def charged(
     recorded: Recorded, exits: tuple[int, ...], rates: tuple[float, float]
 ) -> dict[str, float]:
-    """Data.charged, without thresholds: what the formula leaves out is charged part by part."""
+    """Data.charged, without thresholds: the costs that the formula omits are added part by part."""
     n, costs = recorded.n_layers, recorded.costs
     d, i = (step_seconds(costs, exit) / step_seconds(costs, n) for exit in exits)
     flat = replace(
@@ -200,12 +200,12 @@ def ladder_of(result: dict) -> Ladder:
 
 
 def agreement(model: Llama, requests: Sequence) -> tuple[list[float], list[float]]:
-    """How often exits 1..n_layers-1 choose as the full model: on prompts, on greedy answers."""
+    """How often exits 1..n_layers-1 choose the full model's token: on prompts, on answers."""
     sums, counts = np.zeros((2, model.config.n_layers - 1)), [0, 0]
     for r in tqdm(requests, "agreement by layer", leave=False):
         ids, first = torch.tensor([r.prompt + r.greedy]), len(r.prompt)
         for k, (row, start) in enumerate([(ids[:, :first], 0), (ids, first - 1)]):
-            # predictions: a token each after the first, or in the answer
+            # number of predictions: one for each token after the first, or in the answer
             if n := row.shape[1] - 1 - start:
                 sums[k] += n * np.array(measure(model, row, start)[1])
                 counts[k] += n
@@ -219,7 +219,7 @@ def where_time_goes(
     max_new_tokens: int,
     stop,
 ) -> dict[str, list[float]]:
-    """Data.time, of all requests: on each the methods take turns, with steps timed."""
+    """Data.time, over all requests: on each one the methods take turns, with their steps timed."""
     decoders = {name: make_decoder(*methods[name]) for name in BARS if name in methods}
     seen: dict[str, list] = {name: [] for name in decoders}
     for r in tqdm(requests, "timing every step", leave=False):
@@ -239,10 +239,11 @@ def where_time_goes(
 
 @torch.inference_mode()
 def one_token(step: Step, requests: Sequence, ladder: Ladder) -> np.ndarray:
-    """One token's distributions (3, V) at temperature 1: the draft exit's, the full's, as sampled.
+    """One token's distributions (3, V) at temperature 1: of draft exit, full model, and samples.
 
-    After the first OPENING tokens of the prompt for which draft and full model differ most on one
-    token. All but the last token have been read, so that HiSpec drafts this token and judges it.
+    The token follows the first OPENING tokens of the prompt on which draft and full model differ
+    most for one token. All but the last of these have been read, so that HiSpec drafts the token
+    and judges it.
     """
     both, model = {}, step.model
     for opening in {tuple(r.prompt[:OPENING]) for r in requests}:
@@ -266,9 +267,9 @@ def one_token(step: Step, requests: Sequence, ladder: Ladder) -> np.ndarray:
 
 @torch.inference_mode()
 def moved(step: Step, text: list[int]) -> dict[str, list[float]]:
-    """How far logits are from those of passes over one, if a pass holds 1 .. WIDEST positions.
+    """How far logits are from those of one-position passes, if a pass has 1 .. WIDEST positions.
 
-    "plain": by a library's ordinary products, "ours": as decoding runs here.
+    "plain": with a library's ordinary products. "ours": as decoding runs here.
     """
     model, weight = step.model, step.model.embed.weight
     twin = Llama(model.config).to(weight.device, weight.dtype).eval()
@@ -290,13 +291,13 @@ def moved(step: Step, text: list[int]) -> dict[str, list[float]]:
 
 
 def rates(traces: list, exits: tuple[int, ...], n_layers: int) -> tuple[float, float]:
-    """alpha and beta along the greedy texts: draft and intermediate agree, that and full do."""
+    """alpha and beta on greedy texts: how often draft and middle exit, middle and full agree."""
     draft, middle, full = ([c for t in traces for c in t.choices[e]] for e in (*exits, n_layers))
     return statistics.fmean(map(eq, draft, middle)), statistics.fmean(map(eq, middle, full))
 
 
 def step_seconds(costs: Costs, depth: int) -> float:
-    """A step of the level at this depth over one position, its head and the loop included."""
+    """Seconds of a step over one position at this depth, with its head and the loop."""
     return costs.trunk[depth][1] + costs.head[depth][1] + costs.loop[depth]
 
 
@@ -305,13 +306,14 @@ def speed_up_by_rates(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Speed-ups over greedy by a formula: of a single exit and of HiSpec, with their best windows.
 
-    alpha, beta: how often the draft exit chooses as the intermediate does, and that as the full
-    model does (arrays, 0..1), for each token independently. d, i: a step of either exit, in steps
-    of the full model. A round of n drafts gives r tokens with probability alpha^(r-1) (1-alpha) for
-    r <= n and alpha^n for r = n+1, for n d + i. After m >= N_i tokens one full verification, for
-    `full`, keeps (1 - beta^(m+1)) / (1 - beta) of them, its own included. A single exit that is
-    right with probability a, alpha beta at the draft exit and beta at the intermediate, gives
-    (1 - a^(k+1)) / (1 - a) for k steps and one of the full model.
+    alpha, beta: how often the draft exit agrees with the intermediate, and the intermediate with
+    the full model (arrays, 0..1), independently for each token. d, i: the cost of a step of either
+    exit, in steps of the full model. A round of n drafts yields r tokens with probability
+    alpha^(r-1) (1-alpha) for r <= n and alpha^n for r = n+1, and costs n d + i. After m >= N_i
+    tokens one full verification costs `full` and yields (1 - beta^(m+1)) / (1 - beta) tokens, its
+    own included. A single exit that is right with probability a (alpha beta for the draft exit,
+    beta for the intermediate) yields (1 - a^(k+1)) / (1 - a) tokens for k steps and one of the full
+    model.
     """
     # at 1 the sums below would be 0 / 0
     alpha, beta = np.broadcast_arrays(alpha, np.minimum(beta, 1 - 1e-6))
@@ -323,7 +325,7 @@ def speed_up_by_rates(
     hispec = np.zeros(alpha.shape)
     for n in range(1, LONGEST[0] + 1):
         chances = [alpha ** (r - 1) * (1 - alpha) for r in range(1, n + 1)] + [alpha**n]
-        reached = [np.ones_like(alpha)]  # how likely it is that some round ends at so many tokens
+        reached = [np.ones_like(alpha)]  # [m]: the probability that a round ends with m tokens
         for m in range(1, LONGEST[1]):
             reached.append(sum(reached[m - r] * c for r, c in enumerate(chances, 1) if r <= m))
         for N in range(1, LONGEST[1] + 1):

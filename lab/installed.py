@@ -1,7 +1,7 @@
-"""The largest text that is at hand: the Python of every package installed beside this one.
+"""The largest text at hand: the Python files of every installed package.
 
-Some 7,000 files, 140 million characters. Nothing is imported, no link is followed. Which of them
-are held out is decided here too, so that no copy of one is ever trained on.
+They are some 7,000 files, 140 million characters. Nothing is imported, and no link is followed. It
+is also decided here which files are held out, so that no copy of one is ever trained on.
 """
 
 import json
@@ -21,21 +21,21 @@ from train_exits import is_held_out as by_name
 
 INSTALLED = "installed"  # the corpus of that name; its documents are site-packages/PACKAGE/...
 HELD_OUT_PACKAGES = ("mpmath", "networkx", "rich")  # held out as a whole
-VOCABULARY_SAMPLE = 8  # one of its documents in so many is read to learn the vocabulary
+VOCABULARY_SAMPLE = 8  # one document in this many is read to learn the vocabulary
 
 
 def everything() -> dict[str, str]:
-    """Name -> text of the standard library and of the packages beside it."""
+    """Name -> text, for the standard library and the installed packages."""
     return read_installed(read_corpus(None), Path(sysconfig.get_paths()["purelib"]))
 
 
 def read_installed(
     documents: dict[str, str], site: Path, held_out_only: bool = False
 ) -> dict[str, str]:
-    """`documents`, name -> text, and those of the packages in the folder `site`.
+    """`documents`, name -> text, together with the files of the packages in the folder `site`.
 
-    Left out are tests, tables, what a program has written, and what has been read already. What is
-    held out is read first, so that its copies fall. held_out_only: read no further.
+    Tests, tables, generated files, and copies of files already read are left out. Held-out files
+    are read first, so that later copies of them are left out. held_out_only: read only these.
     """
     documents, found = dict(documents), {}
     for file in sorted(site.rglob("*.py")):
@@ -49,7 +49,7 @@ def read_installed(
         if text is None:
             continue
         lines = {hash(line) for line in long_lines(text)}
-        # a vendored module, or one that differs from another in a few lines, teaches little
+        # a copy of a module, or one that differs from another in a few lines, teaches little
         if len(lines - seen) > len(lines) / 2 and not is_table(text):
             documents[name] = text
             seen |= lines
@@ -57,14 +57,14 @@ def read_installed(
 
 
 def long_lines(text: str) -> set[str]:
-    """The lines that say enough to recognise a copy by, without the white space around them."""
+    """The lines long enough to recognise a copy by, without surrounding white space."""
     return {line for raw in text.splitlines() if len(line := raw.strip()) > 12}
 
 
 def is_table(text: str) -> bool:
-    """Whether a module is a table or the output of a program, not something a person has written.
+    """Whether a module is a table or a program's output, rather than written by a person.
 
-    So it is if under 65 % of its visible characters are letters (numbers, escapes, columns of
+    It is if under 65 % of its visible characters are letters (as with numbers, escapes, columns of
     codes), if a line has over 400 characters, or if its beginning says that it was generated.
     """
     letters, visible = sum(map(str.isalpha, text)), len(text) - sum(map(str.isspace, text))
@@ -74,10 +74,10 @@ def is_table(text: str) -> bool:
 
 
 def installed_tokens(args, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Tensor, Tensor]:
-    """The tokenizer, learned unless given, and tokens (T,) to train on and held out.
+    """The tokenizer (learned unless given), and tokens (T,) to train on and held out.
 
     They are kept in DIR/corpus, so that a resumed run starts at once and with the same text,
-    whatever has been installed since. Raises ValueError if those kept are of another vocabulary.
+    whatever has been installed since. Raises ValueError if those kept have another vocabulary.
     """
     folder = args.out / "corpus"
     file = folder / "tokens.safetensors"
@@ -109,7 +109,7 @@ def installed_tokens(args, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Tens
 
 
 def is_held_out(name: str) -> bool:
-    """By a hash of the name, so that the same file stays held out; a few packages as a whole."""
+    """Decided by a hash of the name, so a file stays held out; some packages are as a whole."""
     if name.startswith("site-packages/") and Path(name).parts[1] in HELD_OUT_PACKAGES:
         return True
     return by_name(name)

@@ -1,4 +1,4 @@
-"""transformers' own decoding of the same weights, to measure beside ours."""
+"""transformers' own decoding with the same weights, to be measured next to ours."""
 
 import tempfile
 import time
@@ -15,7 +15,7 @@ from model import Llama
 def peers(model: Llama, exit: int) -> list[tuple[str, Callable[..., Generation]]]:
     """Its greedy, early-exit (at `exit`) and prompt-lookup decoding, without our exit heads.
 
-    The weights pass through a temporary folder in Hugging Face's format.
+    It gets the weights through a temporary folder in Hugging Face's format.
     """
     import transformers
 

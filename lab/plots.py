@@ -1,4 +1,4 @@
-"""Nine figures of one run of the bench, drawn from what figures.py gathered."""
+"""Nine figures of one run of the bench, drawn from the data that figures.py gathered."""
 
 import statistics
 import textwrap
@@ -27,9 +27,9 @@ from lab.figures import (
 )
 from lab.tune import GREEDY
 
-SHOWN = 10  # the likeliest tokens, which are told apart
+SHOWN = 10  # the likeliest tokens, which get their own bars
 RATES = np.linspace(0.3, 1, 36)  # acceptance rates in the figure of the formula
-LEVELS = (0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4)  # speed-ups told apart there
+LEVELS = (0.6, 0.8, 1, 1.25, 1.5, 2, 2.5, 3, 4)  # boundaries of its colours: speed-ups
 # Okabe and Ito
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
 STYLE: dict[Any, Any] = {
@@ -43,7 +43,7 @@ STYLE: dict[Any, Any] = {
     "legend.fontsize": 11,
     "hatch.color": "white",
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "figures",  # the same figure is the same file
+    "svg.hashsalt": "figures",  # the same figure gives the same file
 }
 
 
@@ -290,13 +290,13 @@ PLOTS: dict[str, Callable[..., str]] = {
 
 
 def save(folder: Path, data: Data, header: dict) -> None:
-    """Write each figure as PNG and SVG; below it what its plot says, then its setting."""
+    """Write each figure as PNG and SVG, with its caption and its setting below."""
     for name, plot in PLOTS.items():
         draw(folder / name, partial(plot, data=data), header)
 
 
 def draw(file: Path, plot: Callable[[Figure], str], header: dict) -> None:
-    """Write a figure as FILE.png and FILE.svg; below it what its plot says, then its setting."""
+    """Write a figure as FILE.png and FILE.svg, with the caption (from `plot`) and setting below."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 5.6), layout="constrained")

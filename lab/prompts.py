@@ -1,4 +1,4 @@
-"""Prompts that nothing was trained on: beginnings of installed files, drawn from a seed."""
+"""Prompts that no model here was trained on: beginnings of installed files, drawn by a seed."""
 
 import random
 import sysconfig
@@ -8,15 +8,15 @@ from checkpoints.tokenizer import Tokenizer
 from lab.installed import HELD_OUT_PACKAGES, read_installed
 from train_exits import read_corpus
 
-SEED, BEGINNING, FILES = 0, 200, 12  # of the drawing; tokens of a beginning at most; beginnings
+SEED, BEGINNING, FILES = 0, 200, 12  # for drawing; most tokens per beginning; beginnings
 
 
 def draw_held_out(tokenizer: Tokenizer) -> list[dict]:
     """Beginnings of twelve installed files on which --corpus installed never trains.
 
-    Two are of each package that is held out as a whole, the others of as many other packages, one
-    of each, all drawn from the seed. A beginning is the first 200 tokens, cut to whole lines; files
-    of less than twice as many are passed over. The category is the package.
+    Two are from each package that is held out as a whole, the others from one other package each,
+    all drawn by the seed. A beginning is the first 200 tokens, cut to whole lines; files of less
+    than twice that length are skipped. The category is the package.
     """
     library = read_corpus(None)
     texts = read_installed(library, Path(sysconfig.get_paths()["purelib"]), held_out_only=True)
@@ -41,5 +41,5 @@ def draw_held_out(tokenizer: Tokenizer) -> list[dict]:
 
 
 def package_of(name: str) -> str:
-    """site-packages/rich/table.py is of rich, site-packages/six.py of six."""
+    """site-packages/rich/table.py belongs to rich, site-packages/six.py to six."""
     return Path(Path(name).parts[1]).stem

@@ -1,12 +1,12 @@
-"""Two acceptance rules on sampled text: full passes a token, and tokens a second.
+"""Compare two acceptance rules on sampled text: full passes per token, and tokens per second.
 
     python -m lab.rules --tokens 8000 --json results/cpu-tiny-rules.json
 
-Full passes are counted, not timed: steps of the last level, with ladders of one, two and three
-levels that verify. Both rules sample from the same distribution, after the same prompts and from
-the same seeds, with the same ladders. Then the windows of a ladder of two exits are tuned for each
-rule: all pairs are run on a few prompts, the fastest on every third prompt, and the two that are
-left take turns on as many tokens again.
+Full passes (steps of the last level) are counted, not timed, with ladders of one, two and three
+levels that verify. Both rules sample from the same distribution, with the same prompts, seeds and
+ladders. Then the windows of a ladder of two exits are tuned for each rule: all pairs are run on a
+few prompts, and the fastest of these on every third prompt. The fastest of each rule then take
+turns on as many tokens again.
 """
 
 import json
@@ -31,13 +31,13 @@ LADDERS = ("8(6)", "2(3) 8(6)", "1(2) 2(3) 8(6)")  # one, two and three levels t
 TEMPERATURES = (0.8, 1.0)
 LENGTH = 128  # tokens of a text
 WINDOWS = tuple(product((1, 2, 3, 4, 6), (3, 4, 6, 8, 12)))  # of exits 2 and 8, tried for each rule
-FEW, LEFT = 4, 3  # prompts on which all of them are run, and how many are run on all prompts
+FEW, LEFT = 4, 3  # prompts on which all pairs are run; how many pairs are run on more prompts
 
 
 def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--tokens", type=int, default=8000, help="of each row (default 8000)")
+    parser.add_argument("--tokens", type=int, default=8000, help="per row (default 8000)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.json:
@@ -63,7 +63,7 @@ def settings() -> list[tuple[str, float]]:
 
 
 def count(model, prompts, least: int, text: str, temperature: float) -> dict:
-    """Full passes a token of both rules, the prompts' own passes and tokens left out."""
+    """Full passes per token with both rules; the prompts' passes and first tokens are left out."""
     ladder, found = parse_ladder(text), {}
     options: dict[str, Any] = {"exits": ladder.exits, "windows": ladder.windows}
     for name, decoder in RULES.items():
@@ -82,7 +82,7 @@ def count(model, prompts, least: int, text: str, temperature: float) -> dict:
 
 
 def race(model: Llama, prompts: list, least: int, temperature: float) -> dict:
-    """Tokens a second of both rules, each with the windows that are fastest for it."""
+    """Tokens per second with both rules, each with the windows that are fastest for it."""
     writes = {
         (name, windows): partial(
             generate, model, exits=EXITS, windows=windows, temperature=temperature, decoder=decoder
@@ -105,7 +105,7 @@ def race(model: Llama, prompts: list, least: int, temperature: float) -> dict:
 
 
 def tokens_per_second(writes: dict, prompts: list) -> dict:
-    """Of each way to write, over texts after all of the prompts; they take turns at every one."""
+    """Tokens per second of each of `writes`, over the texts after all prompts, taken in turns."""
     tokens, seconds = dict.fromkeys(writes, 0), dict.fromkeys(writes, 0.0)
     for seed, prompt in enumerate(prompts):
         for name, write in writes.items():

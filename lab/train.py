@@ -1,17 +1,17 @@
-"""Training beyond the two recipes of train_exits.py, which this file builds on.
+"""Training beyond the two recipes of train_exits.py, on which this file builds.
 
-    python -m lab.train --out DIR --model M              3. all of M, held close to itself
+    python -m lab.train --out DIR --model M              3. all of M, held close to the original
     torchrun --nproc_per_node=N -m lab.train ...         any recipe, its rows shared by N processes
     python -m lab.train --out DIR --model M --steps 0    only measures and draws M
 
 Recipe 3 trains the trunk as recipe 1 does, but the last layer learns the original's distribution,
-the exits the last layer's, and the first exit weighs as much as the others. With --unlikelihood it
-also lets the model go on, greedily, with what it reads, and makes the tokens of its loops unlikely
-(arXiv 1908.04319).
+the exits learn the last layer's, and the first exit has the same weight as the others. With
+--unlikelihood the model also continues what it reads, greedily, and the tokens in its loops are
+made unlikely (arXiv 1908.04319).
 
---corpus installed reads Python's library and every package installed beside it; its tokens are kept
-in DIR/corpus. --self-distill trains recipes 2 and 3 on M's own writing, which is what decoding will
-meet, and so it does a draft head; it is kept in DIR/samples.safetensors. A chat model is shown the
+--corpus installed reads Python's library and every installed package; its tokens are kept in
+DIR/corpus. --self-distill trains recipes 2 and 3 and draft heads on M's own writing, since this is
+the text that decoding will see; it is kept in DIR/samples.safetensors. A chat model is given the
 mark that begins a user's turn, and writes the question too (Magpie, arXiv 2406.08464).
 
 At the end agreement.csv has a second column, on greedy continuations, and agreement.png shows both.
@@ -59,20 +59,20 @@ from train_exits import (
     split,
 )
 
-MAX_DROP = 0.1  # how often recipe 3 skips the last layer at first
-OWN = 0.5  # loss weight of the rows a model has written itself; the text's is 1
+MAX_DROP = 0.1  # probability with which recipe 3 skips the last layer, at the start
+OWN = 0.5  # loss weight of rows that the model has written itself; that of the text is 1
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The options, checked. Raises ValueError for what can be seen to be wrong before any work."""
+    """The options, checked. ValueError for errors that can be seen before any work."""
     p = options(__doc__)
-    own = "recipes 2 and 3, draft heads: train on so many tokens of M's own writing"
+    own = "recipes 2 and 3, draft heads: train on this many tokens of M's own writing"
     p.add_argument("--self-distill", type=int, default=0, metavar="TOKENS", help=own)
     start = (
-        "recipe 1: begin with the layers of M, a model of the same shape, in place of random ones"
+        "recipe 1: begin with the layers of M, a model of the same shape, instead of random ones"
     )
     p.add_argument("--layers-of", metavar="M", help=start)
-    leave = "recipe 3: what weight the model's own loops have, which are to be unlikely"
+    leave = "recipe 3: weight of the loss that makes the model's own loops unlikely"
     p.add_argument("--unlikelihood", type=float, default=0.0, metavar="W", help=leave)
     args = p.parse_args(argv)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -100,7 +100,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 class WholeModel(LayerSkip):
-    """Recipe 3: every layer of a given model learns, and it is held close to what it was."""
+    """Recipe 3: every layer of a given model learns, while it is held close to the original."""
 
     def __init__(self, model: Llama, text: Tensor, args: argparse.Namespace, original: Llama):
         super().__init__(model, text, args)
@@ -110,7 +110,7 @@ class WholeModel(LayerSkip):
             self.names.append("own loops")
 
     def gradients(self, run: Run, done: float) -> Tensor:
-        """With --unlikelihood one line more: the loops' loss, and how many tokens are in one."""
+        """With --unlikelihood one more row: the loss on loops, and the share of tokens in one."""
         stats, args = super().gradients(run, done), self.args
         if not args.unlikelihood:
             return stats
@@ -131,7 +131,7 @@ class WholeModel(LayerSkip):
     def exit_loss(
         self, h: Tensor, exit: int, full: Tensor, target: Tensor, share: float
     ) -> tuple[Tensor, Tensor]:
-        """As in recipe 2: among the tokens that the exit knows."""
+        """As in recipe 2, over the tokens that the exit may draft."""
         heads: Any = self.model.exit_heads
         if str(exit) not in heads or heads[str(exit)].vocab is None:
             return super().exit_loss(h, exit, full, target, share)
@@ -143,7 +143,7 @@ class WholeModel(LayerSkip):
         return F.cross_entropy(logits.float(), full[:, vocab].softmax(-1)), agrees
 
     def loop_loss(self, both: Tensor) -> tuple[Tensor, Tensor]:
-        """Of rows the model has written; both: their ids, and whether in a loop (R, 2, N+1)."""
+        """The loss of rows that the model wrote. both (R, 2, N+1): ids, and whether in a loop."""
         rows, inside = both.to(self.args.device).unbind(1)
         target, loops = rows[:, 1:].flatten(), inside[:, 1:].flatten().float()
         logits, states = self.run(rows[:, :-1], frozenset())
@@ -187,7 +187,7 @@ class SharedRun(Run):
 
 
 def read(args: argparse.Namespace) -> tuple[Llama, Tokenizer | None, Tensor, Tensor]:
-    """The model with its exits, its tokenizer, tokens (T,) to train on and held out."""
+    """The model with its exits, its tokenizer, and tokens (T,) to train on and held out."""
     model, tokenizer = None, None
     if args.model:
         model, tokenizer = checkpoints.load(args.model, args.device, torch.float32, plain=True)
@@ -212,10 +212,10 @@ def read(args: argparse.Namespace) -> tuple[Llama, Tokenizer | None, Tensor, Ten
 
 @torch.no_grad()
 def take_layers(model: Llama, tokenizer: Tokenizer, name: str) -> None:
-    """Give a new model what another of its shape has learned, though their vocabularies differ.
+    """Give a new model the layers of another of its shape, whose vocabulary may differ.
 
-    A token's embedding becomes the mean of those with which the other spells it (Fast Vocabulary
-    Transfer, arXiv 2402.09977). Raises ValueError if the shapes differ.
+    A token's embedding becomes the mean of the embeddings of the tokens that spell it in the other
+    vocabulary (Fast Vocabulary Transfer, arXiv 2402.09977). ValueError if the shapes differ.
     """
     other, speller = checkpoints.load(name, model.embed.weight.device, torch.float32, plain=True)
     want = dataclasses.replace(model.config, vocab_size=other.config.vocab_size)
@@ -255,7 +255,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def draw(args: argparse.Namespace, model: Llama, held: Tensor, original: Llama | None) -> None:
-    """Every layer's agreement, as a table and a figure, and what was kept of the original."""
+    """Report every layer's agreement as a table and a figure, and how much was kept."""
     header = describe(args.model or "a new model", args.device, model.embed.weight.dtype)
     if args.draft_head:
         return report_drafts(args, header, model, held)
@@ -267,17 +267,17 @@ def draw(args: argparse.Namespace, model: Llama, held: Tensor, original: Llama |
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole run. Raises ValueError, before anything is written, for what cannot be trained."""
+    """The whole run. Raises ValueError, before anything is written, if it cannot be trained."""
     args = arguments(argv)
     if args.world == 1:
         return train(args)
     if args.device.type == "cuda":
-        torch.cuda.set_device(args.device)  # whatever is gathered goes through this one
+        torch.cuda.set_device(args.device)  # gathered data goes through this one
     patience = datetime.timedelta(hours=12)  # a run may be paused
     dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo", timeout=patience)
     try:
         train(args)
-        dist.barrier()  # gloo aborts a process that leaves while another is still at work
+        dist.barrier()  # gloo aborts a process that leaves while another is still working
     finally:
         dist.destroy_process_group()
 

@@ -1,22 +1,22 @@
-"""Choose what to run: a model's exits, windows and thresholds.
+"""Choose the fastest exits, windows and thresholds for a model.
 
 Running every ladder would take hours. So each ladder's speed is predicted from measured parts, and
-only the most promising are run, and what lies next to the fastest of them:
+only the most promising ladders are run, then the neighbours of the fastest:
 
     seconds  =  prefill  +  sum over steps of  ( sum over its segments of segment_seconds[width]
                                                  +  head_seconds[width]  +  loop_seconds[depth]
                                                  +  doubt_seconds if it has a threshold )
 
-Which steps a ladder takes is found by replaying the recursion on what every exit predicts along the
-model's own greedy text, and how sure it is. That is exact as long as all drafts are right; where
-the text goes astray it takes the levels to agree as often as on the right path. The width of a
-segment's pass is the number of positions it has not seen.
+The steps that a ladder takes are found by replaying the recursion on every exit's recorded
+predictions along the model's own greedy text. That is exact as long as all drafts are right. After
+a wrong draft, it assumes that levels agree as often as on the right path. The width of a segment's
+pass is the number of positions that it has not seen.
 
-A single exit, HiSpec's two, HiSpec's draft alone, look-ups and draft heads are searched in the same
-way and equally hard, so that none wins by being the better tuned; ladders of three exits over fewer
-windows and thresholds. Where text is sampled, a level keeps drafts more often or less often than in
-greedy text. So all but three exits are searched again, along sampled texts. Chance decides there
-what a ladder writes, and each is run on several seeds.
+Single exits, HiSpec's two, HiSpec's draft alone, look-ups and draft heads are searched in the same
+way and equally hard, so that none wins by being better tuned. Ladders of three exits are searched
+over fewer windows and thresholds. In sampled text a level keeps drafts more or less often than in
+greedy text, so all kinds except three exits are searched again, along sampled texts. What a ladder
+writes then depends on chance, so each is run on several seeds.
 """
 
 from collections.abc import Callable
@@ -40,13 +40,13 @@ from lab.costs import (
     with_sampling,
 )
 
-WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)  # what is tried at each level
-COARSE = (1, 2, 4, 8, 16)  # the same where three levels draft
+WINDOWS = (1, 2, 3, 4, 6, 8, 12, 16)  # tried at each level
+COARSE = (1, 2, 4, 8, 16)  # tried instead for ladders of three exits
 THRESHOLDS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7)
-DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # exits that are tried where all share the model's head
-RUN = 6  # ladders that are run, of each kind
-SEEDS = 3  # sampled text: so often each prompt is continued in a run,
-COUPLINGS = 4  # and so often the exits' choices are drawn for a replay
+DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24)  # exits tried if all share the model's head
+RUN = 6  # how many ladders of each kind are run
+SEEDS = 3  # sampled text: how often each prompt is continued in a run
+COUPLINGS = 4  # sampled text: how often the exits' choices are drawn for a replay
 GREEDY: Ladder = ((), (), ())
 
 
@@ -56,13 +56,13 @@ def tune(
 ) -> dict[str, dict]:  # fmt: skip
     """The fastest ladder of each kind, for the texts that follow these prompts.
 
-    make_decoder(exits, windows, thresholds) gives the function that decodes with a ladder, by this
-    step. All are predicted without thresholds, those of the four most promising sets of exits also
-    with them. The best RUN of each kind are run, then those next to the fastest. Then the first
-    exit of each ladder of two or more is tuned alone, which is its own draft. Returns {name:
+    make_decoder(exits, windows, thresholds) returns the function that decodes with a ladder, by
+    this step. All ladders are predicted without thresholds, those of the four most promising sets
+    of exits also with them. The best RUN of each kind are run, then the neighbours of the fastest.
+    Then the first exit of each ladder of two or more, its own draft, is tuned alone. Returns {name:
     {"exits", "windows", "thresholds", "predicted": speed-up over greedy, "measured": the same,
-    "ran": all that were run, with their speed-ups}}, and with `sampling` (options of generate) one
-    entry more, "sampled": the same for sampled text, with speed-ups over plain sampling.
+    "ran": all that were run, with their speed-ups}}. With `sampling` (options of generate) there is
+    one more entry, "sampled": the same for sampled text, with speed-ups over plain sampling.
     """
     model, depth = step.model, step.model.config.n_layers
     exits = default_exits(model)
@@ -99,9 +99,9 @@ def tune(
 
 
 def kinds_of(exits: tuple[int, ...], heads: list[int], depth: int) -> dict[str, list]:
-    """The exits of each kind's ladders, from which the search chooses; kinds with none left out.
+    """For each kind of ladder, the sets of exits from which the search chooses; no empty kinds.
 
-    heads: the exits on which the model has a draft head, its full depth if that one has.
+    heads: the exits on which the model has a draft head, which may include its full depth.
     """
     ways: dict[str, list[tuple[int, ...]]] = {
         "single-layer": [(exit,) for exit in exits],
@@ -118,7 +118,7 @@ def kinds_of(exits: tuple[int, ...], heads: list[int], depth: int) -> dict[str, 
 def search(
     kinds: dict[str, list], predicted: Callable, attempt: Callable, make_decoder: Callable
 ) -> dict[str, dict]:
-    """`tune`, of one sort of text: predicted(ladder) in seconds; attempt(decoders) runs them."""
+    """`tune` for one sort of text. predicted(ladder): seconds. attempt(decoders): runs ladders."""
 
     def best_of(name: str, sets: list[tuple[int, ...]]) -> dict:
         measured = climb(promising(name, sets, predicted), make_decoder, attempt)
@@ -138,7 +138,7 @@ def search(
 
 
 def tuning_table(best: dict[str, dict]) -> str:
-    """The ladders that were run, with the speed-ups over greedy that had been predicted."""
+    """The ladders that were run, with their predicted and measured speed-ups over greedy."""
     rows = [["tuning", "ladder", "predicted", "measured"]]
     kinds = {name: kind for name, kind in best.items() if name != "sampled"}
     kinds |= {f"sampled: {name}": kind for name, kind in best.get("sampled", {}).items()}
@@ -153,7 +153,7 @@ def costs_of_ladders(
     step: Step, exits: tuple[int, ...], traces: list[Trace], max_new_tokens: int, stop,
     make_decoder: Callable,
 ) -> Costs:  # fmt: skip
-    """What passes cost, and from a few runs of each exit alone what a step costs beyond them."""
+    """What passes cost, and what a step costs beyond them, from a few runs of each exit alone."""
     few = traces[:3]
     ladders = [GREEDY, *(((exit,), (4,), (0.0,)) for exit in exits)]
     decoders = {ladder: make_decoder(*ladder) for ladder in ladders}
@@ -162,14 +162,14 @@ def costs_of_ladders(
 
 
 def promising(name: str, sets: list[tuple[int, ...]], predicted: Callable) -> list[Ladder]:
-    """The RUN ladders of these exits with the fewest seconds predicted, two without thresholds."""
+    """The RUN ladders of these exits predicted to be fastest, at least two without thresholds."""
     levels = len(sets[0])
     windows = list(combinations_with_replacement(COARSE if levels > 2 else WINDOWS, levels))
     never, first = (0.0,) * levels, sum(exit <= 0 for exit in sets[0])
     fields = tqdm([(e, w, never) for e in sets for w in windows], f"predicting {name}", leave=False)
     seconds = {ladder: predicted(ladder) for ladder in fields}
     fewest = list(dict.fromkeys(e for e, _, _ in sorted(seconds, key=seconds.__getitem__)))[:4]
-    # neither a look-up nor a draft head is ever in doubt
+    # a look-up or a draft head never stops early
     doubts = [(0.0,)] * first + [THRESHOLDS] * min(2, levels - first)
     thresholds = [(*t, *never[len(t) :]) for t in product(*doubts)]
     ladders = [
@@ -187,7 +187,7 @@ def promising(name: str, sets: list[tuple[int, ...]], predicted: Callable) -> li
 
 
 def can_matter(windows: tuple[int, ...], thresholds: tuple[float, ...]) -> bool:
-    """Whether no threshold is in vain. A level that is asked for one token stops there anyway.
+    """Whether every threshold can have an effect. With a window of 1 a level stops there anyway.
 
     windows: none smaller than the one below it.
     """
@@ -195,7 +195,7 @@ def can_matter(windows: tuple[int, ...], thresholds: tuple[float, ...]) -> bool:
 
 
 def climb(chosen: list[Ladder], make_decoder: Callable, attempt: Callable) -> dict[Ladder, float]:
-    """Speed-ups over greedy of the chosen, then of what is next to the fastest, until none wins."""
+    """Speed-ups over greedy of the chosen ladders, then of the fastest's neighbours, repeatedly."""
     measured: dict[Ladder, float] = {}
     while chosen:
         made = attempt({ladder: make_decoder(*ladder) for ladder in [GREEDY, *chosen]})
@@ -209,7 +209,7 @@ def climb(chosen: list[Ladder], make_decoder: Callable, attempt: Callable) -> di
 
 
 def neighbours(ladder: Ladder) -> list[Ladder]:
-    """The same ladder with one of its windows a step longer or shorter; at 1, with no threshold."""
+    """The ladder with one window a step longer or shorter; a window of 1 gets no threshold."""
     exits, windows, thresholds = ladder
     near = []
     for k, i in product(range(len(windows)), (-1, 1)):
@@ -226,7 +226,7 @@ def run(
 ) -> dict[Ladder, list[Generation]]:  # fmt: skip
     """Each ladder's generations for each prompt. They take turns, and the faster of two counts.
 
-    Sampled text differs from seed to seed: there all SEEDS turns count.
+    Sampled text differs from seed to seed, so there all SEEDS turns count.
     """
     options: list[dict] = [{}, {}]
     if sampling:

@@ -1,4 +1,4 @@
-"""The method and nothing else: no cache, no sampling, no statistics. hispec.py is this, made fast.
+"""The method and nothing else: no cache, no sampling, no statistics. hispec.py makes it fast.
 
 python lecture/ladder.py
 """
@@ -15,14 +15,14 @@ from model import Config, Llama
 
 
 def predict(model: Llama, seq: list[int], depth: int) -> list[int]:
-    """For each position of seq, the token that the model cut at `depth` expects next."""
+    """For each position of seq, the next token that the model cut at `depth` expects."""
     return model(torch.tensor([seq]), depth)[0].argmax(-1).tolist()
 
 
 def propose(model: Llama, seq: list[int], depths: list[int], windows: list[int], k: int, want: int):
-    """Append at least `want` tokens to seq that level k, the model cut at depths[k], expects.
+    """Append at least `want` tokens to seq, as level k (the model cut at depths[k]) expects them.
 
-    depths: the exits and, last, the full model's; windows: one for each exit.
+    depths: the exits, then the full depth. windows: one for each exit.
     """
     goal = len(seq) + want
     while len(seq) < goal:
@@ -30,19 +30,19 @@ def propose(model: Llama, seq: list[int], depths: list[int], windows: list[int],
         if k > 0:  # the level below drafts
             propose(model, seq, depths, windows, k - 1, min(windows[k - 1], goal - base))
         expected = predict(model, seq, depths[k])
-        expected = expected[base - 1 :]  # for each draft, and for one token more
+        expected = expected[base - 1 :]  # for each draft, and for one token after them
         kept = 0
         while base + kept < len(seq) and seq[base + kept] == expected[kept]:
             kept += 1  # a draft is right
-        seq[base + kept :] = [expected[kept]]  # the first that is not, corrected; or one more
+        seq[base + kept :] = [expected[kept]]  # corrects the first wrong draft, or adds a token
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the model is tiny: threads would only wait for each other
+    torch.set_num_threads(1)  # the model is so small that threads would only wait for each other
     torch.manual_seed(0)
     model = Llama(Config(vocab_size=50, dim=32, n_layers=8, n_heads=4, n_kv_heads=2, ffn_dim=64))
     for weight in model.parameters():
-        weight.data *= 5  # with fresh, small weights every depth predicts the same token
+        weight.data *= 5  # with the small initial weights every depth predicts the same token
     prompt, exits, windows = [3, 1, 4], [2, 4], [2, 4]
     text = list(prompt)
     with torch.no_grad():

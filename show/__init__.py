@@ -1,1 +1,1 @@
-"""What shows a generation: in the terminal and on a page."""
+"""Showing a generation, in the terminal and on a page."""

@@ -1,16 +1,16 @@
 """Watch a ladder decode: python -m show "a prompt"
 
-Each token has the colour of the level that wrote it: a draft that every deeper level accepted, the
-correction or bonus of a level in between, the full model's own. Drafts that fell are struck
-through, in red, where they stood, with the level that rejected them behind. The text appears as the
-full model settles it; --pause waits for Enter before it shows what was settled, and the speeds are
-without these waits. Without a terminal, or with NO_COLOR set, the plain text is printed. --html
-also writes a web page that plays it back, beside other ladders on the same prompt.
+Each token has the colour of the level that wrote it: a draft that every deeper level accepted, a
+correction or bonus by a middle level, or the full model's own token. Rejected drafts stay in place,
+struck through in red and followed by the level that rejected them. The text appears as the full
+model settles it. --pause waits for Enter before each part appears; speeds do not count these waits.
+Without a terminal, or with NO_COLOR set, plain text is printed. --html also writes a web page that
+plays the generation back, next to other ladders on the same prompt.
 
 --ladder takes a ladder in the notation of the bench, "2(2) 8(4)": draft with exit 2, check two
-drafts at a time with exit 8, four with the full model. The default is HiSpec's that
-`python bench.py --tune` found for the model, or the fastest of any kind where that loses; where
-none was found, two of the model's exits.
+drafts at a time with exit 8, and four tokens with the full model. The default is HiSpec's ladder as
+`python bench.py --tune` found it for the model, or if that is slower than greedy decoding, the
+fastest ladder of any kind. If none was found, two of the model's exits are used.
 """
 
 import argparse
@@ -43,16 +43,16 @@ from show.terminal import DIM, PLAIN, Painter, level_names, statistics
 
 try:
     import fast
-except ModuleNotFoundError:  # the wing is not there: every pass is plain
+except ModuleNotFoundError:  # without fast/, every pass is plain
     fast = None  # type: ignore[assignment]
 
-BESIDE = ("draft alone", "look-up, exit", "head, exit")  # tuned ladders that the page has too
-FIRST = 16  # tokens by which the full model's speed without a ladder is measured
+BESIDE = ("draft alone", "look-up, exit", "head, exit")  # tuned ladders also put on the page
+FIRST = 16  # tokens from which the full model's speed without a ladder is measured
 
 
 def main() -> None:
     args = parse_arguments()
-    tell = partial(say, keep_going=bool(args.html))  # the page is written though nobody reads on
+    tell = partial(say, keep_going=bool(args.html))  # the page is written in any case
     model, tokenizer, header = loaded(args)
     drawn = sampling(args) | {"stop": tokenizer.stop}
     chosen, why = choose(args.ladder, model, header)
@@ -63,7 +63,7 @@ def main() -> None:
     tell(f"{header['model']} in {header['dtype']} on {header['device']}")
     tell("prompt:", tokenizer.prompt)
     if tokenizer.template is None and args.prompt[-1:].isspace():
-        tell("it ends in a blank or a new line, after which some models go on badly: leave it out")
+        tell("the prompt ends in white space, after which some models continue badly: leave it out")
     best = ladders[0]
     text = ladder_text(best.exits, best.windows, best.thresholds, best.draft_head)
     tell(f"ladder: {text}, {why}")
@@ -71,12 +71,12 @@ def main() -> None:
     def run(options: Options, tokens: int, watch: Callable | None = None) -> Generation:
         return generate(model, prompt, tokens, watch=watch, fast=step, **asdict(options))
 
-    run(best, 2)  # the first passes of a process are slower than all that follow
+    run(best, 2)  # a process's first passes are slower than later ones
     painter, colour = Painter(names, tokenizer.spell), coloured()
     watcher = Watcher(painter if colour else None, args.pause)
     if colour:
         print(painter.legend())
-        follows = tokenizer.decode(prompt).endswith(args.prompt)  # no chat format stands between
+        follows = tokenizer.decode(prompt).endswith(args.prompt)  # no chat format in between
         print(DIM + visible(args.prompt) + PLAIN, end="" if follows else "\n", flush=True)
     out = run(best, args.max_new_tokens, watcher if colour or args.html else None)
     out.seconds -= watcher.waited
@@ -100,7 +100,7 @@ def main() -> None:
 
 
 class Watcher:
-    """Keeps the events of a generation, and prints what they settle if it has a painter."""
+    """Keeps the events of a generation and, if it has a painter, prints the text they settle."""
 
     def __init__(self, painter: Painter | None, pause: bool):
         self.painter, self.pause = painter, pause
@@ -114,17 +114,17 @@ class Watcher:
             return
         if self.pause:
             began = time.perf_counter()
-            with suppress(EOFError):  # nobody there
+            with suppress(EOFError):  # no one to press Enter
                 input()
             self.waited += time.perf_counter() - began
         print(piece, end="", flush=True)
 
 
 def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict]:
-    """The model in the dtype that is faster here, its tokenizer, and what files say of a run."""
+    """The model in the dtype that is faster here, its tokenizer, and the setting of the run."""
     model, tokenizer = load(args.model)
     if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer, and the prompt is text")
+        raise ValueError(f"{args.model} has no tokenizer, which the prompt needs: it is text")
     if args.chat == "never":
         tokenizer.template = None
     for ladder in args.ladder:
@@ -146,7 +146,7 @@ def load_as(name: str, dtype: str) -> Llama:
 
 
 def make_step(model: Llama, room: int) -> Step:
-    """The fastest that starts at once, for texts of at most `room` tokens."""
+    """The fastest step that starts without delay, for texts of at most `room` tokens."""
     if model.embed.weight.is_cuda and fast:
         return fast.step_for(model, min(room, model.config.max_seq_len), compiled=False)
     return model.fast or Step(model)
@@ -165,24 +165,24 @@ def choose(asked: list[str], model: Llama, header: dict) -> tuple[list[Options],
 
 
 def parse_arguments() -> argparse.Namespace:
-    """What is asked. Raises ValueError for what is seen to be wrong before a model is loaded."""
+    """The options. ValueError for errors that can be seen before a model is loaded."""
     parser = Parser(prog="python -m show", description=__doc__)
     add = parser.add_argument
-    add("prompt", help="what the model is asked")
-    models = "tiny, smollm2, a folder or owner/name of Hugging Face's, or a .gguf file"
+    add("prompt", help="the text that the model answers or continues")
+    models = "tiny, smollm2, a Hugging Face folder or owner/name, or a .gguf file"
     add("--model", default="tiny", help=models)
-    plain = "never: plain text, whatever the model"
+    plain = "never: plain text, even for a model that chats"
     add("--chat", choices=["auto", "never"], default="auto", help=plain)
     add("--max-new-tokens", type=int, default=64, metavar="N", help="at most (default 64)")
-    notation = "0 is a look-up, 8' the draft head on exit 8; with --html as often as wished"
+    notation = "0: a look-up; 8': the draft head on exit 8; with --html may be repeated"
     add("--ladder", action="append", default=[], metavar="L", help=notation)
-    likeliest = "0 (default): the likeliest token"
+    likeliest = "0 (default): always take the likeliest token"
     add("--temperature", type=float, default=0.0, metavar="T", help=likeliest)
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K likeliest (0: all)")
-    fewest = "sample from the fewest that hold P of the probability (default 1)"
+    fewest = "sample from the fewest tokens that hold P of the probability (default 1)"
     add("--top-p", type=float, default=1.0, metavar="P", help=fewest)
     add("--seed", type=int, metavar="S", help="makes sampling repeatable")
-    pause = "wait for Enter before showing what the full model settled"
+    pause = "wait for Enter before showing the text that the full model settled"
     add("--pause", action="store_true", help=pause)
     back = "also write a web page that plays the generation back"
     add("--html", type=Path, metavar="FILE", help=back)
@@ -190,11 +190,11 @@ def parse_arguments() -> argparse.Namespace:
     if args.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {args.max_new_tokens}")
     for ladder in args.ladder or ["1(1)"]:
-        replace(parse_ladder(ladder), **sampling(args))  # whatever is wrong is said now
+        replace(parse_ladder(ladder), **sampling(args))  # raises errors now
     if len(args.ladder) > 1 and not args.html:
-        raise ValueError("several ladders are for a page, beside each other: --html FILE")
+        raise ValueError("several ladders are for a page, next to each other: --html FILE")
     if args.html:
-        must_be_writable(args.html)  # said now, not when everything is generated
+        must_be_writable(args.html)  # raises an error now, not after generating
     return args
 
 

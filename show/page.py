@@ -1,8 +1,8 @@
-"""Generations as one web page to play back: python -m show "a prompt" --html FILE
+"""A web page that plays generations back: python -m show "a prompt" --html FILE
 
-The page is page.html with two scripts in it, run.js and cost.js, and as JSON the events of several
-generations after one prompt: some ladders', and the full model's alone. It needs nothing else, no
-network either.
+The page is page.html with two scripts in it, run.js and cost.js. It also holds, as JSON, the events
+of several generations after one prompt: those of some ladders and of the full model alone. It needs
+nothing else, not even a network.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from show.terminal import level_names
 HERE = Path(__file__).parent
 PLACEHOLDER = "TRACE_AS_JSON"
 SIGNS = {" ": "·", "\n": "↵", "\t": "⇥"}
-BEGUN = "⋯"  # a token that ends within a character: the token that ends the character shows it
+BEGUN = "⋯"  # for a token that ends within a character, which is shown by the token that ends it
 
 
 def trace(
@@ -28,11 +28,11 @@ def trace(
     runs: Sequence[tuple[Options, Sequence[Event]]], alone: Sequence[Event],
     spell: Callable[[int], bytes],
 ) -> dict:  # fmt: skip
-    """What the page plays back, ready for JSON.
+    """The data that the page plays back, ready for JSON.
 
-    model: its name; depth: its layers. question: what was asked; prompt: the token ids made of it.
-    runs: of each ladder its options and all that `watch` was told. alone: the same of the full
-    model without a ladder; sampled, that is another text. spell: a token id to its bytes.
+    model: its name; depth: its layers. question: the text asked; prompt: its token ids.
+    runs: each ladder's options and the events that `watch` received. alone: the events of the full
+    model without a ladder (when sampling, these write another text). spell: a token id to bytes.
     """
     sampled = any(options.temperature > 0 for options, _ in runs)
     return {
@@ -76,18 +76,18 @@ def recorded(
 
 
 class Pieces:
-    """What each token adds to the text, though a character may be spelled by several tokens.
+    """The text that each token adds, although several tokens may spell one character.
 
-    Such a character is shown by its last token; bytes that are no character are shown as U+FFFD.
+    Such a character is shown by its last token; bytes that form no character appear as U+FFFD.
     """
 
     def __init__(self, prompt_tokens: int, spell: Callable[[int], bytes]):
         self.spell = spell
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self.begun = {prompt_tokens: b""}  # by position: of a character that begins before it
+        self.begun = {prompt_tokens: b""}  # by position: bytes of a character begun before it
 
     def see(self, event: Event) -> list[str]:
-        """The level's own tokens in this event, each as the text it adds."""
+        """The text that each of the level's own tokens in this event adds."""
         pieces = []
         for at, token in enumerate(event.text[event.kept :], event.base + event.kept):
             self.decoder.setstate((self.begun[at], 0))
@@ -97,14 +97,14 @@ class Pieces:
 
 
 def after(event: Event, held: list[int]) -> list[int]:
-    """How many positions each segment's cache holds after an event, from how many before it."""
+    """How many positions each segment's cache holds after an event, given how many before it."""
     ran = event.base + len(event.drafts)
     grown = [ran] * (event.level + 1) + held[event.level + 1 :]
     return [min(n, event.base + min(event.kept, len(event.text))) for n in grown]
 
 
 def speed_up(events: Sequence[Event], alone: Sequence[Event]) -> float | None:
-    """Tokens a second over the full model's alone, after the first of each; None: no second."""
+    """Tokens per second relative to the full model's, after the first token; None without more."""
     if len(alone) < 2 or not events:
         return None
     written = events[-1].base + len(events[-1].text) - events[0].base
@@ -117,10 +117,10 @@ def per_token(alone: Sequence[Event]) -> float:
 
 
 def point(steps: Sequence[Event], alone: Sequence[Event], windows: Sequence[int]) -> dict | None:
-    """Where a ladder of two exits stands in the page's cost model; None for all others.
+    """The place of a ladder of two exits in the page's cost model; None for all others.
 
-    alpha, beta: how often level 1 and level 2 keep a draft they come to; a check that found none
-    counts as one refused. d, i, f: what a step of each level took on average, in steps of the full
+    alpha, beta: how often level 1 and level 2 keep a draft that they check; a check without drafts
+    counts as one rejected. d, i, f: the mean time of a step of each level, in steps of the full
     model alone; the prompt is left out.
     """
     if len(windows) != 2 or len(alone) < 2:
@@ -141,7 +141,7 @@ def point(steps: Sequence[Event], alone: Sequence[Event], windows: Sequence[int]
 
 
 def words(event: Event, names: Sequence[str], pieces: Sequence[str], first: bool = False) -> str:
-    """What happened, in a sentence. names: the levels'; pieces: the text of the level's own."""
+    """An event in a sentence. names: the levels' names; pieces: the text of its own tokens."""
     called = [name if name.startswith("exit") else f"the {name}" for name in names]
     who, n, kept, k = called[event.level], len(event.drafts), event.kept, event.level
     own = " ".join(f"'{piece or BEGUN}'" for piece in pieces)
@@ -164,7 +164,7 @@ def words(event: Event, names: Sequence[str], pieces: Sequence[str], first: bool
 
 
 def visible(text: str) -> str:
-    """The text with whitespace, control characters and the like each as something to see."""
+    """The text with a visible sign for each white space, control character and the like."""
     return "".join(
         SIGNS.get(c) or (sign(c) if unicodedata.category(c)[0] in "CZ" else c) for c in text
     )
@@ -180,7 +180,7 @@ def template() -> str:
 
 def write(path: Path, trace: dict) -> None:
     """Write the page, whole or not at all."""
-    # no text can end the script it stands in
+    # so that no text can end the script that contains it
     data = json.dumps(trace, separators=(",", ":")).replace("<", "\\u003c")
     page = template().replace(PLACEHOLDER, data)
     write_whole(path, page)

@@ -1,8 +1,8 @@
 """Photograph a page in a real browser, light and dark: python -m show.picture PAGE --out DIR
 
-PAGE is what `python -m show "a prompt" --html PAGE` wrote. DIR/page-light.png and DIR/page-dark.png
-show its run after one of its events, or with --at formula its cost model. Needs a browser, and
-Pillow, which comes with matplotlib.
+PAGE was written by `python -m show "a prompt" --html PAGE`. DIR/page-light.png and
+DIR/page-dark.png show its run after one event, or its cost model with --at formula. This needs a
+browser, and Pillow, which comes with matplotlib.
 """
 
 import argparse
@@ -21,7 +21,7 @@ QUIET = (
     "--hide-scrollbars", "--disable-background-networking", "--disable-component-update",
     "--disable-sync",
 )  # fmt: skip
-SCHEMES = {"dark": 0, "light": 1}  # as the browser counts them
+SCHEMES = {"dark": 0, "light": 1}  # the browser's numbers for them
 
 
 def find_browser() -> str | None:
@@ -29,9 +29,9 @@ def find_browser() -> str | None:
 
 
 def browse(address: str, scheme: str, size: str, *options: str) -> subprocess.CompletedProcess:
-    """Open an address without a window, in the light or dark colours, in a profile of its own.
+    """Open an address without a window, in light or dark colours, in a separate profile.
 
-    The process need not succeed. Raises ValueError if there is no browser.
+    The process may fail. Raises ValueError if there is no browser.
     """
     if (browser := find_browser()) is None:
         raise ValueError(f"no browser found, none of {', '.join(BROWSERS)}")
@@ -59,7 +59,7 @@ def main() -> None:
 
 def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("page", type=Path, help="the page to photograph")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for the pictures")
     parser.add_argument("--at", default="formula", help="an event's number, or formula (default)")
     parser.add_argument("--size", default="1200,980", metavar="W,H", help="default 1200,980")
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""A generation as coloured text, a piece for each full verification, and its numbers."""
+"""A generation as coloured text, one piece for each full verification, and its statistics."""
 
 import codecs
 from collections.abc import Callable
@@ -9,26 +9,26 @@ from checkpoints.console import visible
 COLOURS = ("\033[36m", "\033[33m", "\033[35m", "\033[34m")  # by level: cyan, yellow, magenta, blue
 FULL, FALLEN, PLAIN = "\033[1;32m", "\033[9;31m", "\033[0m"  # bold green; struck through, red
 DIM = "\033[2m"
-NEW_LINE = "↵"  # for the newlines of drafts that fell, which would tear the text apart
+NEW_LINE = "↵"  # for the newlines of rejected drafts, which would break up the text
 
 
 class Painter:
-    """Turns events into coloured text, a piece for each verification by the full model.
+    """Turns events into coloured text, one piece for each verification by the full model.
 
-    names: the levels', shallow to deep. spell: a token id to its bytes; a character that several
-    tokens spell waits for its last byte.
+    names: the levels' names, shallow to deep. spell: a token id to its bytes; a character that
+    several tokens spell waits for its last byte.
     """
 
     def __init__(self, names: list[str], spell: Callable[[int], bytes]):
         self.names, self.spell, self.top = names, spell, len(names) - 1
         self.characters = codecs.getincrementaldecoder("utf-8")("replace")
         self.colours = (*(COLOURS[k % len(COLOURS)] for k in range(self.top)), FULL)
-        self.writers: dict[int, int] = {}  # position -> the level whose own token stands there
+        self.writers: dict[int, int] = {}  # position -> the level that wrote its token
         # position -> the drafts that were rejected from there on, and by which level
         self.fallen: dict[int, list[tuple[list[int], int]]] = {}
 
     def see(self, event: Event) -> str | None:
-        """Take one event; the text it settles, coloured, if it is the full model's, else None."""
+        """Take one event. If it is the full model's, return the text it settles, else None."""
         end = event.base + len(event.text)
         if event.kept < len(event.drafts):
             fallen = event.drafts[event.kept :], event.level
@@ -46,11 +46,11 @@ class Painter:
         return "".join(pieces)
 
     def rest(self) -> str:
-        """At the end: what is left of a character whose last byte never came."""
+        """To be called at the end: a character whose last byte never came."""
         return self.characters.decode(b"", final=True)
 
     def struck(self, drafts: list[int], level: int) -> str:
-        """Drafts that fell, on one line, and the level that rejected them."""
+        """Rejected drafts, on one line, and the level that rejected them."""
         spelt = b"".join(map(self.spell, drafts)).decode("utf-8", "replace")
         line = NEW_LINE.join(spelt.splitlines()) + NEW_LINE * spelt.endswith("\n")
         return f"{FALLEN}{visible(line)}{PLAIN}{self.colours[level]}⟨{self.names[level]}⟩{PLAIN}"
@@ -62,16 +62,16 @@ class Painter:
 
 
 def level_names(options: Options) -> list[str]:
-    """What each level of a ladder is called, shallow to deep."""
+    """The name of each level of a ladder, shallow to deep."""
     drafter = "draft head" if options.draft_head else "look-up"
     return [*(f"exit {exit}" if exit else drafter for exit in options.exits), "full model"]
 
 
 def statistics(out: Generation, names: list[str], alone: Generation, called: str) -> list[str]:
-    """Lines: passes and accepted drafts, speed after the first token, a word if the ladder loses.
+    """Lines: passes and accepted drafts, speed after the first token, a note if that is slower.
 
-    names: the levels'. alone: the full model's generation after the same prompt without a ladder,
-    called so.
+    names: the levels' names. alone: the full model's generation after the same prompt without a
+    ladder. called: the name for it.
     """
     levels = zip(names, out.levels[:-1])
     kept = ", ".join(f"{name} {level.accepted}/{level.proposed}" for name, level in levels)
@@ -91,6 +91,6 @@ def statistics(out: Generation, names: list[str], alone: Generation, called: str
 
 
 def speed(out: Generation) -> float | None:
-    """Tokens a second after the first; None if there was no second."""
+    """Tokens per second after the first token; None if there was only one."""
     seconds = out.seconds - out.prefill_seconds
     return (len(out.tokens) - 1) / seconds if len(out.tokens) > 1 and seconds > 0 else None

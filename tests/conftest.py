@@ -1,4 +1,6 @@
-"""What the tests share: random models, random cases, and a second, naive greedy decoder as the oracle."""
+"""Shared by the tests: random models, random cases, and a second, naive greedy decoder as the
+oracle.
+"""
 
 import sys
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from model import Config, ExitHead, Llama
 
 settings.register_profile("repo", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("repo")
-torch.set_num_threads(1)  # the models are tiny: threads only get in each other's way
+torch.set_num_threads(1)  # the models are so small that threads only hinder each other
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +59,9 @@ class Case:
 
 @st.composite
 def cases(draw, levels=st.integers(1, 4), shapes=st.just({})) -> Case:  # noqa: B008, a strategy is no mutable default
-    """Random models and ladders of 1 to 4 levels, among them look-ups (exit 0) and exits with heads of their own.
+    """Random models and ladders of 1 to 4 levels, some with look-ups (exit 0) and exit heads.
 
-    shapes: what else the models' Config has.
+    shapes: further arguments of the models' Config.
     """
     n_levels = draw(levels)
     vocab, layers = draw(st.sampled_from([2, 3, 11, 40])), draw(st.integers(n_levels, 6))
@@ -95,7 +97,9 @@ def cases(draw, levels=st.integers(1, 4), shapes=st.just({})) -> Case:  # noqa: 
 
 @torch.no_grad()
 def greedy(case: Case) -> list[int]:
-    """Plain decoding with no cache and no code of hispec.py: the whole sequence anew for every token."""
+    """Plain decoding without a cache or hispec.py: it runs the whole sequence again for every
+    token.
+    """
     ids = list(case.prompt)
     while len(ids) < min(len(case.prompt) + case.max_new_tokens, case.model.config.max_seq_len):
         ids.append(int(case.model(torch.tensor([ids]))[0, -1].argmax()))
@@ -105,7 +109,7 @@ def greedy(case: Case) -> list[int]:
 
 
 def module(name, lines=30):
-    """A made-up module: its lines are its own, and words."""
+    """A made-up module, whose lines are words and occur in no other."""
     return "".join(
         f"def {name}_number(value):  # returns what {name} has at {i}\n" for i in range(lines)
     )
@@ -113,7 +117,7 @@ def module(name, lines=30):
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder of packages, beside a standard library of three files of which one is held out."""
+    """A folder of packages, next to a standard library of three files of which one is held out."""
     from lab.installed import is_held_out
 
     library, site = tmp_path / "lib", tmp_path / "site-packages"
@@ -124,7 +128,7 @@ def site(tmp_path, monkeypatch):
     graph, code = files[site / "networkx/graph.py"], files[site / "plain/code.py"]
     files |= {
         site / "_alpha/graph.py": graph
-        + module("alpha", 5),  # a copy of what is held out, although read before it
+        + module("alpha", 5),  # a copy of a held-out file, in a file that is read earlier
         site / "vendor/queue.py": files[library / "queue.py"],
         site / "vendor/code.py": code.replace("\n", "\n    ") + module("vendor", 5),
         site / "table/codes.py": "CODES = [\n"

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3: transformers' logits and texts, what is refused, heads."""
+"""Llama, Mistral, Qwen2 and Qwen3: logits and texts equal transformers', refusals, heads."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ CLASSES = {
 
 
 def random_hugging_face(family, seed):
-    """A small model of the family, of a random shape, odd sizes among them."""
+    """A small model of the family with a random shape, sometimes of odd sizes."""
     draw = random.Random(f"{family} {seed}")
     groups, shared = draw.randint(1, 3), draw.choice([1, 1, 2, 3])
     heads, head_dim = groups * shared, 2 * draw.randint(2, 8)
@@ -58,7 +58,7 @@ def random_hugging_face(family, seed):
     torch.manual_seed(seed)
     theirs = CLASSES[family](CLASSES[family].config_class(**shape)).eval()
     with torch.no_grad():
-        for name, p in theirs.named_parameters():  # what is 0 or 1 at first would hide mistakes
+        for name, p in theirs.named_parameters():  # initial 0s and 1s would hide mistakes
             if p.dim() > 1:
                 p.mul_(8)
             else:
@@ -205,7 +205,7 @@ def test_what_a_gguf_file_asks_for_in_vain_is_named(tmp_path, arch, keys, messag
 
 
 def test_a_qwen3_gets_heads_at_two_exits(tmp_path):
-    """Of recipe 2, in ten steps: the trunk keeps its bits, and every ladder writes its text."""
+    """Ten steps of recipe 2 leave the trunk's bits unchanged, and every ladder writes its text."""
     text = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(2000))
     (tmp_path / "corpus.txt").write_text(text)
     given = stir(random_model(vocab_size=300, scale=3, max_seq_len=256, qk_norm=True)).float()

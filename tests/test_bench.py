@@ -72,14 +72,14 @@ def test_a_whole_run(small_bench, monkeypatch, capsys, tmp_path):
     assert hispec["agreement"].keys() == {"1-2", "1-5", "2-5"} and "false_rejects" in hispec
     # of the same ladder: measured once
     assert methods["paper windows"]["tokens_per_second"] == hispec["tokens_per_second"]
-    # what a model writes cannot move the cursor
+    # a model's text cannot move the cursor
     assert "Sample (chat): ␛[2Jgone␈" in capsys.readouterr().out
     # no half-written file, and nothing where results are shipped
     assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl", "out.json", "cache"}
 
 
 def test_a_row_is_printed_after_each_prompt(small_bench, monkeypatch):
-    """Before the next prompt is decoded for the first time."""
+    """The row appears before the next prompt is decoded for the first time."""
     done, real = [], bench.generate
 
     def watched(model, prompt, *others, **options):
@@ -90,12 +90,12 @@ def test_a_row_is_printed_after_each_prompt(small_bench, monkeypatch):
     monkeypatch.setattr(bench, "say", lambda *words, **_: done.append(str(words[0])[:4]))
     small_bench("--temperature", "0", "--max-new-tokens", "2")
     done = [x for x in done if isinstance(x, tuple) or x in ("chat", "code")]
-    turns = [x for x, _ in groupby(done)]  # a prompt, its row, the next prompt, its row, ...
+    turns = [x for x, _ in groupby(done)]  # a prompt, its row, the next prompt, its row, and so on
     assert turns[1::2] == ["chat", "chat", "chat", "code"] and len({*turns[::2]}) == 4
 
 
 def test_ladders_of_ones_own_and_their_drafts_alone(small_bench, capsys):
-    """One has a draft head; at temperature 0, which leaves the sampled part out."""
+    """One ladder has a draft head. Temperature 0 leaves the sampled part out."""
     model = bench.load(None, None, None, None)[0]
     model.draft_heads["2"] = DraftHead(model.config)
     names = ["1(1) 2(2 <0.2) 4(4)", "3(2) 4(4)", "exit 3 alone", "2'(3) 2(4)"]
@@ -149,7 +149,7 @@ def test_chat_never_leaves_the_template_out(small_bench, capsys):
 
 @pytest.mark.parametrize("step", ["plain", "packed", "fixed"])
 def test_every_step_answers_alike_what_fits_the_context(small_bench, capsys, step):
-    """The room is taken before any answer is known: no prompt that would fit may be left out."""
+    """Room is reserved before any answer is known, and no prompt that fits may be left out."""
     _, result = small_bench("--max-new-tokens", "16", "--step", step, "--temperature", "0")
     assert result["step"] == step and "out.json" in result["command"]
     for method in result["methods"]:
@@ -236,7 +236,7 @@ def test_the_faster_dtype_is_the_default_on_a_cpu(small_bench, monkeypatch, caps
     ],
 )
 def test_bad_options_end_at_once(monkeypatch, tmp_path, arguments, message):
-    """In a folder that holds a file named `file`, which is where ladders would be kept."""
+    """The folder holds a file named `file`, in the place where ladders would be kept."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", "file")
@@ -307,7 +307,9 @@ def generation(tokens, seconds, *levels, prefill=0.0):
 
 
 def made_up():
-    """Two requests. Greedy: 4 tokens in 4 s and 2 in 1 s; the others faster, HiSpec with one wrong token."""
+    """Two requests. Greedy takes 4 s for 4 tokens and 1 s for 2; the others are faster, and HiSpec
+    has one wrong token.
+    """
     chat = [
         generation([5, 6, 7, 8], 4.0, (5, 4)),
         generation([5, 6, 7, 8], 2.0, (2, 6, 6, 3), (5, 2)),

@@ -1,4 +1,6 @@
-"""Block verification: the law of whole texts, enumerated; and that it never keeps less than token by token."""
+"""Block verification: the enumerated distribution of whole texts; and it never keeps less than
+token by token.
+"""
 
 import random
 from itertools import product
@@ -16,7 +18,7 @@ KINDS = ["any", "zeros", "ties", "near", "disjoint"]
 
 
 def random_tables(rng: random.Random, n: int, V: int, kind: str) -> list[list[list[float]]]:
-    """n tables (V, V) of conditional distributions, of a kind that is hard for the rule."""
+    """n tables (V, V) of conditional distributions, of a kind that is difficult for the rule."""
 
     def row(i: int) -> list[float]:
         weights = [rng.random() ** 3 + 1e-3 for _ in range(V)]
@@ -29,7 +31,7 @@ def random_tables(rng: random.Random, n: int, V: int, kind: str) -> list[list[li
         return [w / sum(weights) for w in weights]
 
     tables = [[row(i) for _ in range(V)] for i in range(n)]
-    if kind == "near":  # all levels the same, but for a little in one row
+    if kind == "near":  # all levels the same, except for a small change in one row
         tables = [[list(r) for r in tables[0]] for _ in tables]
         tables[0][0] = row(0)
     return tables
@@ -135,7 +137,7 @@ def test_with_one_draft_or_copied_drafts_it_is_token_by_token(monkeypatch):
 
 
 def block(drafts, q, p, rng, bug):
-    """The rule of DESIGN written out a second time, with one of four mistakes, or with none."""
+    """A second implementation of the rule, with one of four mistakes or with none."""
     g, b = len(drafts), [1.0]
     for i, x in enumerate(drafts.tolist()):
         b.append(b[-1] * float(p[i, x] / q[i, x]))
@@ -179,7 +181,7 @@ def test_planted_bugs_are_caught(monkeypatch, bug):
 
 
 def test_choices_weigh_what_they_take():
-    """The enumeration itself: each path's weight is the product of what was chosen."""
+    """In the enumeration, each path's weight is the product of its choices' probabilities."""
     choices = Choices([1])
     assert choices.choose([0.25, 0.75]) == 1 and choices.choose([0.0, 0.5, 0.5]) == 1
     assert choices.weight == 0.375 and choices.others == [[1, 2]]

@@ -1,4 +1,4 @@
-"""The page in a real browser: what it shows at every event is what the events say."""
+"""The page in a real browser: at every event it shows what the recorded events say."""
 
 import html
 import json
@@ -127,7 +127,7 @@ def collected(folder, trace: dict, script: str) -> dict:
 
 
 def expected(trace: dict, n: int) -> dict:
-    """All that the page must show at event n, as the trace has it."""
+    """Everything that the page must show at event n, computed from the trace."""
     depths, last, alone = trace["depths"], len(trace["events"]), trace["alone"]["seconds"]
     cells, shown = replay(trace, n)
     cells.sort(key=lambda cell: cell["event"])
@@ -176,7 +176,7 @@ def expected(trace: dict, n: int) -> dict:
 
 
 def test_a_plain_text_that_ended_sooner_is_not_compared(tmp_path):
-    """Sampled, the two are different texts: beyond the end of one there is nothing to compare."""
+    """When sampling, the two texts differ: past the end of one there is nothing to compare."""
     case = random_model(7), [1, 2] * 5, 40
     options = dict(EVERYTHING, temperature=1.0)
     for seed in range(50):
@@ -233,7 +233,7 @@ def test_keys_buttons_and_links(browsed):
 
 
 def test_two_tabs(browsed):
-    """On the cost model's the keys are its sliders', and nothing plays."""
+    """On the cost model's tab the keys move its sliders, and nothing plays."""
     _, _, seen = browsed
     run, cost = [False, True], [True, False]
     assert seen["tabs"] == [run, cost, "#formula", False, False, None, run, "4", cost]

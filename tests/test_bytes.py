@@ -1,4 +1,4 @@
-"""Agreement by bytes, jointly, and in a row: what the lecture shows beside the formula."""
+"""Agreement by bytes, jointly and in a row, which the lecture shows next to the formula."""
 
 import numpy as np
 import pytest

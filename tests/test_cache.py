@@ -1,4 +1,6 @@
-"""The shared cache: equal to a fresh prefill, each position once, memory as its formula says."""
+"""The shared cache equals a fresh prefill, runs each position once, and takes the memory of its
+formula.
+"""
 
 from collections import Counter
 from itertools import count
@@ -17,7 +19,9 @@ from model import Config, ExitHead, Llama
 
 
 def run(case: Case, temperature: float = 0.0, after_settling=None, fast=None) -> Decoder:
-    """Generate, calling after_settling(decoder, k) whenever level k has judged; return the decoder as it ended."""
+    """Generate, calling after_settling(decoder, k) whenever level k has judged; return the decoder
+    at the end.
+    """
     made = []
 
     class Watched(Decoder):
@@ -79,7 +83,9 @@ def test_a_stale_cache_is_caught(monkeypatch):
 
 @given(cases(), st.sampled_from([0.0, 0.8]))
 def test_each_layer_sees_each_token_once(case, temperature):
-    """Every token placed at a position is one birth: kept ones pass each layer once, rejected ones at most once."""
+    """Every token put at a position counts as new: a kept one passes each layer once, a rejected
+    one at most once.
+    """
     seen: Counter = Counter()
     births, ids = {}, count()  # position -> id of the token there
 

@@ -1,4 +1,6 @@
-"""Hugging Face folders: transformers' logits, every bit kept by a round trip, refusals by name."""
+"""Hugging Face folders: transformers' logits, round trips that keep every bit, refusals that name
+the cause.
+"""
 
 import json
 from functools import partial
@@ -39,7 +41,7 @@ def hugging_face(folder, shard="1GB", **config):
     shape |= dict(num_attention_heads=4)
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**shape, **config})).eval()
-    for p in theirs.parameters():  # norms of one and tiny matrices would hide mistakes
+    for p in theirs.parameters():  # norms of 1 and tiny matrices would hide mistakes
         torch.nn.init.uniform_(p, 0.5, 1.5) if p.dim() == 1 else p.data.mul_(8)
     theirs.save_pretrained(folder, max_shard_size=shard)
     return theirs
@@ -59,7 +61,7 @@ def hugging_face(folder, shard="1GB", **config):
 def test_a_folder_gives_transformers_logits(tmp_path, config):
     theirs = hugging_face(tmp_path, **config)
     shards = sorted(tmp_path.glob("*.safetensors"))
-    # float64, but for the angles on both sides and transformers' norms, which are float32
+    # float64, except the angles on both sides and transformers' norms, which are float32
     assert_same_logits(tmp_path, theirs, rtol=1e-5, atol=1e-5)
     assert ("shard" in config) == (len(shards) > 1)
     if len(shards) > 1:
@@ -247,7 +249,9 @@ def test_a_git_lfs_pointer_is_called_one(folder, name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_a_copy_of_the_files(tmp_path, dtype):
-    """Overwriting the file, as a training run in the same folder does, changes no loaded model."""
+    """Overwriting the file, as a training run in the same folder does, does not change a loaded
+    model.
+    """
     save(random_model().to(dtype), None, tmp_path)
     for plain in (True, False):
         model, _ = load(tmp_path, dtype=dtype, plain=plain)
@@ -326,7 +330,7 @@ def test_heads_must_fit(tmp_path, kind, name, tensor, message):
 
 
 def test_a_model_loaded_by_name_gets_the_draft_heads_in_its_folder(tmp_path, monkeypatch):
-    """As a .gguf file does, which holds none."""
+    """This is how a .gguf file, which has none, gets them."""
     save(with_exits(random_model()), None, tmp_path / "named")
     for file in ("exits.safetensors", "draft.safetensors"):
         (tmp_path / "weights" / "named").mkdir(parents=True, exist_ok=True)

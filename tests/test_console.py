@@ -1,4 +1,4 @@
-"""What the commands refuse before any work, how they say it, and what they print."""
+"""What the commands refuse before any work, their error messages, and their output."""
 
 import io
 import os
@@ -70,7 +70,7 @@ def test_a_folder_is_tried_and_nothing_left_behind(tmp_path):
 
 @contextmanager
 def nobody_reads():
-    """Standard output is a pipe whose other end is closed; yields what is printed as an error."""
+    """Make standard output a pipe whose other end is closed; yield what goes to standard error."""
     reader, writer = os.pipe()
     os.close(reader)
     stream, errors = open(writer, "w", encoding="utf-8"), io.StringIO()

@@ -1,4 +1,6 @@
-"""A draft head looks back at what an exit has computed: it changes speed alone, and runs little."""
+"""A draft head, which uses an exit's computed states, changes only the speed, and runs few
+positions.
+"""
 
 from collections import Counter
 from functools import partial
@@ -57,7 +59,7 @@ def test_random_ladders_with_random_heads_equal_greedy(seed, ladder, reduced, n)
 
 @pytest.mark.parametrize("exits, windows", LADDERS)
 def test_a_kept_position_passes_the_head_at_most_twice(exits, windows):
-    """And level by level the cache is filled once, as without a head."""
+    """Also, each level fills the cache once, as without a head."""
     passed: Counter = Counter()
 
     class Counting(hispec.Step):
@@ -68,7 +70,7 @@ def test_a_kept_position_passes_the_head_at_most_twice(exits, windows):
     class Once(Decoder):
         def settle(self, k, base, own, kept):
             super().settle(k, base, own, kept)
-            # the level's own token is new there, and what was rejected behind it is gone
+            # the level's own token is new there, and rejected ones after it are gone
             for position in [p for p in passed if p >= self.length - 1]:
                 del passed[position]
 
@@ -84,7 +86,9 @@ def test_a_kept_position_passes_the_head_at_most_twice(exits, windows):
 
 
 def test_the_head_sees_the_states_of_a_fresh_pass():
-    """Whatever was guessed and rolled back: each first draft is that of a pass over the whole text."""
+    """Whatever was drafted and rolled back, each first draft equals that of a pass over the whole
+    text.
+    """
     model = with_heads(3, [3])
     seen = []
 
@@ -142,7 +146,9 @@ def test_a_head_that_does_not_fit_the_ladder(options, message):
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("window", [1, 3, 4])
 def test_a_replay_takes_the_full_passes_that_decoding_takes(seed, window):
-    """Drafts are told apart by their place in a row: one misplaced would be kept elsewhere."""
+    """Replay keeps apart a head's drafts in a row: a misplaced one would change the number of
+    passes.
+    """
     costs = pytest.importorskip("lab.costs")
     model = with_heads(seed, [5], vocab_size=3)
     seen = costs.trace(model, [1, 2, 0], 40, (), (), partial(generate, model))

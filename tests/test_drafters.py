@@ -1,4 +1,4 @@
-"""What drafts at depth 0: any object will do, and none changes the text or its law."""
+"""The drafters of depth 0: any object will do, and none changes the text or its distribution."""
 
 import random
 
@@ -35,7 +35,7 @@ def test_random_drafts_leave_the_text_alone(case, seed):
 
 
 def plain_look_up(text, want):
-    """The same from its definition, reading the whole text at every call."""
+    """The look-up by its definition, which reads the whole text at every call."""
     most, at = 0, 0
     for i in range(len(text) - 1, 0, -1):  # text[:i] ends as text does, in so many tokens:
         shared = 0
@@ -48,7 +48,7 @@ def plain_look_up(text, want):
 
 @given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]))
 def test_the_index_finds_what_reading_the_whole_text_finds(seed, vocab):
-    """While the text grows, and after rollbacks of any length."""
+    """It does so while the text grows, and after rollbacks of any length."""
     rng, text, drafter = random.Random(seed), [0], LookUp()
     for _ in range(30):
         kept = rng.randint(0, len(text)) if rng.random() < 0.5 else len(text)
@@ -59,7 +59,7 @@ def test_the_index_finds_what_reading_the_whole_text_finds(seed, vocab):
 
 
 class SmallLlama:
-    """Two-model speculation (arXiv 2211.17192): a second, smaller Llama with a cache of its own."""
+    """Two-model speculation (arXiv 2211.17192): a second, smaller Llama with its own cache."""
 
     def __init__(self, model):
         self.step, self.runs = hispec.Step(model), 0
@@ -80,7 +80,7 @@ class SmallLlama:
 
 @pytest.mark.parametrize("exits, windows", [((0,), (3,)), ((0, 3), (2, 4))])
 def test_a_small_model_drafts_for_a_large_one(exits, windows):
-    """Lossless; and as its twin it is always right, and runs each position once."""
+    """The text is unchanged, and an identical model is always right and runs each position once."""
     for seed in range(5):
         case = Case(random_model(seed), [1, 2, 3], 30, exits, windows, ())
         small = SmallLlama(random_model(seed + 50, n_layers=1))

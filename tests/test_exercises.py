@@ -1,4 +1,4 @@
-"""Every exercise: the stub runs, its test is red on the stub and green on the solution."""
+"""Every exercise: the stub runs, and its test fails on the stub and passes on the solution."""
 
 import os
 import re

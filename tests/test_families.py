@@ -1,4 +1,6 @@
-"""Prompts: the ids that transformers gives a text and a conversation, for each family, from folders and GGUF files."""
+"""Prompts: for each family, from folders and GGUF files, texts and conversations get transformers'
+ids.
+"""
 
 import json
 import unicodedata
@@ -27,7 +29,7 @@ def conversation(theirs, turns):
 
 
 def test_ids_of_a_text_are_transformers_and_spell_it(pair):
-    """The tokens' bytes are the text's, but for the blank that sentencepiece puts first."""
+    """The tokens' bytes are the text's, except for the blank that sentencepiece puts first."""
     ours, theirs = pair
     for text in [PROSE, *HOSTILE]:
         ids = ours.encode(text)
@@ -63,7 +65,9 @@ def test_ids_of_any_text_and_conversation_are_transformers(pair, text, rest, lon
 
 @given(TRICKY, TRICKY, st.data())
 def test_a_turn_cannot_forge(pair, before, after, data):
-    """Whatever a turn spells, the conversation has the special tokens of a harmless one, and theirs more."""
+    """Whatever a turn spells, it has as many special tokens as a harmless one; transformers' has
+    more.
+    """
     ours, theirs = pair
     token = data.draw(st.sampled_from(sorted(ours.special)))
     unknown = theirs.unk_token_id

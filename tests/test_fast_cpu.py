@@ -1,4 +1,4 @@
-"""Packed weights on a CPU: the same numbers, held once, and a position's bits in any company."""
+"""Packed weights on a CPU: the same numbers, held once, and the same bits in passes of any size."""
 
 import copy
 import gc
@@ -30,7 +30,7 @@ packs = pytest.mark.skipif(
 
 
 def stir(model: Llama) -> Llama:
-    """Norms and biases of their own: what is 0 or 1 would hide mistakes."""
+    """Give norms and biases random values: 0 or 1 would hide mistakes."""
     for name, p in model.named_parameters():
         if p.dim() == 1:
             torch.nn.init.uniform_(p, -2 if name.endswith("bias") else 0.5, 1.5)
@@ -38,7 +38,9 @@ def stir(model: Llama) -> Llama:
 
 
 def large_model(dtype: torch.dtype = torch.float32, tied: bool = True, **shape) -> Llama:
-    """Of SmolLM2's shape, so that it is packed; exit 1 has a block and a third of the vocabulary."""
+    """A model with layers of SmolLM2's shape, so that they are packed; exit 1 has a block and a
+    third of the vocabulary.
+    """
     sizes = dict(n_layers=4, dim=576, n_heads=9, n_kv_heads=3, ffn_dim=1536, vocab_size=2000)
     model = random_model(2, scale=3, max_seq_len=128, tie_embeddings=tied, **{**sizes, **shape})
     known = list(range(0, model.config.vocab_size, 3))
@@ -86,7 +88,7 @@ def test_packing_keeps_every_bit_of_the_weight_and_gives_its_product(inputs, out
 
 @pytest.mark.parametrize("rows", [1, 4, 9])
 def test_a_small_weight_is_turned_for_inference_only(rows):
-    """The same bits with gradients and without, and a gradient still reaches the weight."""
+    """Its bits are the same with and without gradients, and a gradient reaches the weight."""
     layer, x = Linear(64, 32, bias=False).eval(), torch.randn(2, rows, 64)
     layer.pack()
     layer.weight.data += 1  # a change of the weight in place is one of its transpose
@@ -140,7 +142,7 @@ UNDO = {
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("undo", UNDO)
 def test_training_moving_and_loading_undo_it(tmp_path, undo, bias, tied):
-    """What is saved or copied while it is packed is plain too, and a copy has a step of its own."""
+    """Weights saved or copied while packed are plain too, and a copy has its own step."""
     model, ids = large_model(tied=tied, qkv_bias=bias), torch.arange(9)[None]
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     expected = model(ids), model(ids, exit=1)
@@ -177,7 +179,9 @@ def held_bytes(model: Llama) -> int:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_weights_are_held_once(dtype, tied):
-    """Except for a head tied to the embedding, which is read by rows too, and an exit's own rows."""
+    """The exceptions are a head tied to the embedding, whose rows are read too, and an exit's own
+    rows.
+    """
     model = large_model(dtype, tied)
     before = held_bytes(model)
     prepare(model)
@@ -187,7 +191,9 @@ def test_packed_weights_are_held_once(dtype, tied):
 
 
 def test_other_weights_are_not_mixed_with_packed_ones():
-    """Loaded into a packed model, whole or in parts, they decode as in a fresh one; packed anew, too."""
+    """Loaded into a packed model, whole or in parts, they decode as in a new one, also when packed
+    again.
+    """
     model, other, third = (random_model(s, dim=256, ffn_dim=1100).float() for s in (1, 2, 3))
     ids = torch.randint(11, (1, 9))
     prepare(model)
@@ -201,7 +207,7 @@ def test_other_weights_are_not_mixed_with_packed_ones():
 
 
 def test_a_model_trains_on_after_it_was_packed():
-    """The optimizer goes on with the Parameters it was given, large matrices too."""
+    """The optimizer still updates the Parameters it was given, including large matrices."""
     model = random_model(dim=256, ffn_dim=1100).float().train()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ids = torch.randint(11, (1, 9))
@@ -217,7 +223,7 @@ def test_a_model_trains_on_after_it_was_packed():
 @packs
 @pytest.mark.parametrize("tied", [True, False])
 def test_heads_that_are_added_later_are_packed_too(tied):
-    """Only there an untied head's weight is let go; a model in training is left in training."""
+    """Only then is an untied head's weight freed; a model in training is left in training."""
     model, twin = large_model(tied=tied), large_model(tied=tied)
     del model.exit_heads["1"]
     step, first = prepare(model), model.layers[0]
@@ -238,7 +244,7 @@ def test_heads_that_are_added_later_are_packed_too(tied):
     "first, shape", [(prepare, {}), (for_training, dict(qkv_bias=True, qk_norm=True))]
 )
 def test_attention_in_blocks_is_attention(monkeypatch, first, shape):
-    """Its gradient too, whether or not the model has been packed."""
+    """Its gradient is the same too, whether or not the model has been packed."""
     model, ids = stir(random_model(3, max_seq_len=300, **shape)), torch.randint(11, (2, 300))
     calls = []
     real, plain = fast.training.attend_in_blocks, copy.deepcopy(model)
@@ -259,7 +265,7 @@ def test_attention_in_blocks_is_attention(monkeypatch, first, shape):
 
 @torch.inference_mode()
 def bits(step: Step, exits: tuple[int, ...], sizes: list[int], length: int = 70) -> dict:
-    """Hidden states, keys, values, and every level's logits, of passes with sizes in turn."""
+    """Hidden states, keys, values, and every level's logits, from passes of these sizes in turn."""
     tokens = torch.arange(length + 300) * 37 % step.model.config.vocab_size
     levels = [(k, e) for k, e in enumerate((*exits, step.model.config.n_layers)) if e > 0]
     logits: dict[int, list] = {exit: [] for _, exit in levels}
@@ -278,7 +284,7 @@ def bits(step: Step, exits: tuple[int, ...], sizes: list[int], length: int = 70)
 
 
 def different(alone: dict, mine: dict) -> list[str]:
-    """What has other bits."""
+    """The names of the tensors whose bits differ."""
     assert all(torch.isfinite(t[t > -torch.inf]).all() for t in mine.values())
     return [name for name in alone if not torch.equal(alone[name], mine[name])]
 
@@ -290,7 +296,7 @@ SHAPES |= {f"small {name}": SMALL | SHAPES[name] for name in ("with biases", "wi
 
 @cache
 def prepared(name: str, dtype: torch.dtype) -> tuple[PackedStep, tuple[int, ...], Llama]:
-    """A step, a ladder, and the model as it was."""
+    """A step, a ladder, and the model before it was packed."""
     tiny = name == "tiny"
     load = lambda: checkpoints.load("tiny", "cpu", dtype, plain=True)[0]  # noqa: E731
     model = load() if tiny else large_model(dtype, **SHAPES[name])
@@ -326,7 +332,7 @@ def test_a_position_has_the_same_bits_in_any_pass(request, threads, name, dtype)
 
 @st.composite
 def shapes(draw) -> tuple[Llama, list[int], int]:
-    """A random model, whose exit 1 has a head of its own, the sizes of passes, a text's length."""
+    """A random model whose exit 1 has its own head, the sizes of passes, and a text's length."""
 
     def one(*choices):
         return draw(st.sampled_from(choices))
@@ -371,7 +377,7 @@ def test_eval_mode_again_and_what_undid_the_packing_keep_equal_bits():
     assert plain.pad == ROWS
 
 
-# Planted bugs, in products and in attention: each must change bits, where the machine has them.
+# Planted bugs, in products and in attention: each must change bits, if it can on this machine.
 
 
 def widths_differ(step: Step, exits: tuple[int, ...]) -> bool:
@@ -381,7 +387,7 @@ def widths_differ(step: Step, exits: tuple[int, ...]) -> bool:
 
 @pytest.mark.parametrize("room", [fast.cpu, fast.layers], ids=["products", "attention"])
 def test_rows_in_ones_are_caught(monkeypatch, room):
-    """Plain float32 products and attention take another kernel for one row than for many."""
+    """For one row, plain float32 products and attention use another kernel than for many."""
     monkeypatch.setattr(room, "ROWS", 1)
     if not widths_differ(*prepared("tiny", torch.float32)[:2]):
         pytest.skip("this machine rounds one row as it rounds many")
@@ -418,7 +424,7 @@ def test_a_position_sees_all_before_it_among_keys_up_to_its_chunks_end(pad, firs
 @packs
 @pytest.mark.parametrize("dtype, pad", [(torch.float64, 4), (torch.bfloat16, 1)])
 def test_texts_that_end_anywhere_about_a_chunks_end(monkeypatch, dtype, pad):
-    """The last pass's padding lies behind the text's end, and there has to be room for it."""
+    """The last pass's padding lies past the text's end, where there must be room for it."""
     monkeypatch.setattr(fast.layers, "CHUNK", 16)
     model = random_model(3, vocab_size=40).to(dtype)
     step = prepare(model)
@@ -448,7 +454,9 @@ def test_prompts_and_windows_longer_than_a_chunk_or_a_pass(monkeypatch, widest):
 @settings(max_examples=100)
 @given(cases(shapes=KINDS))
 def test_packed_texts_are_greedys(case):
-    """In float64 the plain step's texts and statistics; in float32 those of greedy decoding."""
+    """In float64 they equal the plain step's texts and statistics, in float32 those of greedy
+    decoding.
+    """
     model, n, options = stir(case.model), case.max_new_tokens, case.arguments
     ways = {}, dict(temperature=0.9, seed=7)
     plain = [generate(model, case.prompt, n, **options, **way) for way in ways]

@@ -1,4 +1,4 @@
-"""The figures of a whole run on a small random model, and the numbers behind them, worked out a
+"""The figures of a whole run on a small random model, and the numbers behind them, computed in a
 second way."""
 
 from functools import partial
@@ -42,7 +42,7 @@ def few_windows(monkeypatch):
 
 
 def make_small(monkeypatch):
-    """Smaller grids, so that a test need not wait."""
+    """Use smaller grids, so that tests are fast."""
     for module in (figures, plots):
         monkeypatch.setattr(module, "N_D", (1, 3))
         monkeypatch.setattr(module, "N_I", (2, 4))
@@ -106,7 +106,7 @@ def test_one_token_is_sampled_where_draft_and_full_model_differ_most(few_windows
 
 
 def test_how_far_company_moves_logits():
-    """A step that adds half for every position of a pass beyond the first."""
+    """The step here adds 0.5 to logits for every position of a pass beyond the first."""
 
     class Moving(Step):
         def run(self, cache, tokens, length, k, n):
@@ -120,7 +120,7 @@ def test_how_far_company_moves_logits():
 
 
 def test_time_is_that_of_each_level(monkeypatch):
-    """By a clock that ticks a second a layer that a step's level is deep."""
+    """The clock here ticks one second for each layer of a step's depth."""
     now = [0.0]
 
     class Clocked(Step):
@@ -162,7 +162,7 @@ COLUMNS = {"beta": [0.7, 0.8, 0.9, 0.9, 0.95, 0.95], "alpha": [0.7, 0.8, 0.7, 0.
     ],
 )
 def test_the_formula_gives_the_table_it_was_published_with(d, i, published):
-    """HiSpec over one exit, both tuned; a full verification is charged the upper layers alone."""
+    """HiSpec over one exit, both tuned; a full verification costs only the upper layers."""
     single, hispec = figures.speed_up_by_rates(d, i, COLUMNS["alpha"], COLUMNS["beta"], full=1 - i)
     assert hispec / single == pytest.approx(published, abs=0.02)
 
@@ -196,7 +196,9 @@ def test_the_formula_is_what_the_recursion_takes_when_width_is_free(alpha, beta)
 
 
 def test_what_the_formula_leaves_out_is_charged_bit_by_bit(monkeypatch):
-    """Free of prompts and widths the texts alone; each further charge against replays of its own."""
+    """First the texts are replayed without the costs of prompts and widths; each cost added is
+    checked by a replay.
+    """
     monkeypatch.setattr(figures, "WINDOWS", (1, 2, 4, 8))
     rng = Random(2)
     easy_and_hard = ((0.9, 0.95), (0.5, 0.85))

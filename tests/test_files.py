@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and what is said where they cannot."""
+"""Files appear whole or not at all, and the errors if they cannot."""
 
 import os
 import subprocess

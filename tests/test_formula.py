@@ -53,7 +53,9 @@ ASKED = [
 
 
 def by_recursion(alpha, beta, d, i, f, nd, ni) -> tuple[float, float]:
-    """Tokens and speed-up again, from what is still to come rather than what has been."""
+    """Tokens and speed-up computed in another way: from the tokens still to come, not those
+    written.
+    """
     keep = [sum(beta**j for j in range(m + 1)) for m in range(nd + ni + 1)]
 
     @cache

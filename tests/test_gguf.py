@@ -1,4 +1,6 @@
-"""GGUF files: the weights of the same model's folder, Llama 3's rope_freqs, refusals by name."""
+"""GGUF files: the same weights as the model's folder, Llama 3's rope_freqs, refusals that name the
+cause.
+"""
 
 from functools import partial
 
@@ -83,7 +85,7 @@ def model():
 def test_gguf_and_folder_hold_the_same_weights(tmp_path, kind, shape):
     kind = gguf.GGMLQuantizationType[kind]
     model = random_model(**SHAPE, **shape).float()
-    for p in model.parameters():  # what the file can hold exactly, for the folder to hold it too
+    for p in model.parameters():  # values that the file holds exactly, as the folder does
         if p.dim() > 1:
             held = gguf.quants.dequantize(gguf.quants.quantize(p.detach().numpy(), kind), kind)
             p.data.copy_(torch.tensor(held))
@@ -192,7 +194,7 @@ def test_gguf_byte_level_tokenizer(tmp_path, model):
 
 
 def test_a_split_gguf_is_joined(tmp_path, model):
-    """As llama.cpp's gguf-split leaves it: the metadata first, the tensors shared out."""
+    """It is split as by llama.cpp's gguf-split: metadata in the first part, tensors in all."""
     full, parts = gguf_tensors(model).items(), []
     for i in range(3):
         part, own = tmp_path / f"m-{i + 1:05}-of-00003.gguf", dict(list(full)[i::3])

@@ -1,4 +1,6 @@
-"""The house: a room imports only rooms below it, and no two import each other, in no function either."""
+"""Imports: a part of the project imports only parts below it, and no two import each other, not
+even in functions.
+"""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -8,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-# what each room may import of the others; files of one room may import each other
+# the other parts ("rooms") that each may import; files of one room may import each other
 BELOW: dict[str, set[str]] = {
     "model": set(),
     "arguments": {"model"},
@@ -24,7 +26,7 @@ BELOW["bench"] = CORE | {"fast", "checkpoints", "lab"}
 BELOW["lab"] = CORE | {"fast", "checkpoints", "train_exits"}
 BELOW["show"] = CORE | {"fast", "checkpoints"}
 ANYTHING = {"lecture", "tests"}
-# rooms that need not be there: what is imported of them is looked for first, or asked for by an option
+# rooms that may be missing: they are imported only if found, or if an option asks for them
 MAY_BE_MISSING = {"fast", "lab"}
 
 
@@ -50,7 +52,7 @@ def imported(tree: ast.AST) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, "imports are written out"
             inside = {f"{node.module}.{alias.name}" for alias in node.names} & TREES.keys()
-            # of a package's submodules alone, the package itself is not meant
+            # an import of submodules only is not an import of the package itself
             names |= inside if len(inside) == len(node.names) else inside | {node.module}
     return names & TREES.keys()
 
@@ -75,7 +77,7 @@ def test_a_room_imports_only_rooms_below():
 
 
 def test_what_may_be_missing_is_imported_where_it_is_asked_for():
-    """Never at the top of a file, but within `try`, or in a function."""
+    """It is never imported at the top of a file, but within `try` or in a function."""
     for name, tree in TREES.items():
         if room_of(name) not in MAY_BE_MISSING | ANYTHING:
             at_top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]

@@ -1,4 +1,4 @@
-"""Checkpoints by owner/name: from the Hub's cache, or one line that says what to do."""
+"""Checkpoints by owner/name: they come from the Hub's cache, or one line says what to do."""
 
 from functools import partial
 from unittest.mock import Mock
@@ -39,7 +39,7 @@ def test_offline_only_the_hubs_cache_is_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_what_the_hub_refuses_ends_in_one_line(monkeypatch, message):
-    """And nothing that could run is asked for."""
+    """Also, no file that could run is asked for."""
 
     def fail(*args, allow_patterns, **options):
         assert not any(kind in p for p in allow_patterns for kind in ("bin", "pt", "py"))

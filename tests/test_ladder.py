@@ -1,4 +1,4 @@
-"""The first file for a student does what it says."""
+"""lecture/ladder.py does what it says."""
 
 import subprocess
 import sys

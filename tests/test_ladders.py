@@ -1,4 +1,4 @@
-"""What tuning found is kept and found again: ladders, threads, the dtype."""
+"""The results of tuning are kept and found again: ladders, threads, the dtype."""
 
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ LADDER = ((1, 2), (3, 4), (0.5, 0.0))
 
 @pytest.fixture(autouse=True)
 def places(monkeypatch, tmp_path):
-    """A user's own folder, and what is shipped."""
+    """A user's own folder, and a file in place of the shipped one."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(ladders, "SHIPPED", tmp_path / "ladders.json")
@@ -106,7 +106,7 @@ def test_default_exits():
 
 @pytest.fixture
 def searches(monkeypatch):
-    """How often the number of threads was searched for; each time one more is found best."""
+    """Records searches for the number of threads; each finds one more than the last."""
     found = []
     monkeypatch.setattr(ladders, "best_threads", lambda model: found.append(None) or len(found))
     return found
@@ -162,7 +162,7 @@ def test_the_faster_dtype_is_found_once_and_again_when_tuning(searches, monkeypa
 
 @pytest.mark.parametrize("ship", [True, False])
 def test_two_that_write_at_once_lose_nothing(places, ship):
-    """Four processes, ten settings each; and all of them what they know of one setting."""
+    """Four processes write ten settings each, and all of them also add to one common setting."""
 
     def write(process):
         for i in range(10):

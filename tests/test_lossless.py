@@ -112,7 +112,9 @@ def test_the_events_retell_the_generation(case, temperature):
 
 
 class Rigged(hispec.Step):
-    """Gives every level but the last the full model's logits, made wrong where corrupt(level, drafts in a row)."""
+    """Gives every level except the last the full model's logits, made wrong if corrupt(level,
+    drafts in a row).
+    """
 
     def __init__(self, model, corrupt):
         super().__init__(model)
@@ -206,11 +208,11 @@ def test_prompts_and_windows_longer_than_a_pass(monkeypatch, widest):
     check_lossless(Case(model, prompt, 60, (1, 3), (25, 35), ()))
 
 
-# A property is worth what it can catch: each planted bug must break losslessness.
+# The tests above must be able to fail: each planted bug must break losslessness.
 
 
 def first_failure() -> bool:
-    """Whether any of 40 fixed cases is not lossless."""
+    """Whether any of 40 fixed cases changes the text."""
     for seed in range(40):
         case = Case(random_model(seed), [1, 2, 3], 20, (1, 3), (2, 3), ())
         if generate(case.model, case.prompt, 20, **case.arguments).tokens != greedy(case):
@@ -229,7 +231,7 @@ def test_a_missing_rollback_is_caught(monkeypatch):
         ]  # one stale position survives
 
     monkeypatch.setattr(KVCache, "rollback", cut_one_late)
-    with pytest.raises(IndexError):  # a level asked to run what it believes to have run
+    with pytest.raises(IndexError):  # a level is asked to run positions that it believes it has run
         first_failure()
 
 

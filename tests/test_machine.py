@@ -1,4 +1,4 @@
-"""What the machine has and takes: cores, threads, passes, memory, and generations that are watched."""
+"""Measuring the machine: cores, threads, passes, memory, and generations that are watched."""
 
 import os
 from functools import partial
@@ -18,7 +18,7 @@ from model import Llama
 
 @pytest.mark.parametrize("seconds, best", [((1, 0.97, 2), 1), ((1, 0.5, 0.3), 4), ((1, 0.8, 3), 2)])
 def test_best_threads_is_the_fewest_of_the_fastest(monkeypatch, seconds, best):
-    """Of one thread, two and four."""
+    """The choice is between one thread, two and four."""
     took, set_to = dict(zip((1, 2, 4), seconds)), []
     monkeypatch.setattr(machine, "cores", lambda: 4)
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
@@ -47,13 +47,13 @@ def test_a_quota_of_processor_time_counts(monkeypatch, tmp_path, said, files, ex
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "groups" / name).write_text(content)
     assert cores(tmp_path / "own", tmp_path / "groups") == expected
-    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")  # who says it is believed
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")  # an explicit setting is believed
     assert cores(tmp_path / "own", tmp_path / "groups") == 3
 
 
 @pytest.mark.parametrize("kind", ["plain", "packed", "fixed"])
 def test_passes_are_timed_by_any_step_alike(monkeypatch, kind):
-    """A clock that counts the positions that each layer and each head really takes."""
+    """The clock here counts the positions that each layer and each head really runs."""
     model = random_model(n_layers=6).float()
     ran, run, logits = [], Llama.run, Llama.logits
     layers = lambda m, h, a, b, *x: ran.append((b - a) * h.shape[1]) or run(m, h, a, b, *x)  # noqa: E731
@@ -108,7 +108,9 @@ def test_a_watched_generation_writes_the_same_and_counts_what_statistics_do(ladd
 
 
 def test_what_became_of_drafts_by_hand():
-    """The full model judges drafts of 3, 1 and none, in two generations; the level below two of 2."""
+    """In two generations, the full model judges drafts of 3, 1 and 0 tokens, the level below two
+    drafts of 2.
+    """
     one = Notes(5, 10.0, [1.0, 2.0, 3.0], [(1, 2, 2), (1, 2, 0), (2, 3, 2)])
     two = Notes(5, 10.0, [0.0, 1.0, 5.0], [(2, 1, 1), (2, 0, 0)], memory=7)
     found = what_was_seen([one, two])

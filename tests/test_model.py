@@ -1,4 +1,4 @@
-"""The transformer: equal to transformers' Llama, and to itself by segments and at exits."""
+"""The model equals transformers' Llama, and itself when run by segments and at exits."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_logits_equal_transformers(tied, kv_heads, head_dim, scaled):
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
     with torch.no_grad():
         ours, theirs = model(IDS), twin(model)(IDS).logits
-    # in float64, but for the rotary angles on both sides and their norms, which are float32
+    # in float64, except the rotary angles on both sides and their norms, which are float32
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The page of --html: its events are the generation's, and no text of theirs can break it."""
+"""The page of --html: its events are the generation's, and no text can break it."""
 
 import json
 import re
@@ -127,7 +127,7 @@ def test_the_bars_are_what_the_cache_holds(case, temperature):
 @given(st.text(min_size=1), st.integers(0, 3))
 @example("a😀é日", 1)
 def test_a_character_of_several_tokens_is_shown_by_the_last(text, drafted):
-    """A byte is a token; drafts that fell before do not disturb it."""
+    """Each byte is a token here; drafts rejected earlier do no harm."""
     pieces, shown = page.Pieces(0, lambda token: bytes([token])), []
     for at, byte in enumerate(text.encode() + b"\xe2\x82A"):  # which ends in no character
         pieces.see(Event(0, at, [], 0, [0x80, 0xF0, 0x41][:drafted], [], 0.0))
@@ -147,7 +147,9 @@ def moments(*steps):
 
 
 def test_the_runs_own_point():
-    """Rates are drafts kept of those looked at, costs are in steps of greedy, the prompt is out."""
+    """Rates are the share of judged drafts that are kept; costs are in steps of greedy, without the
+    prompt.
+    """
     alone = moments(*[(2, 0, 0, 9.0)], *[(2, 0, 0, 2.0)] * 4)
     events = moments(
         (2, 0, 0, 5.0), (0, 0, 0, 0.2), (0, 0, 0, 0.4), (1, 2, 2, 1.0), (0, 0, 0, 0.3), (1, 1, 0, 0.5),
@@ -201,7 +203,7 @@ class Tags(HTMLParser):
 
 
 def test_a_page_has_several_ladders():
-    """Each on its own events; the plain text they share is recorded once."""
+    """Each has its own events; the plain text that they share is recorded once."""
     model, prompt, runs = random_model(7), [1, 2] * 5, []
     for ladder in ("2(2)", "0(3) 3(4)"):
         runs.append((parse_ladder(ladder), events := []))

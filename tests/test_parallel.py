@@ -1,4 +1,4 @@
-"""One model shared out among two processes: the same texts as one process's, half the bytes, and no hang.
+"""One model shared by two processes: the same texts as by one process, half the bytes, and no hang.
 
 Run as a program, this file is one of the processes: test_parallel.py JOB FILE.
 """
@@ -29,7 +29,7 @@ CASES = 200
 
 
 def case(seed: int) -> tuple[Llama, list[int], int, dict]:
-    """A random model with heads of its exits' own, and arguments of generate, greedy and sampled."""
+    """A random model with exit heads, and arguments of generate, greedy and sampled."""
     rng = random.Random(seed)
     heads, kv_heads = rng.choice([(4, 4), (4, 2), (6, 3), (2, 1), (6, 2), (3, 3)])
     vocab, layers = rng.choice([2, 11, 40]), rng.randint(2, 4)
@@ -66,7 +66,7 @@ def case(seed: int) -> tuple[Llama, list[int], int, dict]:
 
 
 def random_ladders(ranks: Ranks) -> list:
-    """Texts of all cases; then two that are sampled without a seed."""
+    """The texts of all cases, then two that are sampled without a seed."""
     texts = []
     for seed in range(2 * CASES):
         model, *arguments, options = case(seed)
@@ -82,7 +82,7 @@ def too_many(ranks: Ranks) -> list:
 
 
 def smollm2(ranks: Ranks | None) -> list:
-    """A greedy answer and a sampled one. ranks None: of the plain model."""
+    """A greedy answer and a sampled one. ranks None: by the plain model."""
     model, tokenizer = checkpoints.load("smollm2", "cpu", ranks=ranks, plain=ranks is None)
     options = dict(exits=(4, 8), windows=(2, 3), stop=tokenizer.stop)
     prompt = tokenizer.chat(["Write a Python function that adds two numbers."])
@@ -118,7 +118,7 @@ def process() -> None:
 @pytest.fixture
 def run(tmp_path):
     def run(job: str, seconds: int = 300) -> tuple[list, list[str], list[str]]:
-        """What two processes have made, and what each said, on stdout and stderr."""
+        """The results of two processes, and what each printed on stdout and stderr."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
@@ -188,7 +188,9 @@ def test_smollm2_by_two_processes(run):
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_process_reads_and_holds_its_part(tmp_path, monkeypatch, size, tied):
-    """Together the parts are the whole, but for norms, and for keys and values that some share."""
+    """Together the parts make up the whole, apart from norms, and keys and values that several
+    hold.
+    """
     given = []
 
     class Recorded:

@@ -42,7 +42,7 @@ def test_beginnings_are_not_in_the_standard_library():
 
 
 def windows(text: str) -> set[tuple[str, ...]]:
-    """Every five lines that follow each other, without indentation and empty lines."""
+    """Every five consecutive lines, without indentation and empty lines."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return set(zip(*(lines[i:] for i in range(5))))
 
@@ -71,7 +71,9 @@ def test_only_a_newline_ends_a_line(tmp_path):
 
 @pytest.fixture
 def packages(site):
-    """Beside `site`'s own: files of the packages held out as a whole, and of twenty others."""
+    """In addition to those of `site`: files of the packages held out as a whole, and of twenty
+    others.
+    """
     sizes = {"rich": 4, "mpmath": 4, "networkx": 4} | {f"other{i}": 60 for i in range(20)}
     for package, size in sizes.items():
         (site / package).mkdir(exist_ok=True)

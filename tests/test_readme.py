@@ -1,4 +1,4 @@
-"""What the README and the texts beside it point at: links, files, commands, and measured numbers."""
+"""The README and the lecture's texts: links, files, commands, and measured numbers are right."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def name_of(file: Path) -> str:
 
 
 def rows(text: str) -> list[dict[str, str]]:
-    """The first table of a text, a dict a row."""
+    """The first table of a text, as one dict per row."""
     table = re.search(r"(?:^\|.*\n)+", text, re.M)
     assert table
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in table[0].splitlines()]
@@ -132,7 +132,7 @@ def check_row(row: dict[str, str], method: dict) -> None:
 
 
 def test_the_first_table_was_measured():
-    """In runs whose greedy texts were all greedy's own."""
+    """It was measured in runs in which every method wrote exactly greedy's texts."""
     assert [row["method"] for row in rows(TEXT)] == [*FIRST_TABLE]
     for row, (file, name) in zip(rows(TEXT), FIRST_TABLE.values(), strict=True):
         methods = measured(file)

@@ -1,4 +1,6 @@
-"""The sampling law, checked exactly: every random choice of the real loop is enumerated and weighed."""
+"""The distribution of sampled text, checked exactly by enumerating every random choice of the real
+loop.
+"""
 
 from collections import defaultdict
 from itertools import product
@@ -13,7 +15,9 @@ from model import Config, ExitHead, Llama
 
 
 class Choices:
-    """Stands in for `coin` and `draw`: follows a given path of choices, then always takes the first possible."""
+    """Replaces `coin` and `draw`: follows a given path of choices, then always takes the first
+    possible one.
+    """
 
     def __init__(self, path):
         self.path, self.taken, self.weight, self.others = path, [], 1.0, []
@@ -34,7 +38,7 @@ class Choices:
         )
 
     def draw(self, weights, rng):
-        if weights.sum() == 0:  # p and q are equal but for a rounding error, and that was drawn
+        if weights.sum() == 0:  # p and q differ only by rounding, and that was drawn
             assert self.weight < 1e-12
             return torch.zeros(1, dtype=torch.long)
         return torch.tensor([self.choose((weights / weights.sum()).tolist())])
@@ -70,7 +74,9 @@ def table_ladder(tables, decoder=hispec.Decoder, context=16):
             return tables[cache.depths[k] - 1].log()[tokens[length - n : length]]
 
     class PromptRead(decoder):
-        """As if the prompt's own pass were over: its token is the full model's, and would be one less to enumerate."""
+        """Skips the prompt's own pass: its token is the full model's own, so it would only add to
+        the enumeration.
+        """
 
         def read_prompt(self):
             self.cache.lengths = [1] * len(self.cache.lengths)
@@ -97,7 +103,7 @@ def markov_law(table, n):
 
 @torch.no_grad()
 def law_of_two(model, prompt, temperature):
-    """The law of a model's next two tokens, from passes over whole texts without a cache."""
+    """The distribution of a model's next two tokens, from passes over whole texts, uncached."""
     law, last = {}, len(prompt) - 1
     for tokens in product(range(model.config.vocab_size), repeat=2):
         rows = torch.softmax(model(torch.tensor([[*prompt, *tokens]]))[0] / temperature, -1)
@@ -142,7 +148,9 @@ def test_a_look_up_below_follows_the_target_exactly(monkeypatch, windows, rule):
 
 
 def cut(row, top_k=0, top_p=1.0):
-    """A distribution cut to its top_k likeliest, then to the fewest that hold top_p; ties are kept. By hand."""
+    """A distribution cut to its top_k likeliest, then to the fewest that hold top_p, with ties
+    kept: written out.
+    """
     if top_k:
         least = sorted(row, reverse=True)[min(top_k, len(row)) - 1]
         row = [p if p >= least else 0.0 for p in row]
@@ -185,7 +193,9 @@ def test_three_levels_follow_the_truncated_target_exactly(monkeypatch, windows, 
 
 
 def test_truncating_only_the_last_level_is_caught(monkeypatch):
-    """Planted bug: drafts are drawn from the whole distribution, but taken to be from the truncated one."""
+    """Planted bug: drafts are drawn from the whole distribution but treated as drawn from the
+    truncated one.
+    """
     run = table_ladder([TARGET3, TIES3], hispec.TokenByToken)
     real = hispec.accept_tokens
     whole = torch.tensor(TARGET3, dtype=torch.float64)
@@ -204,7 +214,7 @@ real_accept_tokens = hispec.accept_tokens
 
 
 def resampling_from_p(drafts, q, p, rng):
-    """Planted bug: after a rejection draw from p itself, where it should be the residual."""
+    """Planted bug: after a rejection it draws from p instead of the residual."""
     x = drafts.unsqueeze(1)
     accepted = hispec.leading(hispec.coin((p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1), rng))
     return hispec.draw(p[accepted].squeeze(0), rng), accepted, p
@@ -221,7 +231,9 @@ def test_a_middle_level_that_resamples_from_p_is_caught(monkeypatch):
 
 
 class KeepsEverything(hispec.Decoder):
-    """A lossy rule in the middle: level 1 keeps every draft, and says what it has written: its drafts' q."""
+    """A lossy rule in the middle: level 1 keeps every draft, and returns q as the distribution
+    written.
+    """
 
     def accept(self, k, drafts, q, p):
         if k != 1:
@@ -240,7 +252,9 @@ def test_a_lossy_rule_in_the_middle_leaves_the_last_levels_law_unharmed(monkeypa
 
 
 class KeepsTheLikeliest(hispec.Decoder):
-    """A lossy rule that also refuses: level 1 keeps its two likeliest tokens, else it draws from p."""
+    """A lossy rule that also rejects: level 1 keeps its two likeliest tokens, and otherwise draws
+    from p.
+    """
 
     def accept(self, k, drafts, q, p):
         if k != 1:
@@ -270,7 +284,7 @@ def test_a_lossy_rule_that_claims_to_be_exact_is_caught(monkeypatch):
 
 
 def test_a_level_that_forgets_a_row_is_caught(monkeypatch):
-    """Planted bug: the middle level hands up its draft's rows in place of its own."""
+    """Planted bug: the middle level hands up its draft's distributions instead of its own."""
     run = table_ladder([DRAFT2, MIDDLE2, TARGET2], hispec.TokenByToken)
 
     def forgetful(drafts, q, p, rng):

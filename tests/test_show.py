@@ -1,4 +1,4 @@
-"""Watching a generation: what the terminal shows is what was generated."""
+"""The terminal shows exactly the text that was generated."""
 
 import io
 import json
@@ -32,7 +32,7 @@ LADDER = ["--ladder", "2(2) 8(4)"]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A folder for what is found on a machine, in which float32 is the faster dtype."""
+    """A folder for a machine's results, in which float32 is the faster dtype."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -40,7 +40,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def faster(dtype: str) -> None:
-    """Keep for `tiny` that this dtype is the faster here."""
+    """Record this dtype as the faster one for `tiny`."""
     save_ladders(setting(dtype="either dtype"), {"dtype": dtype})
 
 
@@ -87,7 +87,7 @@ def test_a_token_has_its_levels_colour_and_what_fell_says_who_rejected_it():
 
 
 def test_the_numbers_at_the_end():
-    """Speed is that after the first token, which has to wait for the prompt."""
+    """Speed is measured after the first token, which has to wait for the prompt."""
 
     def made(tokens: int, seconds: float, *levels: LevelStats) -> Generation:
         return Generation([0] * tokens, [*levels, LevelStats(32, calls=6)], seconds, 1.0)
@@ -109,7 +109,7 @@ def test_the_numbers_at_the_end():
 @example(b"\xf0\x9f\x98")
 @example(b"\xe2\x28\xa1\xff\xc3")
 def test_a_character_is_shown_with_its_last_byte_and_what_is_none_as_such(data):
-    """A byte is a token."""
+    """Each byte is a token here."""
     painter = terminal.Painter(["full model"], lambda token: bytes([token]))
     pieces = [painter.see(Event(0, i, [], 0, [token], [i], 0.0)) for i, token in enumerate(data)]
     shown = [piece.removeprefix(terminal.FULL).removesuffix(terminal.PLAIN) for piece in pieces]
@@ -231,7 +231,7 @@ def test_an_exit_past_the_depth_is_refused_before_threads_are_searched_for(monke
 
 
 class Reader(io.StringIO):
-    """Somebody who presses Enter four times, each after a tenth of a second, and leaves."""
+    """A user who presses Enter four times, each after a tenth of a second, and then leaves."""
 
     pressed = 0
 
@@ -273,7 +273,7 @@ def test_sampled_text_is_what_generate_writes_with_the_same_seed(monkeypatch, ca
 
 
 def test_a_continuation_keeps_its_blank(monkeypatch, capsys, tmp_path):
-    """Sentencepiece drops the blank that begins a text; what is shown follows the prompt."""
+    """Sentencepiece drops the blank that begins a text, but the text shown continues the prompt."""
     write_family("llama-2", tmp_path)
     tokenizer = from_folder(tmp_path, {}, 1000)
     spelt = {id: tokenizer.spell(id) for id in range(tokenizer.n_vocab)}
@@ -294,7 +294,7 @@ def test_a_prompt_that_ends_in_a_blank_is_told_what_to_do(monkeypatch, capsys):
 
 
 def test_the_fastest_kept_ladder_is_the_default(monkeypatch):
-    """On a page other tuned ladders stand beside it."""
+    """On a page, other tuned ladders are shown next to it."""
     model, header = random_model(n_layers=9), setting(model="random", dtype="float64")
     own, why = __main__.choose([], model, header)
     assert own == [Options((2, 3), (2, 4))] and "own exits" in why

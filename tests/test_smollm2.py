@@ -1,4 +1,4 @@
-"""SmolLM2-135M, a real checkpoint: its ids, its chat template and its greedy text are transformers' own."""
+"""SmolLM2-135M, a real checkpoint: its ids, chat template and greedy text equal transformers'."""
 
 import random
 import sys
@@ -28,7 +28,9 @@ def smollm2():
 
 @pytest.fixture(scope="module")
 def smollm2_theirs(smollm2):
-    """The published tokenizer.json: the file's vocabulary and merges behind a Digits and a ByteLevel split."""
+    """The published tokenizer.json: the file's vocabulary and merges after a Digits and a ByteLevel
+    split.
+    """
     tokenizers = pytest.importorskip("tokenizers")
     fields = gguf.GGUFReader(checkpoints.NAMES["smollm2"]()).fields
     tokens, merges = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges"))

@@ -1,4 +1,6 @@
-"""The model that ships: small enough, with exits that see, and lossless on the bench's own prompts."""
+"""The model that ships is small, has exits that agree often, and is lossless on the bench's
+prompts.
+"""
 
 import pytest
 

@@ -37,7 +37,7 @@ def test_a_learned_vocabulary_gives_any_text_back(learned, text):
 
 
 def test_a_learned_vocabulary_merges_what_is_common(learned):
-    """But no newline with what stands beside it: a text may end there, and go on as files do."""
+    """A newline is never merged with its neighbours, so a text may end there and go on."""
     assert len(learned.encode("    return x\n")) < 6 and learned.n_vocab <= 400
     assert learned.stop == (learned.n_vocab - 1,) and learned.bos == []
     text = "def f(n):\n    if n:\n        return 12\n\n\nclass A:\n    x = 1\n" * 50
@@ -116,7 +116,7 @@ ADDED = {
 
 @pytest.mark.parametrize("kind", ["byte-level", "llama-2"])
 def test_added_tokens_are_one_id_each(tmp_path, kind):
-    """Not special, taking blanks in on either side, or only in tokenizer_config.json."""
+    """They may be not special, absorb blanks, or be only in tokenizer_config.json."""
     transformers = pytest.importorskip("transformers")
     theirs = llama_2() if kind == "llama-2" else byte_bpe(SPLITS["gpt2"], SPECIAL)
     for name, flags in ADDED.items():
@@ -184,7 +184,9 @@ def test_the_end_is_what_the_files_name(tmp_path, config, generation, stop):
 
 
 def test_a_token_past_the_vocabulary_loads_but_must_not_be_asked_for(tmp_path):
-    """As an end in either file, BOS, or by the chat template: `load` refuses, not `generate`."""
+    """Asked for as an end in either file, as BOS, or by the chat template: `load` refuses, not
+    `generate`.
+    """
     theirs = llama_2(["<late>"])
     late = theirs.token_to_id("<late>")
     theirs.post_processor = None
@@ -214,7 +216,7 @@ def test_a_token_past_the_vocabulary_loads_but_must_not_be_asked_for(tmp_path):
 
 @pytest.mark.parametrize("name", ["llama-2", "llama-3", "deepseek", "learned"])
 def test_a_copied_tokenizer_is_the_same(tmp_path, learned, name):
-    """Across processes too; and a turn cannot forge there either."""
+    """This holds across processes too, and a turn cannot forge special tokens there either."""
     if name != "learned":
         write_family(name, tmp_path)
     ours = learned if name == "learned" else vocabulary.from_folder(tmp_path, {}, 600)
@@ -242,7 +244,7 @@ def test_a_continuation_is_what_follows_its_prompt(tmp_path, name):
 
 
 def byte_level(vocab=256, special=(), template=None):
-    """A tokenizer whose tokens are bytes, those from vocab on with ids past it."""
+    """A tokenizer whose tokens are bytes; bytes from vocab on have ids past the vocabulary."""
     ranks = {bytes([b]): b if b < vocab else vocab + b for b in range(256)}
     encoding = tiktoken.Encoding(
         "bytes", pat_str=vocabulary.GPT2, mergeable_ranks=ranks, special_tokens=dict(special)
@@ -263,7 +265,9 @@ def test_chat_without_a_template_is_plain_text_and_ends_with_the_user():
 
 
 def test_a_template_trims_and_cuts_as_it_will():
-    """What the template makes of a turn is the turn's; what stands around it is the template's."""
+    """Text that the template makes of a turn counts as the turn's; text around it is the
+    template's.
+    """
     each = "{{ '<e>' + m.content.split('#')[-1]|trim }}"
     template = f"{{% for m in messages %}}{each}{{% endfor %}}<e>"
     ours = byte_level(special={"<e>": 256}, template=template)

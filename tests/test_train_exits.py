@@ -1,4 +1,6 @@
-"""train_exits.py: what must stay, stays bit for bit; exits get better; a killed run continues; errors are named."""
+"""train_exits.py: frozen weights keep every bit, exits get better, a killed run continues, errors
+name the cause.
+"""
 
 import json
 import os
@@ -43,7 +45,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trunk(tmp_path_factory, corpus):
-    """A model trained for a moment without exits: what recipes 2 and 3 start from."""
+    """A model trained briefly without exits, from which recipes 2 and 3 start."""
     out = tmp_path_factory.mktemp("trunk") / "run"
     train(out, corpus, f"{SHAPE} {SPEED} --steps 80 --exits")
     return out / "model"
@@ -101,7 +103,7 @@ def test_from_scratch_learns_text_and_exits(tmp_path, corpus):
 
 @pytest.mark.parametrize("bf16", ["", "--bf16"])
 def test_a_frozen_trunk_keeps_every_bit(tmp_path, monkeypatch, capsys, corpus, trunk, bf16):
-    """And where bfloat16 is slow that is said."""
+    """Also, the command says so if bfloat16 is slow."""
     monkeypatch.setattr(train_exits, "bfloat16_takes", lambda: 3)
     before, _ = checkpoints.load(trunk, "cpu", torch.float32)
     options = f"--model {trunk} --freeze-trunk --exits 1 2 --width 24 --draft-vocab 60 {SPEED}"
@@ -114,7 +116,7 @@ def test_a_frozen_trunk_keeps_every_bit(tmp_path, monkeypatch, capsys, corpus, t
 
 @pytest.mark.parametrize("exit", [2, 4])
 def test_a_draft_head_learns_and_drafts(tmp_path, corpus, trunk, exit):
-    """Several drafts in a row, on a trunk that keeps every bit; 4 is the full depth."""
+    """It learns several drafts in a row, on a trunk that keeps every bit; 4 is the full depth."""
     before, tokenizer = checkpoints.load(trunk, "cpu", torch.float32)
     options = f"--model {trunk} --draft-head {exit} {SPEED}"
     after, _ = train(tmp_path / "run", corpus, f"{options} --steps 60")
@@ -176,10 +178,12 @@ def test_drafts_in_a_row_are_trained_as_decoding_makes_them(trunk):
 
 
 def test_a_time_budget_ends_and_saves_the_run(tmp_path, corpus, monkeypatch):
-    """Clocks of several processes differ: the one agreed on ends the loop, and so says to save."""
+    """Clocks of several processes differ; the time agreed on ends the loop and decides when to
+    save.
+    """
     train(tmp_path / "short", corpus, f"{SHAPE} {SPEED} --minutes 0.02")
     assert steps_of(tmp_path / "short") > 0
-    clock = iter([0.0, 0.5, 1.0])  # asked once a step; another question would find it at its end
+    clock = iter([0.0, 0.5, 1.0])  # read once per step; one more reading would find it exhausted
     monkeypatch.setattr(train_exits.Run, "progress", lambda run: next(clock))
     train(tmp_path / "run", corpus, f"{SHAPE} {SPEED} --minutes 9")
     assert steps_of(tmp_path / "run") == 2
@@ -241,7 +245,7 @@ def test_an_epoch_reads_every_window_once(length, rows, context):
 @pytest.mark.parametrize("recipe", ["LayerSkip", "FrozenTrunk", "LookBack"])
 @pytest.mark.parametrize("rows", [1, 3, 64])
 def test_passes_of_any_size_add_up_to_the_same_gradients(recipe, rows):
-    """Every row counts alike, also where the last pass has fewer."""
+    """Every row has the same weight, also if the last pass has fewer rows."""
     found = []
     for most in (rows, 1000):
         model, text = random_model(vocab_size=50).float(), torch.arange(5000) * 7 % 50

@@ -1,4 +1,6 @@
-"""lab/train.py: a given model is kept, a model leaves its loops, processes share a step, a model's own writing."""
+"""lab/train.py: a model stays close to the original, leaves its loops, learns from its own writing;
+processes share steps.
+"""
 
 import re
 import subprocess
@@ -52,11 +54,13 @@ def test_all_of_a_model_learns_and_the_original_is_kept(tmp_path, corpus, trunk,
     rows = held(tokenizer, corpus)
     (was, _), (now, _) = (measure(m, rows) for m in (before, after))
     said = re.search(r"kept of the original: agreement .*, KL (.*) nats", capsys.readouterr().out)
-    assert now < was * 1.1 and float(said[1]) < 0.05  # what learns the text instead has 0.1 or more
+    assert now < was * 1.1 and float(said[1]) < 0.05  # one that learns the text has 0.1 or more
 
 
 def test_an_exit_learns_among_the_tokens_it_knows():
-    """The loss against its formula: cross-entropy between the two distributions over its vocabulary."""
+    """The loss equals its formula: the cross-entropy of the two distributions over the exit's
+    vocabulary.
+    """
     model, rows = random_model().float(), torch.randint(11, (3, 9))
     model.exit_heads["2"], model.exits = ExitHead(model.config, 8, [1, 4, 7]), (2,)
     losses = whole_model(model)
@@ -82,7 +86,7 @@ def whole_model(model, text=None, **asked):
 
 
 def test_tokens_of_loops_are_made_unlikely():
-    """The loss against its formula."""
+    """The loss equals its formula."""
     model, rows = random_model(), torch.randint(11, (3, 9))
     inside = torch.zeros(3, 9, dtype=torch.long)
     inside[:, 5:7] = 1
@@ -94,7 +98,7 @@ def test_tokens_of_loops_are_made_unlikely():
 
 
 def test_a_model_is_taught_to_leave_its_loops(tmp_path, corpus, trunk):
-    """On the loops it began with, against the same training without."""
+    """Measured on its loops from before, compared with the same training without unlikelihood."""
     before, tokenizer = checkpoints.load(trunk, "cpu", torch.float32)
     own, inside = own_loops(before, held(tokenizer, corpus).repeat(1, 2)[:, :65])
     options = f"--model {trunk} --exits 1 2 {SPEED} --context 32 --steps 40 --lr 2e-3"
@@ -129,7 +133,9 @@ class Share(Run):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("micro", [16, 48, 4096])
 def test_processes_and_passes_add_up_to_the_same_gradients(world, micro):
-    """With unlikelihood: rows of text and the model's own weigh the same however they are cut."""
+    """With unlikelihood, rows of text and the model's own have the same weight however they are
+    divided.
+    """
     found = []
     for n, most in ((1, 4096), (world, micro)):
         total = 0
@@ -147,7 +153,9 @@ def test_processes_and_passes_add_up_to_the_same_gradients(world, micro):
 
 
 def test_three_processes_take_the_same_step_as_one(tmp_path, corpus, monkeypatch):
-    """Of 32 rows each has ten or eleven. Muon rounds to bfloat16: equal means to 2 % of the step."""
+    """Each process has ten or eleven of 32 rows. Muon rounds to bfloat16, so equal means to 2 % of
+    the step.
+    """
     if torch.cuda.device_count() < 3:  # each process would want a GPU of its own
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -171,7 +179,9 @@ def test_three_processes_take_the_same_step_as_one(tmp_path, corpus, monkeypatch
 
 
 def test_each_process_has_a_gpu_of_its_own(tmp_path, monkeypatch):
-    """Set before anything is gathered; none leaves before all are done; more than GPUs are refused."""
+    """It is set before anything is gathered; no process leaves before all are done; more processes
+    than GPUs are refused.
+    """
     seen = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -220,7 +230,9 @@ def test_a_draft_head_learns_from_its_models_own_samples(tmp_path, corpus):
     "name, chats", [("llama-3", True), ("llama-2 first", True), ("llama-2", False)]
 )
 def test_openings_are_the_templates(tmp_path, name, chats):
-    """A question is left to the model only where a template says what a user's turn is: BOS alone is no chat."""
+    """The model writes the question itself only if a template marks the user's turn: BOS alone is
+    not a chat.
+    """
     write_family(name, tmp_path)
     (tmp_path / "words").write_text(PROSE * 60, "utf-8")
     tokenizer = from_folder(tmp_path, {"eos_token_id": 2}, 600)
@@ -264,7 +276,7 @@ def test_training_on_installed_packages_keeps_their_tokens(site, tmp_path):
 
 
 def test_no_steps_only_measure(tmp_path, corpus, trunk):
-    """A model whose name would be half a formula on the figure."""
+    """The model's name has a dollar sign, which must not begin a formula on the figure."""
     run, model = tmp_path / "run", tmp_path / "$a^{$"
     model.symlink_to(trunk)
     asked = f"--out {run} --corpus {corpus} --model {model} --steps 0 --context 16"
@@ -304,7 +316,9 @@ def test_another_way_to_train_is_another_run(tmp_path, corpus, trunk):
 
 
 def test_a_new_vocabulary_begins_with_the_layers_of_another_model(tmp_path):
-    """A token that both know keeps its embedding; another has the mean of its spelling's."""
+    """A token in both vocabularies keeps its embedding; another gets the mean of those that spell
+    it.
+    """
     text = "def begin(of, a, text):\n    return of + a + text  # begin\n" * 20
     old, new = learn([text], 280), learn([text, "zzzz qqqq " * 50], 300)
     model = random_model(n_layers=2, vocab_size=old.n_vocab).float()

@@ -1,4 +1,4 @@
-"""The search for ladders, and what it rests on: what passes cost, and a ladder's replay."""
+"""The search for ladders, and its basis: the costs of passes and the replay of ladders."""
 
 from collections import defaultdict
 from functools import partial
@@ -25,7 +25,7 @@ ONE_A_PASS = Costs(NO_TIME, A_SECOND, 0.0, dict.fromkeys(range(9), 0.0))
 
 @pytest.fixture
 def free(monkeypatch):
-    """No cost is measured: every pass takes a second."""
+    """Measure no costs: every pass takes one second."""
     monkeypatch.setattr(tune, "measure_costs", lambda step, exits: ONE_A_PASS)
 
 
@@ -118,7 +118,7 @@ def test_runs_keep_the_faster_turn_and_the_right_ladder():
 
 
 def test_a_replay_takes_the_steps_that_a_generation_takes():
-    """Counted in steps, along a text on which one exit is wrong here and there, the other never."""
+    """Steps are counted along a text on which one exit is sometimes wrong, the other never."""
     model = random_model(3)
     text = trace(model, [1, 2], 40, (), (1, 3), partial(generate, model))
     steps = lambda *ladder: replay(text, ladder, ONE_A_PASS, model.config.n_layers)  # noqa: E731
@@ -131,7 +131,9 @@ def test_a_replay_takes_the_steps_that_a_generation_takes():
 
 
 def test_a_replay_charges_each_segment_the_difference_of_its_depths():
-    """All drafts right, two a step: level 0 runs layers 0..2, the full model 3..7, a head each."""
+    """All drafts are right, two per step: level 0 runs layers 0..2, the full model 3..7, each with
+    a head.
+    """
     trunk = {e: [e**2 * w for w in EVERY_WIDTH] for e in (0, 2, 7)}
     head = {exit: [seconds] * len(EVERY_WIDTH) for exit, seconds in ((2, 0.5), (7, 3.0))}
     costs = Costs(trunk, head, 100.0, {2: 0.25, 7: 1.25})
@@ -147,7 +149,7 @@ def test_a_replay_charges_each_segment_the_difference_of_its_depths():
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_costs_by_depth_and_width_of_any_step(monkeypatch, fixed):
-    """With passes that take a second a position and layer, and ten for a head."""
+    """Passes here take one second per position and layer, and ten for a head."""
 
     def seconds(step, depth, widths, context):
         assert widths == WIDTHS and context == 64 - WIDTHS[-1]
@@ -178,7 +180,7 @@ def test_costs_of_real_passes(step):
 
 
 def test_what_a_step_costs_beyond_its_pass_is_what_runs_of_one_exit_took_longer():
-    """Greedy's nine steps a text take 1.5 each beyond a head of 1, an exit's 0.25."""
+    """Beyond a head's 1, each of greedy's nine steps per text takes 1.5, each of an exit's 0.25."""
     model = random_model(3)
     decode = partial(generate, model)
     traces = [trace(model, prompt, 10, (), (1, 3), decode) for prompt in ([1], [2, 5])]

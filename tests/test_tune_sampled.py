@@ -1,4 +1,4 @@
-"""Tuning for sampled text: the levels' choices along it, and that the bench decodes with its finds."""
+"""Tuning for sampled text: the levels' choices along it; the bench uses the ladders found."""
 
 import pytest
 import test_bench
@@ -12,7 +12,7 @@ small_bench, free = test_bench.small_bench, test_tune.free
 
 
 def test_choices_along_sampled_text_follow_each_exits_law_and_agree_as_drafts_would_be_kept():
-    """At each of many positions with the same distributions, the text being the last level's."""
+    """Checked over many positions with the same distributions; the text is the last level's."""
     n, V, rng = 200_000, 5, torch.Generator().manual_seed(0)
     rows = {exit: torch.rand(V, generator=rng, dtype=torch.float64).square() for exit in (1, 2, 4)}
     rows[2][3] = 0.0
@@ -33,7 +33,9 @@ def test_choices_along_sampled_text_follow_each_exits_law_and_agree_as_drafts_wo
 
 
 def test_sampled_text_is_decoded_with_ladders_of_its_own(small_bench, monkeypatch, free):
-    """Found by --tune, kept, and used again; kinds that are not tuned for it are greedy text's."""
+    """They are found by --tune, kept, and used again; kinds not tuned for it use greedy text's
+    ladders.
+    """
     monkeypatch.setattr(tune, "WINDOWS", (3, 6))
     monkeypatch.setattr(tune, "COARSE", (3, 6))
     monkeypatch.setattr(tune, "THRESHOLDS", (0.0,))

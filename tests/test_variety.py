@@ -1,4 +1,4 @@
-"""Distinct tokens and loops, on rows that say at a glance what they are."""
+"""Distinct tokens and loops, on rows in which they can be seen at a glance."""
 
 import pytest
 

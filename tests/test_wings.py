@@ -1,4 +1,6 @@
-"""Any wing but checkpoints/ can be deleted, and the main jobs still run; what is missing is named."""
+"""Any folder except checkpoints/ can be deleted: the main jobs still run, and errors name what is
+missing.
+"""
 
 import os
 import shutil
@@ -27,7 +29,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "--hypothesis-profile", "f
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of the tree without the wings, weights by a link."""
+    """A copy of the project without these folders, with a link to the weights."""
     tree = tmp_path_factory.mktemp("tree") / "without-wings"
     left_out = shutil.ignore_patterns(*WINGS, ".*", "__pycache__", "weights", "figures")
     shutil.copytree(ROOT, tree, ignore=left_out)

@@ -1,4 +1,6 @@
-"""Vocabularies and chat templates of the families a Llama checkpoint may come from, small, made by tokenizers."""
+"""Small vocabularies, made by tokenizers, and chat templates of the families that a Llama
+checkpoint may come from.
+"""
 
 import json
 

@@ -1,10 +1,11 @@
-"""Exercise 1, five minutes: make the intermediate level lie.
+"""Exercise 1, five minutes: make the middle level lie.
 
 python lecture/exercises/01_lie.py
 
-`Decoder.run` returns a level's logits. Let the level between return their negative, so that it
-prefers what it ought to like least. Before you run it, say what happens to the text, to the share
-of drafts that it keeps, and to the share of its own tokens that the full model keeps.
+`Decoder.run` returns a level's logits. Let the middle level return their negative, so that it
+prefers the tokens that it should like least. Before you run it, predict what happens to the text,
+to the share of drafts that this level keeps, and to the share of its tokens that the full model
+keeps.
 """
 
 from common import CODE, tiny
@@ -15,10 +16,10 @@ LADDER = dict(exits=(2, 8), windows=(2, 4))
 
 
 class Liar(Decoder):
-    """A decoder whose level between says the opposite of what it has computed."""
+    """A decoder whose middle level says the opposite of what it has computed."""
 
     def run(self, k: int, base: int):
-        return super().run(k, base)  # your turn: for the level between, the negative
+        return super().run(k, base)  # your turn: the negative, for the middle level
 
 
 def accepted(out) -> list[float]:

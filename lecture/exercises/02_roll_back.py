@@ -2,13 +2,13 @@
 
 python lecture/exercises/02_roll_back.py
 
-The line in question is the last but one of `Decoder.settle`, in hispec.py:
+The line in question is the second to last of `Decoder.settle`, in hispec.py:
 
     self.cache.rollback(min(base + n, self.length))
 
-Here it reaches a cache that forgets to do it. Run this and see how often the text is still right.
-Then write `rollback`: integers are set, nothing is copied. Why is it `base + n`, and not
-`base + n + 1`, although n drafts are kept and one token is added behind them?
+Here it calls a cache whose `rollback` does nothing. Run this and see how often the text is still
+right. Then write `rollback`: it sets integers and copies nothing. Why is it `base + n`, and not
+`base + n + 1`, although n drafts are kept and one token is appended to them?
 """
 
 from contextlib import contextmanager
@@ -20,11 +20,11 @@ from kvcache import KVCache
 
 
 class Cache(KVCache):
-    """The project's cache, without the one method that this exercise is about."""
+    """The project's cache, without the method that this exercise is about."""
 
     def rollback(self, length: int) -> None:
         """Forget what any segment holds at positions >= length."""
-        # your turn: self.lengths has one integer a segment
+        # your turn: self.lengths has one integer per segment
 
 
 class OnCache(Step):
@@ -36,7 +36,7 @@ class OnCache(Step):
 
 
 def outcome(seed: int) -> str:
-    """What a generation on a random model ends in: "right", "wrong" or "crash"."""
+    """How a generation on a random model ends: "right", "wrong" or "crash"."""
     model, prompt = random_model(seed), [1, 2, 3]
     ladder = dict(exits=(1, 3), windows=(2, 4))
     try:

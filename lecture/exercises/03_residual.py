@@ -3,12 +3,13 @@
 python lecture/exercises/03_residual.py
 
 A draft x, drawn from q, is kept with probability min(1, p(x) / q(x)). The verification below
-replaces a rejected one by a draw from p. That looks innocent, and is wrong.
+replaces a rejected draft by a draw from p. That looks innocent, but it is wrong.
 
-(a) `off`: by how much? Half the sum of |written - p| over the vocabulary, worked out, not sampled.
-(b) `replacement`: what must it be drawn from instead, so that what is written is distributed as p?
+(a) `off`: by how much? Compute (do not sample) half the sum of |written - p| over the vocabulary,
+where `written` is the distribution of the resulting token.
+(b) `replacement`: what must be drawn from instead, so that the result is distributed as p?
 
-Why does temperature 0 not mind?
+Why does this mistake do no harm at temperature 0?
 """
 
 import torch
@@ -19,7 +20,7 @@ import hispec
 
 
 def off(q: Tensor, p: Tensor) -> float:
-    """How far what is written is from p (V,) if a rejected draft is replaced by a draw from p.
+    """How far the result is from p (V,) if a rejected draft is replaced by a draw from p.
 
     The draft is a sample of q (V,).
     """
@@ -27,12 +28,12 @@ def off(q: Tensor, p: Tensor) -> float:
 
 
 def replacement(q: Tensor, p: Tensor) -> Tensor:
-    """The weights (V,), need not sum to 1, of the token that replaces a draft rejected under p."""
+    """The weights (V,) of the token that replaces a rejected draft; they need not sum to 1."""
     return p  # your turn (b)
 
 
 def verify(draft: Tensor, q: Tensor, p: Tensor, rng: torch.Generator) -> int:
-    """The token that is written for one draft (1,), a sample of q (V,)."""
+    """The token that is written in place of one draft (1,), a sample of q (V,)."""
     if hispec.coin(p[draft] / q[draft], rng):
         return int(draft)
     return int(hispec.draw(replacement(q, p), rng))
@@ -42,7 +43,7 @@ def main() -> None:
     rng, q, p = torch.Generator().manual_seed(0), torch.tensor([1.0, 0]), torch.tensor([0.5, 0.5])
     written = [verify(hispec.draw(q, rng), q, p, rng) for _ in range(4000)]
     print(f"q = (1, 0), p = (.5, .5): token 0 in {written.count(0) / 4000:.3f} of 4000 samples")
-    print(f"worked out, a draw from p is off by {off(q, p):.3f}")
+    print(f"computed: a draw from p is off by {off(q, p):.3f}")
     model, tokenizer = tiny()
     ids = torch.tensor([tokenizer.chat([CODE])])
     with torch.inference_mode():

@@ -2,13 +2,13 @@
 
 python lecture/exercises/04_host_reads.py
 
-On a GPU the host queues work and runs ahead. Each `item` or `tolist` stops it until the queue is
-empty, so a draft that is looked at while it is made costs more than its layers.
+On a GPU the host queues work and runs ahead. Each `item` or `tolist` makes it wait until the queue
+is empty, so a draft that the host looks at while it is made costs more than its layers.
 
 (a) `reads`: count the calls of `Tensor.item` and `Tensor.tolist` that some work makes.
-(b) `expected`: say how many a generation makes, from its levels' calls and its thresholds.
+(b) `expected`: predict how many a generation makes, from its levels' calls and its thresholds.
 
-`Decoder.settle` reads once a verification, and `probability` once a step where a level has a
+`Decoder.settle` reads once per verification, and `probability` once per step of a level that has a
 threshold. Does level 0 of a ladder read at all? Does greedy decoding?
 """
 
@@ -31,11 +31,11 @@ LADDERS = {
 def reads(work: Callable[[], object]) -> int:
     """How many times `work()` calls Tensor.item or Tensor.tolist."""
     work()
-    return 0  # your turn (a): a torch.overrides.TorchFunctionMode is told of every call
+    return 0  # your turn (a): a torch.overrides.TorchFunctionMode sees every call
 
 
 def expected(out: Generation, thresholds: tuple[float, ...]) -> int:
-    """The reads of a generation that was not watched. thresholds: one for each exit, or none."""
+    """The reads of a generation without `watch`. thresholds: one for each exit, or none."""
     return 0  # your turn (b): out.levels[k].calls
 
 

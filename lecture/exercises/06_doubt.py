@@ -1,17 +1,18 @@
-"""Exercise 6, thirty minutes: doubt better.
+"""Exercise 6, thirty minutes: find a better sign of doubt.
 
 python lecture/exercises/06_doubt.py
 
-A level stops short of its window once the product of its own probabilities, of what it has gathered
-since it was asked, falls below its threshold. Is another measure of certainty a better sign that
-the next level will disagree? Entropy, the gap between the two best, a power of either?
+A level stops before its window is full once the product of its own probabilities of the tokens
+gathered in this call falls below its threshold. Is there a better sign that the next level will
+disagree? For example the entropy, the gap between the two best tokens, or a power of either?
 
-`certainty` is a factor for each token gathered; the product of factors is compared with the
-threshold. Ladders are replayed on what record.py has recorded of `tiny`, each rule with its best
-windows and thresholds, so that it takes seconds and no luck. Beat the rule of the stub.
+`certainty` returns one factor for each gathered token, and the product of these factors is compared
+with the threshold. Ladders are replayed on the texts of `tiny` that record.py recorded, with the
+best windows and thresholds for each rule, so this takes seconds and involves no chance. Beat the
+rule of the stub.
 
-What may the rule look at, so that sampling stays exact? All that stands before the next token. The
-token just written may end the draft, but may not be dropped for being what it is.
+What may the rule look at, so that sampling stays exact? Everything before the next token. The token
+just written may end the draft, but it must not be dropped because of which token it is.
 """
 
 from itertools import product
@@ -31,13 +32,13 @@ LADDERS: list[Ladder] = [
 def certainty(best: float, second: float, entropy: float) -> float:
     """How sure a level is of its token, 0..1, from its two best probabilities and the entropy.
 
-    The entropy is that of its distribution in nats, 0 where it is certain.
+    The entropy of its distribution is in nats, 0 if it is certain.
     """
     return best  # your turn
 
 
 def speed_up(rule) -> tuple[float, Ladder]:
-    """Over greedy, with the best of LADDERS under this rule; and which that is."""
+    """The speed-up over greedy of the best of LADDERS under this rule, and that ladder."""
     found = recorded()
     traces = [as_trace(one, rule) for one in found["traces"]]
 

@@ -2,11 +2,11 @@
 
 python lecture/exercises/07_exits.py
 
-The paper puts its exits at 1/8 and 1/4 of the depth, which of 32 layers are 4 and 8. `tiny` was
-trained with exits 2 and 8, but every layer can be read. recorded.json holds what seven of them say
-along six texts, and what they cost. Search, by replay, for the fastest ladder of one exit and of
-two. Which exits pay, and by how much do they beat the paper's? Which would pay on a machine where a
-pass costs its layers and nothing else, however many positions it holds?
+The paper puts its exits at 1/8 and 1/4 of the depth: exits 4 and 8 of 32 layers. `tiny` was trained
+with exits 2 and 8, but every layer can be read. recorded.json holds the choices of seven of them
+along six texts, and what they cost. By replay, find the fastest ladder of one exit and of two.
+Which exits are worth using, and by how much do they beat the paper's? Which would be on a machine
+where a pass costs only its layers, however many positions it holds?
 """
 
 from recordings import as_trace, recorded
@@ -20,21 +20,21 @@ GREEDY: Ladder = ((), (), ())
 
 
 def seconds(ladder: Ladder, traces: list[Trace], costs: Costs, n_layers: int) -> float:
-    """What the ladder takes for all the texts."""
+    """The time that the ladder takes for all the texts."""
     return sum(t.prefill + replay(t, ladder, costs, n_layers) for t in traces)
 
 
 def fastest(levels: int, traces: list[Trace], costs: Costs, n_layers: int) -> Ladder:
-    """The fastest ladder of one or two exits, with windows that do not shrink upwards.
+    """The fastest ladder of one or two exits, from EXITS and WINDOWS, with thresholds 0.
 
-    From EXITS and WINDOWS, with thresholds 0.
+    A deeper exit's window is at least as large as a shallower one's.
     """
     exits, windows = ((4, 8), (2, 4)) if levels == 2 else ((4,), (4,))
     return exits, windows, (0.0,) * levels  # your turn: these are the paper's
 
 
 def by_layers(costs: Costs) -> Costs:
-    """A pass costs its layers, each a millisecond, at any width; heads and loop are free."""
+    """Costs of a millisecond per layer, for any number of positions; heads and loop are free."""
     widths = len(next(iter(costs.head.values())))
     trunk = {e: [0.0, *[1e-3 * e] * (widths - 1)] for e in costs.trunk}
     free = {e: [0.0] * widths for e in costs.head}

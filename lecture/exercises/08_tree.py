@@ -2,20 +2,20 @@
 
 python lecture/exercises/08_tree.py
 
-A draft is a chain: each token stands behind the last. Let it be a tree, so that the second-best
-token is tried as well, and one pass checks every branch. `parents[i]` is the node that node i
-stands behind. Node 0 is the text's last token, which no layer has read yet; its parent is -1.
+A draft is a chain: each token follows the one before. Make it a tree, so that the second-best token
+is tried as well and one pass checks every branch. `parents[i]` is the node that node i follows.
+Node 0 is the text's last token, which no layer has run yet; its parent is -1.
 
-A pass is a plan (`Plan` in kvcache.py), and in a plan positions and slots are separate. Two nodes
-of the same depth have the same position, and need a slot each: node i gets slot `first + i`. Four
+A pass is described by a `Plan` (kvcache.py), in which positions and slots are separate. Two nodes
+of the same depth have the same position but need a slot each: node i gets slot `first + i`. Four
 things are left to you:
 
-(a) `depths`: how far node i is from node 0; its position, hence its rotation, is first + depth.
-(b) `plan`: which slots may a node look at? All of the text, itself, and the nodes it stands behind.
-(c) `keep`: the full model has chosen a path from node 0 down. What follows has to find it in the
-slots behind each other, as if it had been a chain.
-(d) `CHANGED`: which of the three invariants of lecture/ladder.md can no longer be said of a
-cache that holds a tree?
+(a) `depths`: how far is node i from node 0? Its position, hence its rotation, is first + depth.
+(b) `plan`: which slots may a node attend to? All of the text, itself, and its ancestors.
+(c) `keep`: the full model has chosen a path from node 0 down. Later passes must find it in
+consecutive slots, as if it had been a chain.
+(d) `CHANGED`: which of the three invariants of lecture/ladder.md does not hold for a cache with a
+tree in it?
 """
 
 import torch
@@ -29,12 +29,12 @@ CHANGED = 0  # your turn (d): 1, 2 or 3
 
 
 def depths(parents: list[int]) -> list[int]:
-    """How many nodes stand above each."""
+    """The number of ancestors of each node."""
     return list(range(len(parents)))  # your turn (a): this is a chain
 
 
 def plan(cache: KVCache, first: int, parents: list[int]) -> Plan:
-    """The pass over a tree of n nodes whose node 0 stands at position `first`."""
+    """The pass over a tree of n nodes whose node 0 is at position `first`."""
     n = len(parents)
     positions = first + torch.tensor(depths(parents))  # (n,)
     slots = torch.arange(first, first + n)  # (n,)
@@ -44,19 +44,19 @@ def plan(cache: KVCache, first: int, parents: list[int]) -> Plan:
 
 
 def keep(cache: KVCache, first: int, path: list[int]) -> None:
-    """Keep of the tree that begins at `first` the nodes on this path, from node 0 down."""
+    """Of the tree that begins at `first`, keep the nodes on this path, from node 0 down."""
     cache.lengths = [first + len(path)] * len(cache.lengths)  # your turn (c): is that enough?
 
 
 def read(model: Llama, plan: Plan, ids: list[int]) -> Tensor:
-    """Logits (n, V) of a pass of the whole model over these n tokens."""
+    """Logits (n, V) of one pass of these n tokens through the whole model."""
     L = model.config.n_layers
     return model.logits(model.run(model.embed(torch.tensor([ids])), 0, L, plan)[0], L)
 
 
 @torch.inference_mode()
 def furthest(model: Llama, text: list[int], tree: list[int], parents: list[int]) -> float:
-    """How far a tree's logits are from those of each path read as a plain text, at most."""
+    """The largest difference between a tree's logits and those of each path read as plain text."""
     cache, first = KVCache(model, (), len(text) + len(tree)), len(text) - 1
     read(model, cache.plan(0, first), text[:-1])
     logits, far = read(model, plan(cache, first, parents), tree), 0.0

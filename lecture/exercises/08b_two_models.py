@@ -3,14 +3,14 @@
 python lecture/exercises/08b_two_models.py
 
 Speculation is older than early exits: a small model drafts, a large one checks (arXiv 2211.17192).
-At depth 0 of a ladder whatever you like drafts: an object with `draft(decoder, want)`, as
-drafters.py says. Here it is a second Llama with the same vocabulary, with a cache of its own.
+At depth 0 of a ladder you can put any drafter: an object with `draft(decoder, want)`, as
+drafters.py says. Here it is a second Llama with the same vocabulary and its own cache.
 
-(a) `draft`: a draft is one token after another, each from the small model's last logits. The stub
-drafts one and gives up.
-(b) The cache still holds what was drafted last time. The first `decoder.unchanged` tokens of the
-text are as they were then; all behind them may be different. What has to be said to the cache, so
-that the small model reads each token once, and none that was rejected?
+(a) `draft`: draft one token after another, each from the small model's last logits. The stub drafts
+one token and stops.
+(b) The cache still holds the previous draft. The first `decoder.unchanged` tokens of the text are
+as they were then; the tokens after them may differ. How must the cache be rolled back, so that the
+small model reads each token once and keeps none that was rejected?
 
 When would this be slower than greedy decoding, however often the drafts are right?
 """
@@ -22,7 +22,7 @@ from model import Llama
 
 
 class SmallModel:
-    """Drafts what a second model says."""
+    """Drafts with a second model."""
 
     def __init__(self, model: Llama):
         self.step, self.read = Step(model), 0  # read: positions that it has processed
@@ -31,8 +31,9 @@ class SmallModel:
         """At most `want` tokens (n,), and the distributions (n, V) they were drawn from, or None.
 
         The text is decoder.tokens[: decoder.length]. `self.step.run(cache, tokens, length, 0, 1)`
-        reads what the cache has not seen of tokens[:length]; it returns the last one's logits.
-        `decoder.choose(logits)` takes or draws a token, and says from which distribution.
+        reads those of tokens[:length] that the cache does not hold yet, and returns the logits at
+        the last one. `decoder.choose(logits)` returns a token and the distribution it was drawn
+        from.
         """
         if decoder.unchanged == 0:  # a new generation
             self.opened = self.step.open((), decoder.end + want)
@@ -41,7 +42,7 @@ class SmallModel:
         tokens, length = decoder.tokens.clone(), decoder.length
         self.read += length - self.cache.lengths[0]
         token, q = decoder.choose(self.step.run(self.cache, tokens, length, 0, 1))
-        return token, q  # your turn (a): and the next, from tokens that end in this one
+        return token, q  # your turn (a): go on from tokens that end in this one
 
 
 def main() -> None:

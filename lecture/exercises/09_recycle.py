@@ -1,21 +1,22 @@
-"""Exercise 9, forty minutes: recycle what the levels have said.
+"""Exercise 9, forty minutes: recycle the levels' choices.
 
 python lecture/exercises/09_recycle.py
 
-A verification says for each draft what the level would have written behind it, also behind drafts
-that it rejects, and all of it is thrown away. Keep it (Token Recycling, arXiv 2408.08696): for
-every token the choice that a verifying level last made after it. A draft then costs nothing:
-behind the last token its choice, behind that one its choice, and so on.
+A verification computes what the level would write after each draft, even after drafts that it
+rejects, and all of this is thrown away. Keep it (Token Recycling, arXiv 2408.08696): note for every
+token the choice that a verifying level last made after it. A draft then costs nothing: take the
+choice noted for the last token, then the choice noted for that one, and so on.
 
-Two objects of `generate` take part. The decoder sees what levels say: `Remembering` is one that
-notes it. The drafter reads the notes: `Recycled` drafts at depth 0, as drafters.py says.
+Two arguments of `generate` take part. The decoder sees the levels' logits: `Remembering` is a
+decoder that takes notes. The drafter reads the notes: `Recycled` drafts at depth 0, as drafters.py
+says.
 
-(a) `judge`: note what the level chooses. logits[i] predicts what follows the i-th of the n+1 tokens
-self.tokens[base - 1 : self.length].
-(b) `draft`: a look-up copies what followed the same words before. Where at least two tokens stand
-as they did, it is the better guess. Where they do not, follow the notes.
+(a) `judge`: note what the level chooses. logits[i] predicts the token after the i-th of the n+1
+tokens self.tokens[base - 1 : self.length].
+(b) `draft`: a look-up copies what followed the same tokens earlier. If at least the last two tokens
+occur earlier in the text, it is the better guess. If not, follow the notes.
 
-The notes begin with what the first exit says along the prompt: it has read it anyway. On a GPU,
+The notes begin with the first exit's choices along the prompt, which it has read anyway. On a GPU,
 what do notes cost that a plain verification does not? Could they cost nothing?
 """
 
@@ -47,23 +48,23 @@ class Remembering(Decoder):
             self.note(self.tokens[: self.start], logits)
 
     def judge(self, k: int, base: int, q, logits: Tensor):
-        """logits (n+1, V) of level k, for the n drafts from `base` on and one token more."""
+        """logits (n+1, V): level k's, for the n drafts from `base` on and the token after them."""
         return super().judge(k, base, q, logits)  # your turn (a)
 
     def note(self, tokens: Tensor, logits: Tensor) -> None:
-        """Of tokens (n,), and of the logits (n, V) of what follows each."""
+        """Note for each of tokens (n,) the likeliest by logits (n, V) for the token after it."""
         self.notes.update(zip(tokens.tolist(), logits.argmax(-1).tolist(), strict=True))
 
 
 class Recycled:
-    """Drafts what was chosen before."""
+    """Drafts the choices that levels made before."""
 
     def draft(self, decoder: Remembering, want: int) -> tuple[list[int], None]:
         return look_up(decoder.text, want), None  # your turn (b)
 
 
 def steps(drafter, decoder) -> list[int]:
-    """How many steps each level took, over one prompt of each kind that the bench has."""
+    """How many steps each level took in total, for one prompt of each category of the bench."""
     model, tokenizer = tiny()
     lines = (ROOT / "prompts" / "python.jsonl").read_text("utf-8").splitlines()
     prompts = {q["category"]: q["turns"] for q in map(json.loads, lines)}

@@ -2,17 +2,17 @@
 
 python lecture/exercises/10_look_back.py
 
-A draft head looks back: at the state that exit 8 has left one position before the newest token, and
-at that token, which no layer has run yet (EAGLE, arXiv 2401.15077). Which of the two does it need?
-Here the head is as small as it gets. Its block adds nothing, so that it is one matrix, `fuse`, from
-both to the state that exit 8 will leave next, and least squares find that matrix in a second.
+A draft head looks at exit 8's state one position before the newest token, and at that token, which
+no layer has run yet (EAGLE, arXiv 2401.15077). Which of the two does it need? Here the head is as
+small as can be. Its block adds nothing, so it is a single matrix, `fuse`, from both inputs to the
+next state of exit 8, and least squares finds that matrix in a second.
 
-(a) `before`: the stub gives the head the state of the newest token itself. It is right nearly every
-time on a text that is there already, and never when it drafts. Give it what decoding has at hand.
-(b) `look`: let the head see the state alone, or the token alone.
+(a) `before`: the stub gives the head the newest token's own state. It is then right nearly every
+time on an existing text, and never when it drafts. Give it the state that decoding has.
+(b) `look`: let the head see only the state, or only the token.
 
-Before you run it, say what each of them can know that the other cannot. And why is the second draft
-in a row worse than the first? Nothing of it is missing when the matrix is found.
+Before you run it, say what each of the two can know that the other cannot. And why is the second
+draft in a row worse than the first? No state is missing when the matrix is fitted.
 """
 
 import csv
@@ -38,16 +38,16 @@ LOOKS = ("state", "token", "both")
 
 
 def before(h: Tensor) -> Tensor:
-    """For each token the state that is there when the head drafts behind it, from h (R, N, D).
+    """For each token, the state that is there when the head drafts after it, from h (R, N, D).
 
-    h[:, t] is what exit 8 has left at position t. Before the first token there is none: 0.
+    h[:, t] is exit 8's state at position t. The state before the first token is 0.
     """
     return h  # your turn (a)
 
 
 def look(state: Tensor, token: Tensor, looks: str) -> tuple[Tensor, Tensor]:
-    """State and token (R, N, D), 0 in place of the one that the head must not see."""
-    return state, token  # your turn (b): "state" is the state alone, "token" the token alone
+    """State and token (R, N, D), with 0 for the one that the head must not see."""
+    return state, token  # your turn (b): "state" is only the state, "token" only the token
 
 
 def fit(model: Llama, ids: Tensor, h: Tensor, looks: str) -> DraftHead:
@@ -58,8 +58,8 @@ def fit(model: Llama, ids: Tensor, h: Tensor, looks: str) -> DraftHead:
     head.out.norm.weight.copy_(model.norm.weight)  # exit 8 has no norm of its own
     state, token = head.state_norm(before(h)), head.token_norm(model.embed(ids))
     x = torch.cat(look(state, token, looks), dim=-1).flatten(0, 1).double()  # (R * N, 2D)
-    y = F.rms_norm(h, h.shape[-1:]).flatten(0, 1).double()  # (R * N, D), which way the state points
-    small = len(x) / 1000 * torch.eye(x.shape[1], dtype=x.dtype)  # holds back what is not needed
+    y = F.rms_norm(h, h.shape[-1:]).flatten(0, 1).double()  # (R * N, D): the states' directions
+    small = len(x) / 1000 * torch.eye(x.shape[1], dtype=x.dtype)  # a small ridge penalty
     head.fuse.weight.copy_(torch.linalg.solve(x.T @ x + small, x.T @ y).T)
     return head
 
@@ -75,8 +75,8 @@ def read(model: Llama, tokenizer, modules) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.inference_mode()
 def compare() -> dict[str, tuple[float, int, int]]:
-    """By what the head looks at: how often it picks exit 8's token on a text held out; how many
-    drafts exit 8 keeps when the head drafts, and of how many.
+    """For each of LOOKS: how often the head picks exit 8's token on held-out text; how many drafts
+    exit 8 keeps when the head drafts, and of how many.
     """
     model, tokenizer = tiny()
     (ids, h, _), (new, new_h, choices) = (

@@ -1,10 +1,11 @@
-"""What the exercises share: models to try things on.
+"""Models that the exercises share.
 
-It also puts the project's root on the path, so it is imported before the project's own modules.
+This file also puts the project's root on the path, so it is imported before the project's own
+modules.
 
 python lecture/exercises/common.py 04
 
-runs exercise 4 with its solution put in.
+runs exercise 4 with its solution in place of the stub's code.
 """
 
 import sys
@@ -43,7 +44,7 @@ def random_model(seed: int = 0, **shape) -> Llama:
 
 
 def exercise(number: str, solved: bool) -> ModuleType:
-    """An exercise as a module; solved: its solution is run behind it, in the same module."""
+    """An exercise as a module. solved: its solution is executed after it, in the same module."""
     stub = next(HERE.glob(f"{number}_*.py"))
     module = ModuleType(stub.stem)
     for file in (stub, *[HERE / "solutions" / stub.name] * solved):

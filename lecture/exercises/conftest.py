@@ -1,4 +1,4 @@
-"""`work` is the module that a test is about: the stub, or with EXERCISES=solutions its solution."""
+"""`work` is the module under test: the stub, or its solution if EXERCISES=solutions."""
 
 import os
 import sys

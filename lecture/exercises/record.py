@@ -1,9 +1,9 @@
-"""Record what exercises 6 and 7 replay: costs of this machine, and what every exit says.
+"""Record what exercises 6 and 7 replay: this machine's costs, and what every exit predicts.
 
 python lecture/exercises/record.py
 
-Takes a minute, and writes recorded.json beside this file. The exercises read the file alone, so
-that they give the same numbers on every machine; after a change to `tiny` it can be made anew.
+This takes a minute and writes recorded.json next to this file. The exercises use only that file, so
+they give the same numbers on every machine. After a change to `tiny` it can be made again.
 """
 
 import json

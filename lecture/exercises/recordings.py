@@ -1,6 +1,6 @@
-"""What exercises 6 and 7 replay: costs and texts in recorded.json, as record.py has written them.
+"""What exercises 6 and 7 replay: the costs and texts that record.py wrote to recorded.json.
 
-lab/costs.py adds up what a ladder would take along such a text.
+lab/costs.py adds up the time that a ladder would take along such a text.
 """
 
 import json
@@ -11,7 +11,7 @@ from lab.costs import Costs, Trace
 
 
 def recorded() -> dict:
-    """What record.py wrote, numbers of layers as numbers."""
+    """What record.py wrote, with depths as integers."""
     found = json.loads((HERE / "recorded.json").read_text("utf-8"))
     for trace in found["traces"]:
         trace["by_depth"] = {int(depth): x for depth, x in trace["by_depth"].items()}
@@ -23,7 +23,7 @@ def recorded() -> dict:
 
 
 def as_trace(one: dict, sure=lambda best, second, entropy: best) -> Trace:
-    """A recorded text for `lab.costs.replay`; sure: what a level takes its certainty from."""
+    """A recorded text for `lab.costs.replay`. sure: the rule for a level's certainty."""
     by_depth = one["by_depth"]
     return Trace(
         one["prompt"],

@@ -1,6 +1,6 @@
-"""Only the last level decides what is written: the others decide how soon.
+"""Only the last level decides which tokens are written; the others decide how soon.
 
-Level 1 is the level between only where it is not the last: `exits=(8,)` has no level between.
+Level 1 is a middle level only if it is not the last: `exits=(8,)` has no middle level.
 """
 
 from hispec import Decoder

@@ -1,8 +1,8 @@
-"""No segment may be longer than the text that is kept; one that is shorter stays as it is.
+"""No segment may be longer than the text that is kept; a shorter one stays as it is.
 
-`base + n` counts the drafts that are kept. The token behind them is the level's own: it has been
-written, and no layer has read it yet. A length of `base + n + 1` would claim that one had: the
-token's keys would be those of the draft it corrects, or, after a full match, nobody's.
+`base + n` includes the drafts that are kept. The token after them is the level's own, which no
+layer has run yet. A length of `base + n + 1` would claim that its keys are there. But in its slot
+are the keys of the draft that it corrects, or, after a full match, none.
 """
 
 from kvcache import KVCache

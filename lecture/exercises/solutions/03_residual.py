@@ -1,7 +1,7 @@
-"""What is kept is min(q, p). What is missing from p is the positive part of p - q.
+"""Token v is kept with probability min(q, p). Missing from p is the positive part of p - q.
 
-A draw from p puts the rejected share back as p, so that the token that q favours is written too
-often: it has its share already. At temperature 0 both p and q are certain of one token each. A
+A draw from p distributes the rejected share as p, so a token that q favours is written too often:
+it has its full share already. At temperature 0 both p and q are certain of one token each. A
 rejected draft then differs from p's token, and the residual is p itself.
 """
 

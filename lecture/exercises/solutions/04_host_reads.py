@@ -1,7 +1,7 @@
 """One read for each verification, and one for each step of a level that has a threshold.
 
-Level 0 judges nothing, so without a threshold it reads nothing. Greedy decoding has one level, its
-last, which reads once a token.
+Level 0 verifies nothing, so without a threshold it reads nothing. Greedy decoding has only one
+level, the last, which reads once per token.
 """
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Reads(TorchFunctionMode):
-    """Counts what the host reads while it is entered."""
+    """Counts the host reads made inside its `with` block."""
 
     count = 0
 

@@ -1,7 +1,8 @@
-"""Of n drafts, each right with probability a, 1 + a + ... + a^n tokens are written on average.
+"""With n drafts, each right with probability a, 1 + a + ... + a^n tokens are written on average.
 
-For HiSpec, let `reached[m]` be the probability that some round ends with m tokens gathered. The sum
-of it below n_i is the number of rounds; where the last one ends says how many the full model sees.
+For HiSpec, let `reached[m]` be the probability that m tokens are gathered before or after some
+round. Its sum over m < n_i is the mean number of rounds; for m >= n_i it is the probability that
+the full model verifies m tokens.
 """
 
 

@@ -1,7 +1,7 @@
-"""The runner-up against the best: how much worse the level's second choice is.
+"""Compare the two best tokens: how much less likely is the level's second choice?
 
-Where two tokens share what probability there is, the next level may well take the other one. A
-token of probability .5 is safe if the rest is spread over a thousand.
+If two tokens share most of the probability, the next level may well take the other one. A token of
+probability .5 is safe if the rest is spread over a thousand others.
 """
 
 

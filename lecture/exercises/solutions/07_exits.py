@@ -1,4 +1,4 @@
-"""Every pair of exits, every pair of windows: some six hundred replays, which take seconds."""
+"""Try every pair of exits and every pair of windows: some six hundred replays take seconds."""
 
 from itertools import combinations, combinations_with_replacement
 

@@ -1,8 +1,8 @@
 """The second invariant: below its length a segment holds what a fresh prefill would hold.
 
-A tree's slots hold several continuations at once, and no prefill of one text does. It is true again
-once a path is kept. The price is that rolling back is no longer free: the kept path has to move.
-Each layer still processes each kept position once, and each rejected node at most once.
+A tree's slots hold several continuations at once, as no prefill of one text does. The invariant
+holds again once a path is kept. The price is that rolling back is no longer free: the kept path has
+to move. Each layer still processes each kept position once, and each rejected node at most once.
 """
 
 import torch

@@ -1,10 +1,11 @@
 """The cache keeps what the text still shares with the last draft: `rollback(decoder.unchanged)`.
 
-A position is so read once, or once more where its token was rejected. The last draft is never read:
-nothing stood behind it. It is read with the next one, if it was kept.
+So each position is read once, or once more if its token was rejected. A draft's last token is not
+read when it is drafted, since nothing is predicted from it; if it is kept, the next draft reads it.
 
-A draft costs the small model's pass, its launch and its share of the host. Where that is a quarter
-of a large pass, four drafts cost one pass, and 4 drafts all kept write 5 tokens for 2 passes.
+A drafted token costs a pass of the small model, with its launch and its work on the host. If that
+is a quarter of a large pass, four drafted tokens cost one large pass, and if all are kept, 5 tokens
+are written at the cost of 2 passes.
 """
 
 import torch

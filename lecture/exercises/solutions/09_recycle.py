@@ -1,7 +1,7 @@
-"""What the level chose is noted whatever becomes of the drafts.
+"""The level's choices are noted whether the drafts are kept or not.
 
-`tolist` is a host read, which waits for the GPU. It could be without: the notes in a tensor, one
-token id for each of the vocabulary, which the drafter follows on the device.
+`tolist` is a host read, which waits for the GPU. It can be avoided: keep the notes in a tensor with
+one entry for each token of the vocabulary, which the drafter follows on the device.
 """
 
 from drafters import look_up
@@ -40,5 +40,5 @@ class Recycled:
 
 
 def stood_before(text) -> bool:
-    """Whether the text's last two tokens also stand somewhere before."""
+    """Whether the text's last two tokens also occur earlier in it."""
     return any(text[i - 2 : i] == text[-2:] for i in range(2, len(text)))

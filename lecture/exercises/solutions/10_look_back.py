@@ -1,12 +1,14 @@
 """The state is one position behind the token, and both are needed.
 
-When the head drafts behind the newest token, no layer has run that token: exit 8's last state is
-that of the position before. It knows what came earlier, and which token was likely to come, not
-which one came. The token alone knows the word and nothing of what it stands in. A head that was
-given the newest token's own state has learnt to copy it, which is of no use where it is not there.
+When the head drafts after the newest token, no layer has run that token yet, so exit 8's last state
+is from the position before. This state knows what came earlier and which token was likely to come,
+but not which one came. The token alone knows the word, but nothing of its context. A head that was
+given the newest token's own state has learnt to copy it, which is useless where there is no such
+state.
 
-At the second draft even the state before is missing. The head's own output stands in for it, which
-it has never seen when the matrix was found: `train_exits.py --draft-head` trains it on that too.
+At the second draft even the state before is missing, and the head's own output replaces it. The
+head never saw its own output when the matrix was fitted; `train_exits.py --draft-head` trains it on
+that too.
 """
 
 import torch.nn.functional as F
