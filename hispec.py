@@ -37,7 +37,8 @@ def generate(
     """Continue `prompt` (token ids) by at most max_new_tokens tokens, as the full model would.
 
     The text also ends when the model's context is full.
-    options: exits, windows, thresholds, temperature, top_k, top_p, seed, stop: arguments.Options.
+    options: exits, windows, thresholds, draft_head, temperature, top_k, top_p, seed, stop, as in
+    arguments.Options.
     watch: called with an Event after every step of a level. drafter: proposes tokens at depth 0
     (drafters.py; default: the look-up). decoder: a subclass of Decoder that counts, measures time,
     or decides otherwise. fast: the step to use; default: the model's own, or else the plain one.

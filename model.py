@@ -264,7 +264,7 @@ class DraftHead(nn.Module):
     """Drafts from the states that a verifying exit has already computed (EAGLE, arXiv 2401.15077).
 
     x_t = fuse([norm(h_{t-1}) ; norm(embed(token_t))]), where h is the state at the exit, goes
-    through one block, which attends to x_0 .. x_{t-1}; `out` gives the logits of token t+1. For the
+    through one block, which attends to x_0 .. x_t; `out` gives the logits of token t+1. For the
     next draft the block's own output replaces the state h_t, which has not been computed yet. The
     state before the first token is 0.
     `vocab`: as ExitHead's.

@@ -131,7 +131,7 @@ def test_a_replay_takes_the_steps_that_a_generation_takes():
 
 
 def test_a_replay_charges_each_segment_the_difference_of_its_depths():
-    """All drafts are right, two per step: level 0 runs layers 0..2, the full model 3..7, each with
+    """All drafts are right, two per step: level 0 runs layers 1..2, the full model 3..7, each with
     a head.
     """
     trunk = {e: [e**2 * w for w in EVERY_WIDTH] for e in (0, 2, 7)}
