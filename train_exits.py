@@ -22,9 +22,10 @@ training continues. M is `tiny` unless you name another.
 
 The text is Python's standard library, or any file or folder that --corpus names. Recipe 1 learns
 its vocabulary from it. One twenty-eighth is held out for measuring. DIR receives model/, which
-checkpoints.load reads; training.safetensors, from which --resume continues; and at the end
-agreement.csv: how often the exit after each layer picks the full model's token, or, for a draft
-head, how often each of its drafts in a row is the token that the exit picks.
+checkpoints.load reads; training.safetensors, from which --resume continues; learning.csv, what was
+measured on held-out text along the way; and at the end agreement.csv: how often the exit after each
+layer picks the full model's token, or, for a draft head, how often each of its drafts in a row is
+the token that the exit picks.
 
 This file knows nothing of drafting or verifying: it makes exits agree, and hispec.py turns
 agreement into speed. lab/train.py builds on it: it trains all of a given model, with several
@@ -637,6 +638,7 @@ class Run:
             exit = str(args.draft_head)
             model.draft_heads[exit] = self.work.draft_heads[exit]
         self.step, self.spent, self.began = 0, 0.0, time.time()
+        self.learned: list[list[float]] = []  # [tokens, held-out loss, agreements ...] so far
         asked = ["model", "freeze_trunk", "draft_head", "bf16", "batch", "context", "seed"]
         asked += ["draft_vocab"]
         asked += ["self_distill", "unlikelihood"]  # options of lab/train.py
@@ -709,7 +711,8 @@ class Run:
                 for key, value in optimizer.state[p].items():
                     tensors[f"optimizer.{o}.{i}.{key}"] = value
         elapsed = self.spent + time.time() - self.began
-        about = {"run": json.dumps({"kind": self.kind, "step": self.step, "elapsed": elapsed})}
+        run = {"kind": self.kind, "step": self.step, "elapsed": elapsed, "learned": self.learned}
+        about = {"run": json.dumps(run)}
         file = self.args.out / "training.safetensors"
         write_whole(file, lambda to: save_file(tensors, to, metadata=about))
 
@@ -733,6 +736,7 @@ class Run:
                 p = optimizer.param_groups[0]["params"][int(i)]
                 optimizer.state[p][key] = value if key == "step" else value.to(p.device)
         self.step, self.spent = saved["step"], saved["elapsed"]
+        self.learned = saved.get("learned", [])
 
 
 def make_optimizers(trained: dict[str, nn.Parameter]) -> list[torch.optim.Optimizer]:
@@ -765,10 +769,15 @@ def loop(args: argparse.Namespace, run: Run, recipe: Any, held: Tensor) -> None:
         bar.set_postfix_str(f"step {run.step}, {', '.join(losses)}, {speed:,.0f} tokens/s", False)
         bar.update(max(0.0, done - bar.n))
         if run.writes and (time.time() - saved_at > SAVE_EVERY or done >= 1):
-            run.save()
             loss, agreement = recipe.measure(held_rows(held, 2 * args.context))
-            shown = " ".join(f"{name}: {a:.1%}" for name, a in zip(recipe.names[1:], agreement))
+            names = recipe.names[1 : 1 + len(agreement)]
+            shown = " ".join(f"{name}: {a:.1%}" for name, a in zip(names, agreement))
             bar.write(f"step {run.step}: held-out loss {loss:.4f}, agreement {shown}")
+            run.learned.append([run.step * args.batch, loss, *agreement])
+            run.save()
+            rows = [["tokens", "loss", *names], *run.learned]
+            lines = "".join(",".join(map(str, row)) + "\n" for row in rows)
+            write_whole(args.out / "learning.csv", lines)
             saved_at = time.time()
     bar.close()
 

@@ -13,7 +13,7 @@ import test_figures
 from matplotlib.figure import Figure
 from test_figures import gather, small_run
 
-from lab import figures, plots, tune
+from lab import figures, learning, plots, tune
 
 few_windows = test_figures.few_windows  # the fixture: smaller grids
 small_bench = test_bench.small_bench  # the fixture: bench.main on a small random model
@@ -134,3 +134,18 @@ def test_the_formula_is_drawn_with_this_runs_rates_and_costs(data, monkeypatch):
     assert asked[0][2:] == [(len(plots.RATES), 1), (len(plots.RATES),)]
     points = [(line.get_xdata()[0], line.get_ydata()[0]) for line in first.lines]
     assert points == [(beta, alpha) for alpha, beta in data.rates.values()]
+
+
+def test_what_draft_heads_have_learned_is_drawn(tmp_path, monkeypatch):
+    (tmp_path / "h8").mkdir()
+    rows = ["tokens,loss,draft 1,draft 2", "1000000,4.0,0.25,0.125", "3000000,3.0,0.5,0.375"]
+    (tmp_path / "h8/learning.csv").write_text("\n".join(rows) + "\n")
+    found = {"h8": learning.read(tmp_path / "h8")}
+    (axes,) = drawn(learning.plot, found)
+    lines = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines}
+    assert lines == {"h8, draft 1": (1, 3, 25, 50), "h8, draft 2": (1, 3, 12.5, 37.5)}
+    monkeypatch.setattr("sys.argv", ["x", str(tmp_path / "h8"), "--out", str(tmp_path / "a/f")])
+    learning.main()
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["f.png", "f.svg"]
+    with pytest.raises(ValueError, match="has no learning.csv"):
+        learning.read(tmp_path)

@@ -124,7 +124,12 @@ def test_a_draft_head_learns_and_drafts(tmp_path, corpus, trunk, exit):
     assert after.exits == before.exits and list(after.draft_heads) == [str(exit)]
     *_, title, first, second, third = (tmp_path / "run/agreement.csv").read_text().splitlines()
     assert title == "draft,held_out_text"
-    assert min(float(row.split(",")[1]) for row in (first, second, third)) > 0.4
+    shares = [row.split(",")[1] for row in (first, second, third)]
+    assert min(map(float, shares)) > 0.4
+    names, *_, last = (tmp_path / "run/learning.csv").read_text().splitlines()
+    assert names == "tokens,loss,draft 1,draft 2,draft 3"
+    tokens, _, *learned = last.split(",")
+    assert (tokens, learned) == (str(60 * 256), shares)
     ladder = dict(exits=(0,) if exit == 4 else (0, exit), draft_head=exit)
     text, accepted, proposed = (corpus / "part00.txt").read_text("utf-8"), 0, 0
     for prompt in (text[:60], text[:200], text[100:300]):
