@@ -15,7 +15,8 @@ prompt all passes of a generation see the same number, a power of two that its t
 ahead of a position are masked. The prompt is read in passes of PROMPT positions, and each of these
 sees the keys up to its end: they are the same whatever the ladder.
 
-On a CPU nothing is captured, and padding costs more than it brings: there the step serves for tests.
+On a CPU nothing is captured, and padding costs more than it brings: there the step serves for
+tests.
 """
 
 import inspect

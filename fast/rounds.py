@@ -46,56 +46,50 @@ class Rounds(Decoder):
         super().__init__(prompt, *args)
         asked = replace(self.options, seed=None, stop=frozenset())  # a graph is for any of these
         self.round = Round(self.step, asked) if covers(self) else None
-        self.rounds = 0  # how many there were
         self.step.tokens[: len(prompt)] = self.tokens[: len(prompt)]
         self.tokens = self.step.tokens
 
     def propose(self, k: int, want: int) -> Tensor | None:
         if self.round is None:
             return super().propose(k, want)
-        self.step.state.zero_()
-        self.step.length.fill_(self.length)
+        step = self.step
+        step.length.fill_(self.length)
         if self.options.draft_head and self.length < self.end:
-            self.drafter.draft(self, 1)  # the prompt passes the head
-            self.step.headed.fill_(self.length - 1)
+            self.drafter.draft(self, 1)  # so that the prompt has passed the head
+            step.headed.fill_(self.length - 1)
         while self.length < self.end:
             if self.options.temperature > 0:
-                self.step.uniforms.uniform_(generator=self.rng)
-            self.step.launch((self.round.options, self.step.end), self.round)
-            self.read_round(self.round)
+                step.uniforms.uniform_(generator=self.rng)
+            step.launch((self.round.options, step.end), self.round)
+            self.read(step.report[: self.round.size].tolist())  # the one host read
         return None
 
-    def read_round(self, round: "Round") -> None:
-        """Take over what a round has written, up to the text's end: the one host read."""
-        base, read = self.length, self.step.report[: round.size].tolist()
-        self.length, broken, _, *counts = read[: len(self.step.state)]
-        if broken:
+    def read(self, report: list[int]) -> None:
+        """Take over what a round has written, up to the text's end."""
+        assert self.round is not None
+        base, (self.length, finite), judged = self.length, report[:2], len(self.round.judges)
+        if not finite:
             raise ValueError(
-                f"logits after layer {broken} are NaN or infinite: the weights are damaged, or too "
-                f"large for {self.cache.keys.dtype}"
+                "logits of a level, or of its drafts, are NaN or infinite: the weights are damaged,"
+                f" or too large for {self.cache.keys.dtype}"
             )
-        self.text[base:] = read[len(self.step.state) :][: self.length - base]
+        drafts, kept = report[2 : 2 + 2 * judged : 2], report[3 : 3 + 2 * judged : 2]
+        self.text[base:] = report[2 + 2 * judged :][: self.length - base]
         stops = [i for i in range(base, self.length) if self.text[i] in self.options.stop]
         self.end = min([self.end, *(i + 1 for i in stops)])
-        beyond = max(0, self.length - 1 - self.end)  # accepted drafts that the end cuts off
+        kept[-1:] = [min(n, self.end - base) for n in kept[-1:]]  # none behind the text's end
         self.length = min(self.length, self.end)
         del self.text[self.length :]
-        self.rounds += 1
-        for k, stats in enumerate(self.stats[:-1]):
-            stats.proposed, stats.accepted = counts[2 * k : 2 * k + 2]
-            stats.accepted -= beyond * (k == self.top - 1)
-
-    def statistics(self) -> list[hispec.LevelStats]:
-        calls = [self.rounds * n for n in self.round.calls] if self.round else []
-        for j in range(len(calls)):
-            self.stats[j].calls += calls[j]
-            # at each of its steps a level runs its newest token through all its segments, and the
-            # drafts through the last of these
-            drafts = self.stats[j - 1].proposed if j > 0 else 0
-            self.cache.processed[j] += sum(calls[j:]) + drafts
-        if self.round and self.depths[0] == 0:
+        for k, proposed, accepted in zip(self.round.judges, drafts, kept):
+            self.stats[k - 1].proposed += proposed
+            self.stats[k - 1].accepted += accepted
+            self.cache.processed[k] += proposed
+        for k, calls in enumerate(self.round.calls):
+            self.stats[k].calls += calls
+            # and at each step a level's newest token passes all its segments
+            self.cache.processed[k] += sum(self.round.calls[k:])
+        if self.depths[0] == 0:
             self.cache.processed[0] = self.cache.processed[1]  # it has seen as many
-        return super().statistics()
 
 
 def covers(decoder: Decoder) -> bool:
@@ -133,22 +127,19 @@ class RoundStep(FixedStep):
 
     def __init__(self, model: Llama, max_len: int, compiled: bool = True):
         super().__init__(model, max_len, compiled)
-        levels, device = model.config.n_layers, self.first.device  # there cannot be more
+        most, device = 2 * ROUND * (model.config.n_layers + 1), self.first.device
         self.tokens = self.first.new_zeros(len(self.cache.columns) + 1)
-        # the text's length; the depth of a level whose logits were not finite, or 0; how many
-        # positions have passed the draft head from true states; for each level but the last, how
-        # many tokens were proposed and accepted
-        self.state = self.first.new_zeros(3 + 2 * levels)
-        self.length, self.broken, self.headed = self.state[:3].split(1)
-        self.counts = self.state[3:].view(levels, 2)
-        self.report = self.first.new_zeros(len(self.state) + ROUND)  # the state, and new tokens
-        # for each draft and each token drawn: every level judges a token of a round at most once
-        self.uniforms = torch.zeros(2 * ROUND * (levels + 1), dtype=precise(device), device=device)
+        self.length = self.first.new_zeros(1)  # of the text
+        self.headed = self.first.new_zeros(1)  # as much has passed the draft head from true states
+        # no level takes more than ROUND steps in a round, or judges more than ROUND drafts
+        self.report = self.first.new_zeros(most + ROUND)
+        self.uniforms = torch.zeros(most, dtype=precise(device), device=device)
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        before = self.state.clone()
+        before = self.length.clone(), self.headed.clone()
         replay = super().capture(work)
-        self.state.copy_(before)  # to warm up, it has been run
+        self.length.copy_(before[0])  # to warm up, it has been run
+        self.headed.copy_(before[1])
         return replay
 
 
@@ -167,69 +158,93 @@ class Round:
             self.calls.insert(0, n * self.calls[0])
         if self.depths[0] == 0:
             self.calls[0] = self.calls[1]  # all drafts at once
-        self.size = len(step.state) + self.most[-1] + 1  # of what it leaves in the step's report
-        self.used = 0  # uniforms
+        self.judges = self.order(len(self.steps))
+        # of its report: the text's length, whether all logits were finite, for each verification
+        # how many drafts there were and how many were kept, and the new tokens
+        self.size = 2 + 2 * len(self.judges) + self.most[-1] + 1
+
+    def order(self, k: int) -> list[int]:
+        """The levels in the order of their verifications before and in a step of level k."""
+        return [*self.order(k - 1) * self.steps[k - 1], k] if k > 0 else []
 
     def __call__(self) -> None:
-        step, self.used = self.step, 0
-        base = step.length.clone()
+        step = self.step
+        base = self.length = step.length
+        self.headed, self.used = step.headed, 0
+        self.judged: list[Tensor] = []
+        self.to_check: list[Tensor] = []  # a NaN or an infinity here is one in the logits
         self.propose(len(self.steps))
-        step.report[: self.size] = torch.cat([step.state, self.tokens(base, self.most[-1] + 1)])
+        finite = torch.cat(self.to_check).isfinite().all()[None]
+        found = [self.length, finite, *self.judged, self.tokens(base, self.most[-1] + 1)]
+        torch.cat(found, out=step.report[: self.size])
+        step.length.copy_(self.length)
+        step.headed.copy_(self.headed)
 
     def propose(self, k: int) -> Tensor | None:
         """One step of level k, and before it those of the levels below: as Decoder.propose.
 
         Returns the distributions (most + 1, V) of what it may write; at temperature 0 None.
         """
-        step, most = self.step, self.most[k]
-        base = step.length.clone()  # level k has yet to run position base - 1
-        q = self.gather(k, base)
-        n = step.length - base  # of `most` drafts so many are there
-        drafts, logits = self.tokens(base, most), self.run(k, base)
-        there = step.cache.columns[: most + 1] <= n
-        if self.options.temperature == 0:
-            (to_check, choice), p = logits.max(dim=-1), None
-            kept = leading((choice[:-1] == drafts) & there[1:])
-            own = choice.index_select(0, kept)
-        else:
-            p = self.options.distribution(logits)  # (most + 1, V)
-            q = p[:0] if q is None else q
-            own, kept = accept_block(drafts, q, p, n, self.draw_ahead(most + 1))
-            to_check = p[:, 0] + F.pad(q[:, 0], (0, 1))
-        at = base + kept
-        step.tokens.index_copy_(0, at, own)
-        step.length.copy_(at + 1)
-        if k > 0:
-            step.counts[k - 1] += torch.cat([n, kept])
+        base = self.length  # level k has yet to run position base - 1
+        q = self.gather(k)
+        n = self.length - base
+        own, kept, written = self.judge(k, base, n, q, self.run(k, base))
+        at = base
+        if kept is not None:
+            at = base + kept
+            self.judged += [n, kept]
+        self.step.tokens.index_copy_(0, at, own)
+        self.length = at + 1
         if self.options.draft_head:
-            step.headed.copy_(torch.minimum(step.headed, at))
-        if k > 0 or k == len(self.steps):
-            finite = (to_check.isfinite() | ~there).all()
-            step.broken.copy_(torch.where(finite, step.broken, self.depths[k]))
-        return p
+            self.headed = torch.minimum(self.headed, at)
+        return written
 
-    def gather(self, k: int, base: Tensor) -> Tensor | None:
-        """Let the levels below level k draft. Returns the drafts' distributions (most, V)."""
+    def judge(self, k: int, base: Tensor, n: Tensor, q: Tensor | None, logits: Tensor):
+        """As Decoder.judge: level k's own token (1,), how many of the n (1,) drafts it keeps (1,),
+        and the distributions of what it may write. Level 0 has no drafts and keeps None.
+        """
+        most, kept, sampled = self.most[k], None, self.options.temperature > 0
+        drafts = self.tokens(base, most) if k > 0 else None
+        if sampled:
+            p = self.options.distribution(logits)  # (most + 1, V)
+            to_check = p[:, 0]
+            if drafts is None or q is None:
+                own = draw(p[0], self.draw_ahead(1))
+            else:
+                own, kept = accept_block(drafts, q, p, n, self.draw_ahead(most + 1))
+                to_check = torch.cat([to_check, q[:, 0]])
+        else:
+            to_check, own = logits.max(dim=-1)  # (most + 1,)
+            if drafts is not None:
+                kept = torch.minimum(leading(own[:-1] == drafts), n)
+                own = own.index_select(0, kept)
+        if k > 0 or not self.steps:
+            self.to_check.append(to_check)
+        return own, kept, p if sampled else None
+
+    def gather(self, k: int) -> Tensor | None:
+        """Let the level below level k draft. Returns the drafts' distributions (most, V)."""
         if k == 0:
             return None
         if self.depths[k - 1] == 0:
             return self.draft(self.steps[0])
-        step, rows = self.step, []
+        base, rows = self.length, []
         for _ in range(self.steps[k - 1]):
-            at = step.length - base
-            rows.append((at, self.propose(k - 1)))
-        if self.options.temperature == 0:
+            at = self.length - base
+            if (written := self.propose(k - 1)) is not None:
+                rows.append((at, written))
+        if not rows:
             return None
         q = rows[0][1].new_zeros(self.most[k], rows[0][1].shape[1])
-        for at, p in rows:  # later ones over what earlier ones have not written
-            q.index_copy_(0, at + step.cache.columns[: len(p)], p)
+        for at, p in rows:  # later ones in place of what earlier steps did not write
+            q.index_copy_(0, self.positions(at, len(p)), p)
         return q
 
     def run(self, k: int, base: Tensor) -> Tensor:
         """Level k's logits (most + 1, V) from position base - 1 on."""
         step, depth = self.step, self.depths[k]
         if k > 0 and self.depths[k - 1] > 0:  # the segments below have run all but the newest token
-            self.segments(0, k, step.length - 1)
+            self.segments(0, k, self.length - 1)
         firsts = range(-1, self.most[k], WIDTH)
         states = [self.segments(k, k + 1, base + first) for first in firsts]
         logits = [step.variant.logits(h, depth) for h in states]
@@ -249,26 +264,25 @@ class Round:
 
     def draft(self, want: int) -> Tensor | None:
         """As drafters.HeadDrafter: `want` tokens, and their distributions (want, V)."""
-        step, exit, at = self.step, self.options.draft_head, self.step.length
-        first = step.headed.clone()
-        step.headed.copy_(at)
+        step, exit = self.step, self.options.draft_head
+        first, self.headed = self.headed, self.length
         states = step.cache.hidden[exit].index_select(1, self.positions(first - 1, WIDTH))
-        h = self.pass_head(first, states).index_select(1, at - 1 - first)  # (1, 1, D)
+        h = self.pass_head(first, states).index_select(1, self.length - 1 - first)  # (1, 1, D)
         rows = []
         for i in range(want):
             if i > 0:
-                h = self.pass_head(at - 1, F.pad(h, (0, 0, 0, WIDTH - 1)))[:, :1]
+                h = self.pass_head(self.length - 1, F.pad(h, (0, 0, 0, WIDTH - 1)))[:, :1]
             logits = step.variant.draft_logits(h, exit)[0]  # (1, V)
             token = logits.argmax(-1)
             if self.options.temperature > 0:
                 rows.append(self.options.distribution(logits))
                 token = draw(rows[-1][0], self.draw_ahead(1))
-            step.tokens.index_copy_(0, at, token)
-            at += 1
+            step.tokens.index_copy_(0, self.length, token)
+            self.length = self.length + 1
         return torch.cat(rows) if rows else None
 
     def pass_head(self, first: Tensor, states: Tensor) -> Tensor:
-        """The draft head over WIDTH positions from first (1,) on, states (1, WIDTH, D) one before."""
+        """The draft head's states (1, WIDTH, D) from first (1,) on, from those one position before."""
         plan = self.step.plan(first, WIDTH, self.step.end)
         ids = self.step.tokens.index_select(0, plan.positions)
         return self.step.variant.draft(self.options.draft_head, states, ids[None], plan)
@@ -298,8 +312,7 @@ def accept_block(
     ratio = (p[:-1].gather(1, x) / q.gather(1, x)).squeeze(1)  # (N,)
     grown = torch.where(i[:-1] < n, ratio, 0).log().cumsum(0)  # of the products so far
     # b_i = min(1, b_{i-1} ratio_i): a product that begins anew where it would be above 1
-    b = (grown - grown.cummax(0).values.clamp(min=0)).exp() if N else grown
-    b = torch.cat([b.new_ones(1), b])  # (N+1,)
+    b = F.pad((grown - grown.cummax(0).values.clamp(min=0)).exp(), (1, 0), value=1)  # (N+1,)
     less = (b[:, None] * p - F.pad(q, (0, 0, 0, 1))).clamp(min=0)
     residual = torch.where((i == n)[:, None], p, less)  # (N+1, V), unnormalised
     r = residual.sum(-1)

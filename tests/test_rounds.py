@@ -1,8 +1,5 @@
 """Whole rounds in one launch: here called instead of captured, beside a decoder that counts steps."""
 
-import contextlib
-from dataclasses import replace
-
 import pytest
 import torch
 from conftest import Case, cases, greedy, random_model
@@ -27,19 +24,24 @@ class Counted(Decoder):
     Sampled, it takes the uniforms that a round would take.
     """
 
+    def __init__(self, prompt, end, *rest):
+        super().__init__(prompt, end + ROUND, *rest)
+        self.limit = end
+        self.steps, self.most = in_steps(self.options.windows)
+
     def propose(self, k, want):
         if k < self.top:
             return self.one_step(k)
-        self.steps, self.most = in_steps(self.options.windows)
-        limit, self.end = self.end, self.end + ROUND
-        if self.options.draft_head and self.length < limit:
+        if self.options.draft_head and self.length < self.limit:
             self.drafter.draft(self, 1)
-        while self.length < min(limit, self.end):
+        while self.length < min(self.limit, self.end):
             self.uniforms = self.step.uniforms.uniform_(generator=self.rng)
             self.one_step(k)
-        self.stats[k - 1].accepted -= max(0, self.length - 1 - limit)
-        self.length = min(self.length, limit)
-        del self.text[self.length :]
+        del self.text[self.limit :]
+        self.length = min(self.length, self.limit)
+
+    def report(self, k, base, drafts, kept):
+        super().report(k, base, drafts, min(kept, self.limit - base) if k == self.top else kept)
 
     def one_step(self, k):
         if self.depths[k] == 0:
@@ -150,7 +152,7 @@ def test_a_level_without_finite_logits_is_told():
             weight.data.fill_(torch.nan)
 
     for options in ({}, dict(temperature=0.8, seed=1)):
-        with pytest.raises(ValueError, match="after layer .* NaN"):
+        with pytest.raises(ValueError, match="NaN"):
             generate(model, [1, 2], 30, **rest, **options, fast=step, decoder=Spoiled)
         weight.data.copy_(before)
         assert generate(model, [1, 2], 30, **rest, fast=step).tokens == expected
@@ -163,11 +165,11 @@ def test_a_level_without_finite_logits_is_told():
 def test_what_a_position_leaves_in_the_cache_has_the_same_bits_in_every_ladder(dtype):
     """By rounds, by single passes where the host decides, and one token at a time."""
     model = large_model(dtype)
-    step, prompt, left = RoundStep(model, 100), [7, 8, 9] * 5, []
-    for exits, windows, *thresholds in [*LADDERS, ((0, 2), (3, 4)), ((1, 3), (2, 6), 0.1, 0.1)]:
+    step, prompt, left = RoundStep(model, 64), [7, 8, 9] * 5, []
+    for exits, windows, *thresholds in [*LADDERS[:4], ((0, 2), (3, 4), 0.0, 0.1)]:
         rest = dict(exits=exits, windows=windows, thresholds=thresholds, fast=step)
-        text = [*prompt, *generate(model, prompt, 60, **rest).tokens]
-        assert len(text) == 75
+        text = [*prompt, *generate(model, prompt, 49, **rest).tokens]
+        assert len(text) == 64
         held = step.cache.keys, step.cache.values  # the last token has passed no layer
         left.append((text, *(t[:4, ..., : len(text) - 1, :].clone() for t in held)))
     for text, keys, values in left[1:]:
@@ -186,14 +188,14 @@ def test_every_position_passes_each_segment_exactly_once(case):
     class Watched(Round):
         def propose(self, k):
             p = super().propose(k)
-            held[: k + 1] = [min(n, int(self.step.length) - 1) for n in held[: k + 1]]
+            held[: k + 1] = [min(n, int(self.length) - 1) for n in held[: k + 1]]
             return p
 
         def segments(self, j, stop, first):
             for i in range(j, stop):
-                if self.depths[i] > 0 and int(first) < int(self.step.length):  # else all padding
+                if self.depths[i] > 0 and int(first) < int(self.length):  # else all padding
                     assert int(first) == held[i]
-                    held[i] = min(int(first) + WIDTH, int(self.step.length))
+                    held[i] = min(int(first) + WIDTH, int(self.length))
             return super().segments(j, stop, first)
 
     held = [len(case.prompt)] * (len(case.exits) + 1)
@@ -292,13 +294,13 @@ def test_a_token_is_drawn_in_proportion_to_its_weight():
 
 @pytest.mark.parametrize("planted", ["a mask one off", "a draft that is not there", "one position"])
 def test_a_planted_bug_is_caught(monkeypatch, planted):
-    leading, positions, segments = rounds.leading, Round.positions, Round.segments
+    leading, segments = rounds.leading, Round.segments
     if planted == "a mask one off":
-        monkeypatch.setattr(
-            cuda, "mask", lambda at, *rest, real=cuda.mask: real(at + 1, *rest)
-        )
+        monkeypatch.setattr(cuda, "mask", lambda at, *rest, real=cuda.mask: real(at + 1, *rest))
     elif planted == "a draft that is not there":
-        monkeypatch.setattr(rounds, "leading", lambda same: (leading(same) + 1).clamp(max=len(same)))
+        monkeypatch.setattr(
+            rounds, "leading", lambda same: (leading(same) + 1).clamp(max=len(same))
+        )
     else:
         monkeypatch.setattr(
             Round, "segments", lambda self, j, stop, at: segments(self, j, stop, at + (j > 0))
