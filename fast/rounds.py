@@ -38,14 +38,15 @@ ROUND = (PROMPT - WIDTH) // 4
 
 
 class Rounds(Decoder):
-    """Decodes round by round where the ladder allows it (`covers`), else as Decoder does."""
+    """Decodes round by round where the options allow it (`covers`), else as Decoder does."""
 
     step: "RoundStep"
 
     def __init__(self, prompt: list[int], *args):
         super().__init__(prompt, *args)
         asked = replace(self.options, seed=None, stop=frozenset())  # a graph is for any of these
-        self.round = Round(self.step, asked) if covers(self) else None
+        alone = self.watch is None and (self.depths[0] > 0 or type(self.drafter) is HeadDrafter)
+        self.round = Round(self.step, asked) if alone and covers(asked) else None
         self.step.tokens[: len(prompt)] = self.tokens[: len(prompt)]
         self.tokens = self.step.tokens
 
@@ -92,15 +93,13 @@ class Rounds(Decoder):
             self.cache.processed[0] = self.cache.processed[1]  # it has seen as many
 
 
-def covers(decoder: Decoder) -> bool:
-    """Whether rounds can do all that is asked."""
-    options, drafter = decoder.options, decoder.drafter
+def covers(options: Options) -> bool:
+    """Whether rounds can decode what is asked."""
     _, most = in_steps(options.windows)
-    if decoder.depths[0] == 0:  # the head runs what is new, kept drafts and two tokens, in a pass
-        heads = type(drafter) is HeadDrafter and drafter.exit == options.draft_head
-        if not heads or most[1] + 2 > WIDTH:
+    if options.exits[:1] == (0,):  # a head runs what is new to it, kept drafts and two, in one pass
+        if not options.draft_head or most[1] + 2 > WIDTH:
             return False
-    return decoder.watch is None and not any(options.thresholds) and most[-1] < ROUND
+    return not any(options.thresholds) and most[-1] < ROUND
 
 
 def in_steps(windows: tuple[int, ...]) -> tuple[list[int], list[int]]:
@@ -174,7 +173,7 @@ class Round:
         self.judged: list[Tensor] = []
         self.to_check: list[Tensor] = []  # a NaN or an infinity here is one in the logits
         self.propose(len(self.steps))
-        finite = torch.cat(self.to_check).isfinite().all()[None]
+        finite = torch.cat(self.to_check).isfinite().all().long()[None]
         found = [self.length, finite, *self.judged, self.tokens(base, self.most[-1] + 1)]
         torch.cat(found, out=step.report[: self.size])
         step.length.copy_(self.length)
@@ -282,7 +281,7 @@ class Round:
         return torch.cat(rows) if rows else None
 
     def pass_head(self, first: Tensor, states: Tensor) -> Tensor:
-        """The draft head's states (1, WIDTH, D) from first (1,) on, from those one position before."""
+        """What the draft head makes, from position first (1,) on, of states (1, WIDTH, D)."""
         plan = self.step.plan(first, WIDTH, self.step.end)
         ids = self.step.tokens.index_select(0, plan.positions)
         return self.step.variant.draft(self.options.draft_head, states, ids[None], plan)

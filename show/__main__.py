@@ -117,7 +117,7 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict]:
         tokenizer.template = None
     Options(tuple(args.exits or ()), (1,) * len(args.exits or ())).check_model(model.config)
     weight = model.embed.weight
-    name = model.fast.name if model.fast else "fixed" if fast and weight.is_cuda else "plain"
+    name = model.fast.name if model.fast else "rounds" if fast and weight.is_cuda else "plain"
     header = {"step": name, **describe(args.model, weight.device, weight.dtype)}
     if not weight.is_cuda:
         if model.fast:

@@ -147,7 +147,7 @@ def test_chat_never_leaves_the_template_out(small_bench, capsys):
         assert f"\nprompt: {line}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("step", ["plain", "packed", "fixed"])
+@pytest.mark.parametrize("step", ["plain", "packed", "fixed", "rounds"])
 def test_every_step_answers_alike_what_fits_the_context(small_bench, capsys, step):
     """The room is taken before any answer is known: no prompt that would fit may be left out."""
     _, result = small_bench("--max-new-tokens", "16", "--step", step, "--temperature", "0")
@@ -156,7 +156,9 @@ def test_every_step_answers_alike_what_fits_the_context(small_bench, capsys, ste
         assert method["tokens"] == 4 * 16 and method["differing_tokens"] == 0
     seconds = [*result["limit"]["pass_seconds"].values(), result["limit"]["layer_seconds"]]
     assert len(seconds) == 6 and min(seconds) > 0
-    assert capsys.readouterr().out.count("left out: code, 300 tokens") == 1
+    out = capsys.readouterr().out
+    assert out.count("left out: code, 300 tokens") == 1
+    assert ("(4 = 2 steps)" in out) == (step == "rounds")  # HiSpec's second window
 
 
 def test_turns_contain_the_answers_before_them_without_stop_tokens(small_bench, monkeypatch):

@@ -22,6 +22,7 @@ from fast.cpu import prepare
 from fast.cuda import KERNELS, PROMPT, WIDTH, CompiledLayer, FixedStep, compiled
 from fast.layers import CHUNK, Cache, ChunkPlan, Layer
 from fast.modules import replaced
+from fast.rounds import RoundStep
 from hispec import Decoder, Step, generate
 from model import ExitHead, Llama
 
@@ -106,11 +107,11 @@ def test_segments_and_logits_on_their_own_are_what_a_run_gives():
     "device, dtype", [("cpu", torch.bfloat16), *[("cuda", dtype) for dtype in DTYPES]]
 )
 def test_all_ladders_write_the_same_text(device, dtype):
-    """On CUDA by captured passes."""
+    """On CUDA by captured rounds, and where a look-up drafts by captured passes."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("captured graphs need CUDA")
     model, tokenizer = checkpoints.load("tiny", device, dtype, plain=device == "cpu")
-    step, n = (fast.step_for(model, 200), 100) if device == "cuda" else (FixedStep(model, 800), 64)
+    step, n = (fast.step_for(model, 200), 100) if device == "cuda" else (RoundStep(model, 800), 64)
     prompt, rest = tokenizer.encode("def add(a, b):"), dict(stop=tokenizer.stop, fast=step)
     first, *others = (
         generate(model, prompt, n, exits=exits, windows=windows, **rest).tokens
