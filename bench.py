@@ -348,7 +348,10 @@ def measure(
     if sampling and sum(other.category == request.category for other in before) % 3 == 0:
         seed = (sampling["seed"] + sum(len(other.sampled) > 0 for other in before)) % 2**63
         drawing = partial(take_turn, for_sampled(methods), request.prompt, bar=bar, stop=stop)
-        request.sampled = drawing(len(before), new, **sampling | {"seed": seed})
+        drawing = partial(drawing, **sampling | {"seed": seed})
+        if not before:
+            drawing(0, min(new, WARM_UP))
+        request.sampled = drawing(len(before), new)
     if len(before) % 6 == 0:  # which says enough, and nobody waits for it
         for method in methods:
             if method.ours and method.key not in request.watched:

@@ -11,9 +11,9 @@ ones padded. Then
   once and replay them with one launch; what stands between two attentions is compiled first.
 
 How many keys a position sees changes its bits too, and a pass may begin anywhere. So behind the
-prompt all passes of a generation see the same number, a power of two that its text fits in; those
-ahead of a position are masked. The prompt is read in passes of PROMPT positions, and each of these
-sees the keys up to its end: they are the same whatever the ladder.
+prompt all passes of a generation see the same number, KEYS or a power of two that its text fits in;
+those ahead of a position are masked. The prompt is read in passes of PROMPT positions, and each of
+these sees the keys up to its end: they are the same whatever the ladder.
 
 On a CPU nothing is captured, and padding costs more than it brings: there the step serves for
 tests.
@@ -33,13 +33,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hispec
 import model as plain
 from fast.cpu import ExitHead
-from fast.layers import CHUNK, Cache, ChunkPlan, Layer, RoPE, mask
+from fast.layers import Cache, ChunkPlan, Layer, RoPE, mask
 from fast.modules import replaced
 from kvcache import KVCache
 from model import Llama
 
 WIDTH = 16  # positions in a pass: on a GPU one position is hardly cheaper than sixteen
 PROMPT = 256  # and in a pass over the prompt, which nobody wants to wait for
+KEYS = 512  # that a pass behind the prompt sees at least: so most texts share their graphs
 GRAPHS = 256  # captured passes that are kept: the oldest go first
 # a mask rules the first out, odd shapes the second; cuDNN's plans depend on the number of keys
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -68,7 +69,7 @@ class FixedStep(hispec.Step):
         # padded positions write too: a pass that begins at the last position needs room behind it
         drafts = bool(len(model.draft_heads)) * c.n_layers
         self.cache = ReusedCache(model, model.blocks, max_len + PROMPT, 1, drafts)
-        self.end = CHUNK  # how many keys a pass behind the prompt sees
+        self.end = KEYS  # how many keys a pass behind the prompt sees
         self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # where a pass begins
         self.ids = self.first.new_zeros(PROMPT)  # and the tokens there
         self.states = weight.new_zeros(PROMPT, c.dim)  # what a segment leaves for the head
@@ -99,7 +100,7 @@ class FixedStep(hispec.Step):
             raise ValueError("the step is in use: one generation at a time, or a step for each")
         try:
             self.cache.empty(exits, draft_head)
-            self.end = min(max(CHUNK, power_of_two(max_len)), len(self.cache.columns))
+            self.end = min(max(KEYS, power_of_two(max_len)), len(self.cache.columns))
             with torch.cuda.device_of(self.first), sdpa_kernel(KERNELS):
                 yield self.cache
         finally:

@@ -6,6 +6,8 @@ from conftest import Case, cases, greedy, random_model
 from hypothesis import given, settings
 from test_fast_cpu import DTYPES, KINDS, large_model, stir
 from test_fast_cuda import READ, elsewhere  # noqa: F401, a fixture
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 import hispec
 from arguments import Options
@@ -252,6 +254,60 @@ def test_a_round_reads_nothing_and_stays_on_its_device(elsewhere, options, exits
 
         with pytest.raises(Exception, match=READ):
             Planted(step, round.options)()
+
+
+class Launched(TorchDispatchMode):
+    """Counts the operations that a device would be sent one by one."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        views = any(r.alias_info and not r.alias_info.is_write for r in op._schema.returns)
+        self.count += not views and "empty" not in op.name()
+        return op(*args, **(kwargs or {}))
+
+
+class Read(TorchFunctionMode):
+    """Counts how often the host waits for a number."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.Tensor.item, torch.Tensor.tolist)
+        return function(*args, **(kwargs or {}))
+
+
+def counted(kind, n: int, monkeypatch, **options) -> list[int]:
+    """Full verifications, graphs launched, other operations and host reads of n new tokens."""
+
+    def capture(self, work):
+        def replay():
+            graphs.append(work)
+            with _disable_current_modes():
+                work()
+
+        return replay
+
+    for step in (FixedStep, RoundStep):
+        monkeypatch.setattr(step, "capture", capture)
+    step, graphs = kind(random_model(3), 64), []
+    step.pool = "pool"
+    with Launched() as launched, Read() as read:
+        out = generate(step.model, [1, 2, 3], n, fast=step, **options)
+    return [out.levels[-1].calls, len(graphs), launched.count, read.count]
+
+
+@pytest.mark.parametrize("drawn", [{}, dict(temperature=0.8, seed=1)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("exits, windows", [((), ()), ((2,), (6,)), ((1, 3), (2, 4))])
+def test_a_round_is_one_launch_and_one_read(monkeypatch, exits, windows, drawn):
+    rest = dict(exits=exits, windows=windows, **drawn)
+    for kind in (RoundStep, FixedStep):
+        with_prompt, prompt = (counted(kind, n, monkeypatch, **rest) for n in (40, 1))
+        verified, *numbers = (a - b for a, b in zip(with_prompt, prompt))
+        if kind is RoundStep:
+            assert numbers == [verified, bool(drawn) * verified, verified]  # and uniforms are drawn
+        else:  # as it is without: each pass, each decision
+            assert numbers[0] >= 2 * verified and numbers[1] > 10 * verified
 
 
 # ---- block verification with masks --------------------------------------------------------------
