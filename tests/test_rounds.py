@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import Case, cases, greedy, random_model
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from test_fast_cpu import DTYPES, KINDS, large_model, stir
 from test_fast_cuda import READ, elsewhere  # noqa: F401, a fixture
 from torch.overrides import TorchFunctionMode
@@ -195,15 +195,13 @@ def test_every_position_passes_each_segment_exactly_once(case):
 
         def segments(self, j, stop, first):
             for i in range(j, stop):
-                if self.depths[i] > 0 and int(first) < int(self.length):  # else all padding
+                if int(first) < int(self.length):  # else all of it is padding
                     assert int(first) == held[i]
                     held[i] = min(int(first) + WIDTH, int(self.length))
             return super().segments(j, stop, first)
 
     held = [len(case.prompt)] * (len(case.exits) + 1)
-    case.exits = tuple(exit or 1 for exit in case.exits) if 1 not in case.exits else case.exits
-    if 0 in case.exits:
-        return
+    assume(0 not in case.exits)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rounds, "Round", Watched)
         step = RoundStep(case.model, len(case.prompt) + case.max_new_tokens)
