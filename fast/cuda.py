@@ -75,6 +75,7 @@ class FixedStep(hispec.Step):
         self.states = weight.new_zeros(PROMPT, c.dim)  # what a segment leaves for the head
         self.out = weight.new_zeros(PROMPT, c.vocab_size)  # the head's logits
         self.captured: dict[tuple, Callable] = {}
+        self.addresses: list[int] = []  # of the weights that captured passes read
         self.pool: Any = None  # on CUDA what all captures share
         self.stream: Any = None
         if weight.is_cuda:
@@ -90,8 +91,9 @@ class FixedStep(hispec.Step):
         """
         weight, keys = self.model.embed.weight, self.cache.keys
         same = weight.dtype == keys.dtype and weight.device == keys.device
-        if not same or list(self.model.modules()) != self.modules:
-            raise ValueError("the model has got another dtype or other exit heads since")
+        moved = self.addresses and self.addresses != addresses(self.model)
+        if moved or not same or list(self.model.modules()) != self.modules:
+            raise ValueError("the model has moved, or got another dtype or other exit heads since")
         if max_len > self.max_len:
             raise ValueError(
                 f"the step was made for at most {self.max_len} tokens, this may take {max_len}"
@@ -195,6 +197,7 @@ class FixedStep(hispec.Step):
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **checks):
             work()
         # a graph holds addresses, not tensors: what it reads and writes has to be kept
+        self.addresses = addresses(self.model)
         rows = [head.rows for head in self.variant.modules() if isinstance(head, ExitHead)]
         held = [value for name, value in vars(self).items() if name != "captured"]
         held += [self.variant.rope.table, *rows]
@@ -257,6 +260,11 @@ class CompiledLayer(Layer):
 def compiled(name: str, backend: str | Callable = "inductor") -> Callable:
     """A method of Layer, compiled. Made when it is first wanted: that alone takes seconds."""
     return torch.compile(getattr(Layer, name), dynamic=False, fullgraph=True, backend=backend)
+
+
+def addresses(model: Llama) -> list[int]:
+    """Where the weights lie: a model that is moved, even there and back, lies elsewhere."""
+    return [weight.data_ptr() for weight in model.parameters()]
 
 
 def power_of_two(n: int) -> int:

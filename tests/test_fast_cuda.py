@@ -1,5 +1,6 @@
 """Passes of one shape, as CUDA captures them: here called instead, on any device but for one test."""
 
+import contextlib
 import gc
 import weakref
 from unittest.mock import MagicMock
@@ -265,10 +266,27 @@ def test_a_tensor_on_another_device_is_caught(elsewhere):
         step.replay(WIDTH, 0, 2, CHUNK)
 
 
-@pytest.mark.parametrize("packed_before", [False, True])
-def test_what_a_replay_reads_outlives_its_owners(monkeypatch, packed_before):
+@pytest.fixture
+def captures(monkeypatch):
+    """CUDA's part in a capture is left out: what is captured is only called."""
     for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+
+def test_a_model_that_was_moved_there_and_back_is_refused(captures):
+    model = random_model(1, n_layers=4)
+    step = FixedStep(model, 20)
+    step.pool, step.stream = "pool", MagicMock()
+    for moved in (False, True):
+        if moved:
+            model.float().double()  # as on another device: the same weights elsewhere
+        with pytest.raises(ValueError, match="moved") if moved else contextlib.nullcontext():
+            with torch.inference_mode(), step.open((2,), 20):
+                step.replay(WIDTH, 0, 2, CHUNK)
+
+
+@pytest.mark.parametrize("packed_before", [False, True])
+def test_what_a_replay_reads_outlives_its_owners(captures, packed_before):
     model = random_model(1, n_layers=4)
     model.exit_heads["2"] = ExitHead(model.config, width=8, vocab=[1, 4, 7]).double().eval()
     if packed_before:
