@@ -148,6 +148,8 @@ def main() -> None:
         raise ValueError(f"no prompt fits the model's context of {model.config.max_seq_len} tokens")
 
     results = summarise(model, methods, requests)
+    if args.step == "rounds":
+        count_in_steps(results)
     header["limit"] = limits(step, min(ROOM, model.config.max_seq_len) - 32)
     if args.json:
         write_whole(args.json, json.dumps({**header, "methods": results}, indent=1) + "\n")
@@ -202,8 +204,10 @@ def make_step(model: Llama, args: argparse.Namespace, room: int) -> Step:
 
         return prepare(model)
     from fast.cuda import FixedStep
+    from fast.rounds import RoundStep
 
-    return FixedStep(model, room, args.compile and args.device != "cpu")
+    kind = RoundStep if args.step == "rounds" else FixedStep
+    return kind(model, room, args.compile and args.device != "cpu")
 
 
 def decode_with(model: Llama, step: Step, *ladder) -> Callable:
@@ -346,7 +350,10 @@ def measure(
     if sampling and sum(other.category == request.category for other in before) % 3 == 0:
         seed = (sampling["seed"] + sum(len(other.sampled) > 0 for other in before)) % 2**63
         drawing = partial(take_turn, for_sampled(methods), request.prompt, bar=bar, stop=stop)
-        request.sampled = drawing(len(before), new, **sampling | {"seed": seed})
+        drawing = partial(drawing, **sampling | {"seed": seed})
+        if not before:
+            drawing(0, min(new, WARM_UP))
+        request.sampled = drawing(len(before), new)
     if len(before) % 6 == 0:  # this is enough to count, and costs little time
         for method in methods:
             if method.ours and method.key not in request.watched:
@@ -392,6 +399,15 @@ def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> l
             result |= level_agreement(predicted, method.ladder[0])
         results.append(result)
     return results
+
+
+def count_in_steps(results: list[dict]) -> None:
+    """Where rounds were decoded note the steps that stood for each window."""
+    from fast.rounds import covers, in_steps
+
+    for r in [*results, *(r["sampled"] for r in results if "sampled" in r)]:
+        options = Options(r["exits"], r["windows"], r["thresholds"], r.get("draft_head", 0))
+        r["steps"] = in_steps(options.windows)[0] if covers(options) else None
 
 
 def by_category(methods, requests: list[Request], m: int, of: Callable) -> dict:
@@ -554,13 +570,24 @@ def summary_rows(results: list[dict], title: str, identical: bool = False) -> li
     rows = [[title, "tokens/s", "x greedy", "x draft", "x single", "a pass", "accepted"]]
     rows[0] += ["identical"] * identical
     for r in results:
-        ladder = ladder_text(r["exits"], r["windows"], r["thresholds"], r.get("draft_head", 0))
-        name = r["name"] if r["name"] == ladder else f"{r['name']}  {ladder}".rstrip()
+        ladder, counted = (
+            ladder_text(r["exits"], windows, r["thresholds"], r.get("draft_head", 0))
+            for windows in (r["windows"], windows_text(r))
+        )
+        name = counted if r["name"] == ladder else f"{r['name']}  {counted}".rstrip()
         speeds = [r[f"speedup_vs_{other}"] for other in ("greedy", "draft_alone", "single_layer")]
         cells = [number(r["tokens_per_second"], 1), *map(number, speeds)]
         cells += [number(r["tokens_per_target_pass"]), percent(r["acceptance"])]
         rows.append([name, *cells, *[f"{r['identical']}/{r['prompts']}"] * identical])
     return rows
+
+
+def windows_text(r: dict) -> list:
+    """A method's windows: those above the first with their steps, where these were counted."""
+    if not r.get("steps"):
+        return r["windows"]
+    above = zip(r["windows"][1:], r["steps"][1:])
+    return [*r["windows"][:1], *(f"{window} = {n} steps" for window, n in above)]
 
 
 def limit_text(greedy: dict, limit: dict) -> str:
@@ -613,9 +640,11 @@ def parse_arguments() -> argparse.Namespace:
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     add("--dtype", choices=dtypes, help="default: bfloat16; on a CPU the faster of it and float32")
     shapes = "plain: the core's own; packed: weights packed, the default on a CPU; fixed: every "
-    shapes += "pass has one shape and is captured on a GPU, the default there"
-    add("--step", choices=["plain", "packed", "fixed"], help=shapes)
-    launches = "fixed step on a GPU: capture the layers without compiling them"
+    shapes += (
+        "pass has one shape and is captured on a GPU; rounds: so is each round, the default there"
+    )
+    add("--step", choices=["plain", "packed", "fixed", "rounds"], help=shapes)
+    launches = "captured steps on a GPU: capture the layers without compiling them"
     add("--no-compile", dest="compile", action="store_false", help=launches)
     add("--max-new-tokens", type=int, metavar="N", help="per answer (default 64; --quick: 24)")
     warmth = "of the sampled part (default 0.8); 0: sample nothing"
@@ -663,7 +692,7 @@ def fill_in(args: argparse.Namespace) -> None:
     """The defaults that depend on the machine, on other options, and on whether fast/ is here."""
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu, fast = args.device.startswith("cuda"), find_spec("fast") is not None
-    args.step = args.step or ("plain" if not fast else "fixed" if on_gpu else "packed")
+    args.step = args.step or ("plain" if not fast else "rounds" if on_gpu else "packed")
     if args.dtype is None and (args.device != "cpu" or not fast):
         args.dtype = "bfloat16" if on_gpu else "float32"  # otherwise the faster one
     if args.max_new_tokens is None:

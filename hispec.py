@@ -57,7 +57,7 @@ def generate(
     if drafter is None:
         drafter = HeadDrafter(asked.draft_head) if asked.draft_head else LookUp()
     with step.open(asked.exits, end, asked.draft_head) as cache:
-        decoding = (decoder or Decoder)(tokens, end, asked, step, cache, drafter, watch)
+        decoding = (decoder or step.decoder)(tokens, end, asked, step, cache, drafter, watch)
         if decoding.length < end:
             decoding.read_prompt()
         prefilled = time.perf_counter()
@@ -250,6 +250,7 @@ class Step:
     """The plain way to run levels. The steps in fast/ do the same work in less time."""
 
     name = "plain"
+    decoder: type[Decoder] = Decoder  # what decodes with this step
 
     def __init__(self, model: Llama):
         self.model = model

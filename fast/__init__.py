@@ -3,6 +3,7 @@
     step_for(model, max_len)           a step for the model's device: packed on a CPU, else captured
     fast.cpu.prepare(model)            packs a model on a CPU, in place, and gives it its step
     fast.cuda.FixedStep(model, room)   passes of one shape, captured on CUDA
+    fast.rounds.RoundStep(model, room) and whole rounds, captured
     fast.training.for_training(model)  attention in blocks, for training on a CPU
     fast.parallel.start(device)        several processes share a model
 
@@ -22,9 +23,9 @@ def step_for(model: Llama, max_len: int, compiled: bool = True) -> Any:
     compiled: whether its layers are compiled before they are captured, which takes some seconds.
     """
     if model.embed.weight.is_cuda:
-        from fast.cuda import FixedStep
+        from fast.rounds import RoundStep
 
-        return FixedStep(model, max_len, compiled)
+        return RoundStep(model, max_len, compiled)
     from fast.cpu import prepare
 
     return prepare(model)

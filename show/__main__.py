@@ -130,7 +130,7 @@ def loaded(args: argparse.Namespace) -> tuple[Llama, Tokenizer, dict]:
     for ladder in args.ladder:
         parse_ladder(ladder).check_model(model.config, list(map(int, model.draft_heads)))
     weight = model.embed.weight
-    name = model.fast.name if model.fast else "fixed" if fast and weight.is_cuda else "plain"
+    name = model.fast.name if model.fast else "rounds" if fast and weight.is_cuda else "plain"
     header = {"step": name, **describe(args.model, weight.device, weight.dtype)}
     if not weight.is_cuda:
         if model.fast:

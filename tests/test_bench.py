@@ -132,7 +132,8 @@ def test_what_the_sampled_part_draws_from(small_bench, monkeypatch, seeds):
     drawing = ("--temperature", "1.5", "--top-p", "0.9", "--top-k", "5", "--seed", str(seeds[0]))
     small_bench("--quick", "--max-new-tokens", "4", *drawing)
     drawn = [(1.5, 0.9, 5, seed) for seed in seeds]  # of two categories one request each
-    assert [asked.count(x) for x in drawn] == [6, 6]  # seven methods, six ladders
+    # seven methods, six ladders, and before the first of all a warm-up
+    assert [asked.count(x) for x in drawn] == [12, 6]
     assert {*asked} == {*drawn, (None,) * 4}
 
 
@@ -147,7 +148,7 @@ def test_chat_never_leaves_the_template_out(small_bench, capsys):
         assert f"\nprompt: {line}\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("step", ["plain", "packed", "fixed"])
+@pytest.mark.parametrize("step", ["plain", "packed", "fixed", "rounds"])
 def test_every_step_answers_alike_what_fits_the_context(small_bench, capsys, step):
     """Room is reserved before any answer is known, and no prompt that fits may be left out."""
     _, result = small_bench("--max-new-tokens", "16", "--step", step, "--temperature", "0")
@@ -156,7 +157,9 @@ def test_every_step_answers_alike_what_fits_the_context(small_bench, capsys, ste
         assert method["tokens"] == 4 * 16 and method["differing_tokens"] == 0
     seconds = [*result["limit"]["pass_seconds"].values(), result["limit"]["layer_seconds"]]
     assert len(seconds) == 6 and min(seconds) > 0
-    assert capsys.readouterr().out.count("left out: code, 300 tokens") == 1
+    out = capsys.readouterr().out
+    assert out.count("left out: code, 300 tokens") == 1
+    assert ("(4 = 2 steps)" in out) == (step == "rounds")  # HiSpec's second window
 
 
 def test_turns_contain_the_answers_before_them_without_stop_tokens(small_bench, monkeypatch):
@@ -387,7 +390,7 @@ def test_methods_take_turns_in_a_rotating_order_and_the_same_ladder_once():
     assert {turn[0][0] for turn in turns} == {"a", "b", "c"}  # none is always the first
     seeds = [turn[0][1].get("seed") for turn in turns]
     assert seeds.count(None) == 1 + 5  # a warm-up
-    assert [s for s in seeds if s] == [7, 8, 9]  # every third of a category, a seed each
+    assert [s for s in seeds if s] == [7, 7, 8, 9]  # so too; every third of a category, a seed each
     assert [len(request.sampled) for request in requests] == [4, 0, 0, 4, 4]
 
 

@@ -1,5 +1,6 @@
 """Passes of one shape, as CUDA captures them: here called instead, on any device but for one test."""
 
+import contextlib
 import gc
 import weakref
 from unittest.mock import MagicMock
@@ -22,6 +23,7 @@ from fast.cpu import prepare
 from fast.cuda import KERNELS, PROMPT, WIDTH, CompiledLayer, FixedStep, compiled
 from fast.layers import CHUNK, Cache, ChunkPlan, Layer
 from fast.modules import replaced
+from fast.rounds import RoundStep
 from hispec import Decoder, Step, generate
 from model import ExitHead, Llama
 
@@ -106,11 +108,11 @@ def test_segments_and_logits_on_their_own_are_what_a_run_gives():
     "device, dtype", [("cpu", torch.bfloat16), *[("cuda", dtype) for dtype in DTYPES]]
 )
 def test_all_ladders_write_the_same_text(device, dtype):
-    """On CUDA by captured passes."""
+    """On CUDA by captured rounds, and where a look-up drafts by captured passes."""
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("captured graphs need CUDA")
     model, tokenizer = checkpoints.load("tiny", device, dtype, plain=device == "cpu")
-    step, n = (fast.step_for(model, 200), 100) if device == "cuda" else (FixedStep(model, 800), 64)
+    step, n = (fast.step_for(model, 200), 100) if device == "cuda" else (RoundStep(model, 800), 64)
     prompt, rest = tokenizer.encode("def add(a, b):"), dict(stop=tokenizer.stop, fast=step)
     first, *others = (
         generate(model, prompt, n, exits=exits, windows=windows, **rest).tokens
@@ -264,10 +266,27 @@ def test_a_tensor_on_another_device_is_caught(elsewhere):
         step.replay(WIDTH, 0, 2, CHUNK)
 
 
-@pytest.mark.parametrize("packed_before", [False, True])
-def test_what_a_replay_reads_outlives_its_owners(monkeypatch, packed_before):
+@pytest.fixture
+def captures(monkeypatch):
+    """CUDA's part in a capture is left out: what is captured is only called."""
     for name in ("Stream", "stream", "current_stream", "CUDAGraph", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
+
+
+def test_a_model_that_was_moved_there_and_back_is_refused(captures):
+    model = random_model(1, n_layers=4)
+    step = FixedStep(model, 20)
+    step.pool, step.stream = "pool", MagicMock()
+    for moved in (False, True):
+        if moved:
+            model.float().double()  # as on another device: the same weights elsewhere
+        with pytest.raises(ValueError, match="moved") if moved else contextlib.nullcontext():
+            with torch.inference_mode(), step.open((2,), 20):
+                step.replay(WIDTH, 0, 2, CHUNK)
+
+
+@pytest.mark.parametrize("packed_before", [False, True])
+def test_what_a_replay_reads_outlives_its_owners(captures, packed_before):
     model = random_model(1, n_layers=4)
     model.exit_heads["2"] = ExitHead(model.config, width=8, vocab=[1, 4, 7]).double().eval()
     if packed_before:
