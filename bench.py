@@ -639,10 +639,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     dtypes = ["float32", "bfloat16", "float16", "float64"]
     add("--dtype", choices=dtypes, help="default: bfloat16; on a CPU the faster of it and float32")
-    shapes = "plain: the core's own; packed: weights packed, the default on a CPU; fixed: every "
-    shapes += (
-        "pass has one shape and is captured on a GPU; rounds: so is each round, the default there"
-    )
+    shapes = "plain: the core's own; packed: weights packed, the default on a CPU; fixed: a GPU "
+    shapes += "captures each pass in one shape; rounds: whole rounds as well, the default there"
     add("--step", choices=["plain", "packed", "fixed", "rounds"], help=shapes)
     launches = "captured steps on a GPU: capture the layers without compiling them"
     add("--no-compile", dest="compile", action="store_false", help=launches)
