@@ -98,7 +98,10 @@ def test_it_opens_where_the_run_was(modelled):
     assert opened["rows"][-1][0] == "measured in this run"
     assert opened["rows"][-1][3] == f"{trace['speed_up']:.2f}x"
     rates, windows = opened["marks"]
-    here = [pytest.approx(100 * point["alpha"]), pytest.approx(100 * point["beta"])]
+    here = [
+        pytest.approx(100 * point["alpha"], abs=1e-3),
+        pytest.approx(100 * point["beta"], abs=1e-3),
+    ]
     assert rates == [["○", *here], ["◆", *here]]
     here = [pytest.approx(100 * 1.5 / 12), pytest.approx(100 * 13.5 / 24)]
     assert windows[:2] == [["○", *here], ["◆", *here]] and windows[2][0] == "★"
