@@ -1,22 +1,22 @@
 """The fixed step: every pass has the same shape, and on CUDA is one captured graph.
 
-The plain step sends as many positions through a segment as there are. A GPU dislikes that twice:
-the host has to launch some twenty small kernels a layer, and the kernels that a library picks for
-one width round differently from those it picks for another, so that in bfloat16 a token can depend
-on how many drafts were checked beside it. Here a pass always holds WIDTH positions, the missing
-ones padded. Then
+The plain step runs exactly the positions that a segment has not processed. On a GPU that has two
+disadvantages. The host has to launch some twenty small kernels per layer. And the kernels that a
+library picks for one width round differently from those for another, so that in bfloat16 a token
+can depend on how many drafts were checked in the same pass. Here a pass always holds WIDTH
+positions, and missing ones are padded. Then
 
-- what a position yields does not depend on its company: all ladders give the same bits;
+- the result at a position does not depend on the others in the pass: all ladders give the same
+  bits;
 - the same kernels run on the same addresses whenever a segment is run, so that CUDA can record them
-  once and replay them with one launch; what stands between two attentions is compiled first.
+  once and replay them with one launch. The operations between two attentions are compiled first.
 
-How many keys a position sees changes its bits too, and a pass may begin anywhere. So behind the
-prompt all passes of a generation see the same number, KEYS or a power of two that its text fits in;
-those ahead of a position are masked. The prompt is read in passes of PROMPT positions, and each of
-these sees the keys up to its end: they are the same whatever the ladder.
+The number of keys that a position sees changes its bits too, and a pass may begin anywhere. So
+after the prompt all passes of a generation see the same number of keys: KEYS, or the power of two
+that holds its text. Keys after a position are masked. The prompt is read in passes of PROMPT
+positions, each of which sees the keys up to its own end, so these are the same for every ladder.
 
-On a CPU nothing is captured, and padding costs more than it brings: there the step serves for
-tests.
+On a CPU nothing is captured, and padding costs more than it gains; there the step serves for tests.
 """
 
 import inspect

@@ -1,16 +1,17 @@
-"""Rounds on the device: drafts, the levels between and the full model's verdict in one launch.
+"""Whole rounds on the device: drafts, middle levels and the full verification in one launch.
 
-`hispec.Decoder` decides on the host: it launches pass after pass, and reads what each verification
-keeps before it knows which pass comes next. Here the text, its length and all that is decided stay
-in tensors at fixed addresses, and a whole round is one captured graph: the host launches it, reads
-one small tensor, and launches the next. A captured graph does the same work each time, therefore
+`hispec.Decoder` decides on the host: it launches one pass after another, and reads how many drafts
+a verification keeps before it knows which pass comes next. Here the text, its length and all
+decisions stay in tensors at fixed addresses, and a whole round is one captured graph. The host
+launches it, reads one small tensor, and launches the next. Since a captured graph does the same
+work each time,
 
-- windows are counted in steps: level k takes a fixed number of steps before each of level k+1. For
-  level 0 a step is a token, as ever; a step of another level writes one token or more (`in_steps`).
-  The text does not depend on it, since the full model has the last word all the same;
-- widths are fixed, and a mask stands for the drafts that are not there;
-- a round does not know where the text ends. What it writes behind the end the host cuts off;
-- random numbers are drawn ahead, before the launch.
+- windows are counted in steps: level k takes a fixed number of steps before each step of level k+1.
+  For level 0 a step is a token, as elsewhere; a step of another level writes one token or more
+  (`in_steps`). The text does not depend on this, because the full model verifies all of it;
+- widths are fixed, and drafts that do not exist are masked;
+- a round does not know where the text ends, so the host cuts off the tokens beyond the end;
+- random numbers are drawn before the launch.
 
 Thresholds, look-ups and whoever watches need the host at every step: for these `Rounds` decodes as
 Decoder does, in the fixed step's passes, which give the same bits. On a CPU rounds are called
@@ -32,8 +33,8 @@ from fast.cuda import PROMPT, WIDTH, FixedStep
 from hispec import Decoder, leading
 from model import Llama
 
-# tokens that a round may write at most: to be captured it is run three times, each behind the last,
-# and with the round itself and the padding of a pass that must fit behind the text
+# tokens that a round may write at most. Before it is captured it runs three times, each after the
+# last; with the round itself and the padding of a pass, that must fit behind the text
 ROUND = (PROMPT - WIDTH) // 4
 
 
@@ -56,7 +57,7 @@ class Rounds(Decoder):
         step = self.step
         step.length.fill_(self.length)
         if self.options.draft_head and self.length < self.end:
-            self.drafter.draft(self, 1)  # so that the prompt has passed the head
+            self.drafter.draft(self, 1)  # so that the head has run the prompt
             step.headed.fill_(self.length - 1)
         while self.length < self.end:
             if self.options.temperature > 0:
@@ -87,16 +88,16 @@ class Rounds(Decoder):
             self.cache.processed[k] += proposed
         for k, calls in enumerate(self.round.calls):
             self.stats[k].calls += calls
-            # and at each step a level's newest token passes all its segments
+            # and at each step of a level its newest token passes all segments of that level
             self.cache.processed[k] += sum(self.round.calls[k:])
         if self.depths[0] == 0:
             self.cache.processed[0] = self.cache.processed[1]  # it has seen as many
 
 
 def covers(options: Options) -> bool:
-    """Whether rounds can decode what is asked."""
+    """Whether rounds can decode with these options."""
     _, most = in_steps(options.windows)
-    if options.exits[:1] == (0,):  # a head runs what is new to it, kept drafts and two, in one pass
+    if options.exits[:1] == (0,):  # in one pass a head runs the kept drafts and two tokens more
         if not options.draft_head or most[1] + 2 > WIDTH:
             return False
     return not any(options.thresholds) and most[-1] < ROUND
@@ -129,7 +130,7 @@ class RoundStep(FixedStep):
         most, device = 2 * ROUND * (model.config.n_layers + 1), self.first.device
         self.tokens = self.first.new_zeros(len(self.cache.columns) + 1)
         self.length = self.first.new_zeros(1)  # of the text
-        self.headed = self.first.new_zeros(1)  # as much has passed the draft head from true states
+        self.headed = self.first.new_zeros(1)  # positions that the head has run from true states
         # no level takes more than ROUND steps in a round, or judges more than ROUND drafts
         self.report = self.first.new_zeros(most + ROUND)
         self.uniforms = torch.zeros(most, dtype=precise(device), device=device)
