@@ -19,7 +19,6 @@ positions, each of which sees the keys up to its own end, so these are the same 
 On a CPU nothing is captured, and padding costs more than it gains; there the step serves for tests.
 """
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -184,18 +183,17 @@ class FixedStep(hispec.Step):
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work` as a CUDA graph, replayed on the tensors it was captured with."""
+        states = self.states.clone()  # a draft head's pass writes over the states that it reads
         self.stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        known = inspect.signature(torch.cuda.graph.__init__).parameters
-        checks: dict[str, Any] = (
-            {"check_input_liveness": True} if "check_input_liveness" in known else {}
-        )
         with torch.cuda.stream(self.stream):
             for _ in range(3):  # first aside: compilers and libraries set themselves up
                 work()
         torch.cuda.current_stream().wait_stream(self.stream)
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **checks):
+        one = dict(capture_error_mode="thread_local")  # other threads may allocate meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **one):
             work()
+        self.states.copy_(states)  # to warm up, the work has been done
         # a graph holds addresses, not tensors: what it reads and writes has to be kept
         self.addresses = addresses(self.model)
         rows = [head.rows for head in self.variant.modules() if isinstance(head, ExitHead)]

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import weakref
+from functools import partial
 from unittest.mock import MagicMock
 
 import pytest
@@ -25,7 +26,7 @@ from fast.layers import CHUNK, Cache, ChunkPlan, Layer
 from fast.modules import replaced
 from fast.rounds import RoundStep
 from hispec import Decoder, Step, generate
-from model import ExitHead, Llama
+from model import DraftHead, ExitHead, Llama
 
 LADDERS = [((), ()), ((8,), (6,)), ((2, 8), (2, 6)), ((0, 8), (8, 8)), ((1, 2, 8), (1, 3, 5))]
 
@@ -283,6 +284,18 @@ def test_a_model_that_was_moved_there_and_back_is_refused(captures):
         with pytest.raises(ValueError, match="moved") if moved else contextlib.nullcontext():
             with torch.inference_mode(), step.open((2,), 20):
                 step.replay(WIDTH, 0, 2, CHUNK)
+
+
+def test_a_capture_leaves_what_its_work_reads(captures):
+    """Before a draft head's pass is captured it runs, over the states that it reads."""
+    model = random_model(1)
+    model.draft_heads["2"] = DraftHead(model.config).double().eval()
+    step = FixedStep(model, 20, compiled=False)
+    step.pool, step.stream = "pool", MagicMock()
+    with torch.inference_mode(), step.open((0, 2), 20, 2):
+        before = step.states.normal_().clone()
+        replay = step.capture(partial(step._draft, WIDTH, 2, step.end))
+        assert callable(replay) and torch.equal(step.states, before)
 
 
 @pytest.mark.parametrize("packed_before", [False, True])
