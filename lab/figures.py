@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from arguments import Options, ladder_text
-from checkpoints.ladders import OF_A_LADDER, Ladder, as_ladder, default_exits
+from checkpoints.ladders import OF_A_LADDER, Ladder, as_ladder, as_options, default_exits
 from checkpoints.machine import watch
 from drafters import LookUp
 from hispec import Decoder, Step
@@ -231,7 +231,8 @@ def where_time_goes(
         drafting, intermediate = (*below, 0.0, 0.0)[:2]
         loop = sum(n.seconds - sum(n.steps) for n in notes)
         tokens = sum(n.tokens for n in notes)
-        ladder = ladder_text(*methods[name]) if min(methods[name][0], default=0) >= 0 else ""
+        asked = Options(**as_options(methods[name]))
+        ladder = ladder_text(asked.exits, asked.windows, asked.thresholds, asked.draft_head)
         name = f"{BARS[name]}\n{ladder}".rstrip()
         spent[name] = [1e3 * part / tokens for part in (drafting, intermediate, full, loop)]
     return spent
