@@ -31,10 +31,12 @@ OTHERS = {"--depth", "--no-deps", "--nproc_per_node", "--strip-components"}
 FIRST_TABLE = {
     "greedy decoding": ("results/cpu-tiny.json", "greedy"),
     "the draft exit alone": ("results/cpu-tiny.json", "draft alone"),
-    "**HiSpec**": ("results/cpu-tiny.json", "hispec"),
+    "**HiSpec**: that draft, filtered by exit 8": ("results/cpu-tiny.json", "hispec"),
     "the best exit alone": ("results/cpu-tiny.json", "single-layer"),
-    "a look-up below an exit (not in the paper)": ("results/cpu-tiny.json", "look-up, exit"),
-    "SmolLM2-135M: a look-up alone, its fastest": ("results/cpu-smollm2.json", "look-up"),
+    "a draft head on exit 8, filtered by exit 8": ("results/cpu-tiny.json", "head, exit"),
+    "a draft head on the last layer, alone": ("results/cpu-tiny.json", "head"),
+    "look-ups, filtered by exit 8": ("results/cpu-tiny.json", "look-up, exit"),
+    "SmolLM2-135M: look-ups alone, its fastest": ("results/cpu-smollm2.json", "look-up"),
 }
 COLUMNS = {  # of both tables, and the bench's names for them
     "over greedy": "speedup_vs_greedy",
@@ -122,11 +124,12 @@ def test_the_example_runs():
 
 def check_row(row: dict[str, str], method: dict) -> None:
     """Every number that is printed is the measured one, to as many decimals."""
-    assert row["ladder"] == ladder_text(method["exits"], method["windows"], method["thresholds"])
+    of = [method.get(name, 0) for name in ("exits", "windows", "thresholds", "draft_head")]
+    assert row["ladder"] == ladder_text(*of)
     assert printed(row["tokens/s"], method["tokens_per_second"])
     for before, found in ("", method), ("sampled, ", method["sampled"]):
         for column, key in COLUMNS.items():
-            if (cell := row[before + column].strip("*")) != "–":
+            if (cell := row.get(before + column, "–").strip("*")) != "–":
                 assert printed(cell, found[key]), (row, before + column)
         assert row[f"{before}over greedy"] != "–"
 
