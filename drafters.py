@@ -106,5 +106,5 @@ class HeadDrafter:
 
 
 def look_up(text: Sequence[int], want: int) -> list[int]:
-    """What LookUp drafts after a text that it sees for the first time."""
+    """The tokens that a fresh LookUp drafts to continue `text`."""
     return LookUp().look_up(text, 0, want)

@@ -240,7 +240,7 @@ class Decoder:
 
 
 class TokenByToken(Decoder):
-    """Decides on each sampled draft by itself, as in the first papers on speculative sampling."""
+    """Decides on each sampled draft separately, as in the first papers on speculative sampling."""
 
     def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
         return accept_tokens(drafts, q, p, self.rng)

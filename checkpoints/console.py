@@ -94,7 +94,7 @@ def check_exits(exits: Sequence[int], shallowest: int, depth: int | None = None)
 def must_take_files(folder: Path) -> None:
     """ValueError if no file can be written there. To be called before long work.
 
-    The folder need not exist yet, and this does not leave it behind.
+    The folder need not exist yet. If the check has to create it, it is removed again.
     """
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:

@@ -69,9 +69,9 @@ def kept_ladders(
 ) -> tuple[dict[str, Ladder], str]:
     """The ladders tuned for this model, by kind, and where they were tuned; ({}, "") if nowhere.
 
-    All come from one tuning: preferably this machine's, then that of a processor of the same name,
-    then another's, first with the same dtype and step. Ladders that do not fit the model are
-    skipped. sampled: take the ladders for sampled text, for the kinds that were also tuned for it.
+    All come from one tuning. One with exactly this setting comes first, this machine's before the
+    shipped one. Then come other settings: those with the same dtype first, and among these those
+    with the same step. Ladders that do not fit the model are skipped. sampled: take the ladders for sampled text, for the kinds that were also tuned for it.
     """
     for found, where in _found(header):
         if ladders := ladders_in(found, model, sampled):

@@ -1,4 +1,4 @@
-"""Draw what draft heads have learned, by the tokens that they were trained on.
+"""Plot what draft heads have learned against the number of tokens they were trained on.
 
     python -m lab.learning runs/h8 runs/h32 --out results/draft-heads
 
