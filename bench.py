@@ -475,7 +475,7 @@ def differing_tokens(tokens: list[int], reference: list[int]) -> int:
 
 @torch.inference_mode()
 def choices(model: Llama, exits: set[int], requests: list[Request]) -> dict[int, torch.Tensor]:
-    """For each depth, the tokens (N,) that its exit predicts at the N positions of all greedy texts."""
+    """For each depth, the tokens (N,) its exit predicts at the N positions of all greedy texts."""
     predicted = defaultdict(list)
     for request in requests:
         ids = torch.tensor([request.prompt + request.greedy], device=model.embed.weight.device)

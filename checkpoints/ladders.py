@@ -71,7 +71,8 @@ def kept_ladders(
 
     All come from one tuning. One with exactly this setting comes first, this machine's before the
     shipped one. Then come other settings: those with the same dtype first, and among these those
-    with the same step. Ladders that do not fit the model are skipped. sampled: take the ladders for sampled text, for the kinds that were also tuned for it.
+    with the same step. Ladders that do not fit the model are skipped. sampled: take the ladders
+    for sampled text, for the kinds that were also tuned for it.
     """
     for found, where in _found(header):
         if ladders := ladders_in(found, model, sampled):

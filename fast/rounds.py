@@ -8,7 +8,8 @@ work each time,
 
 - windows are counted in steps: level k takes a fixed number of steps before each step of level k+1.
   Level 0 writes one token a step, so its window is still a number of tokens; a step of any other
-  level writes one token or more (`in_steps`). The text does not depend on this, because the full model verifies all of it;
+  level writes one token or more (`in_steps`). The text does not depend on this, because the full
+  model verifies all of it;
 - widths are fixed, and drafts that do not exist are masked;
 - a round does not know where the text ends, so the host cuts off the tokens beyond the end;
 - random numbers are drawn before the launch.
