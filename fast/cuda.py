@@ -190,8 +190,8 @@ class FixedStep(hispec.Step):
             for _ in range(3):  # first aside: compilers and libraries set themselves up
                 work()
         torch.cuda.current_stream().wait_stream(self.stream)
-        one = dict(capture_error_mode="thread_local")  # other threads may allocate meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **one):
+        mode = "thread_local"  # other threads may allocate meanwhile
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
             work()
         self.states.copy_(states)  # to warm up, the work has been done
         # a graph holds addresses, not tensors: what it reads and writes has to be kept
