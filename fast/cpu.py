@@ -68,7 +68,7 @@ class PackedStep(hispec.Step):
 
     def __init__(self, model: Llama):
         super().__init__(model)
-        self.pad = 1
+        self.pad = self.pad_outputs = 1  # rows of layers' passes, and of output products
 
     @contextmanager
     def open(self, exits: tuple[int, ...], max_len: int, draft_head: int = 0) -> Iterator[KVCache]:
@@ -76,8 +76,9 @@ class PackedStep(hispec.Step):
             pack(self.model)
         modules: list[Any] = list(self.model.modules())
         linears = [m for m in modules if isinstance(m, Linear)]
-        linears += [rows for m in modules if isinstance(m, ExitHead) for rows in m.rows]
-        self.pad = 1 if all(linear.same_bits for linear in linears) else ROWS
+        heads = [m for m in modules if isinstance(m, ExitHead)]
+        outputs: list[Any] = [self.model.head, *(rows for head in heads for rows in head.rows)]
+        self.pad, self.pad_outputs = multiple([*linears, *outputs]), multiple(outputs)
         yield Cache(self.model, exits, max_len, self.pad, draft_head)
 
     def segment(self, cache: KVCache, tokens: Tensor, j: int, length: int) -> Tensor:
@@ -86,7 +87,7 @@ class PackedStep(hispec.Step):
 
     def logits(self, states: Tensor, depth: int) -> Tensor:
         n = len(states)
-        return super().logits(F.pad(states, (0, 0, 0, -n % self.pad)), depth)[:n]
+        return super().logits(F.pad(states, (0, 0, 0, -n % self.pad_outputs)), depth)[:n]
 
     def draft(
         self, cache: KVCache, exit: int, states: Tensor, tokens: Tensor, first: int
@@ -94,9 +95,14 @@ class PackedStep(hispec.Step):
         n, plan = len(tokens), cache.plan(first, first + len(tokens))
         padding = len(plan.slots) - n
         states, tokens = F.pad(states, (0, 0, 0, padding)), F.pad(tokens, (0, padding))
-        h = self.model.draft(exit, states, tokens[None], plan)[:, -self.pad :]
-        at = self.pad - 1 - padding
-        return h[:, at : at + 1], self.model.draft_logits(h, exit)[0, at : at + 1]
+        h = self.model.draft(exit, states, tokens[None], plan)[:, n - 1 : n]
+        rows = F.pad(h, (0, 0, 0, self.pad_outputs - 1))
+        return h, self.model.draft_logits(rows, exit)[0, :1]
+
+
+def multiple(linears: Sequence["Linear"]) -> int:
+    """Padded to a multiple of this many rows, inputs of these products get the same bits."""
+    return 1 if all(linear.same_bits for linear in linears) else ROWS
 
 
 class Packed(nn.Module):

@@ -44,7 +44,7 @@ class Costs:
     trunk: ByDepth  # the layers up to each depth, 0 included
     head: ByDepth  # after an exit: its block, its norm, its output matrix
     doubt: float  # computing a step's probability, which a threshold needs
-    loop: dict[int, float]  # a step that ends at each depth, beyond its pass
+    loop: dict[int, float]  # a step that ends at each depth, beyond its pass; -8: head 8's drafts
     draft: ByDepth = field(default_factory=dict)  # the draft head on each exit, choice included
 
 
@@ -63,7 +63,8 @@ def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
     token, row = weight.new_zeros(1).long(), weight.new_zeros(1, model.config.vocab_size)
     doubt = timed(lambda: probability(token, Options().distribution(row)), weight.device)
     drafts = {exit: draft_seconds(step, exit) for exit in map(int, model.draft_heads)}
-    return Costs(trunk, head, doubt, dict.fromkeys(head, 0.0), drafts)
+    loop = dict.fromkeys([*head, *(-exit for exit in drafts)], 0.0)
+    return Costs(trunk, head, doubt, loop, drafts)
 
 
 @torch.inference_mode()
@@ -84,11 +85,12 @@ def draft_seconds(step: Step, exit: int) -> list[float]:
 def with_loop(
     costs: Costs, traces: list["Trace"], alone: dict[Ladder, list[Generation]], n_layers: int
 ) -> Costs:
-    """The costs, with what a step costs beyond its pass, by depth, from runs of single exits.
+    """The costs, with what a step costs beyond its pass, by depth, from runs of short ladders.
 
-    alone: {ladder: a generation for each trace}, greedy first. The time that these took beyond
-    their passes is the host's work. It also covers that a repeatedly timed pass finds its layers in
-    the processor's caches, while in a generation the full model's layers have replaced them.
+    alone: {ladder: a generation for each trace}: greedy first, then single exits, then draft heads.
+    The time that these took beyond their passes is the host's work. It also covers that a
+    repeatedly timed pass finds its layers in the processor's caches, while in a generation the full
+    model's layers have replaced them.
     """
     for ladder, made in alone.items():
         took = sum(g.seconds - g.prefill_seconds for g in made)
@@ -223,7 +225,7 @@ def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
             last, want = len(prompt) + len(text), min(want, end - len(text))
             width = last - min(known, unchanged)  # the first draft reads the whole prompt
             seconds += took[min(width, WIDTHS[-1])] * max(1.0, width / WIDTHS[-1])
-            seconds += took[1] * (want - 1)
+            seconds += took[1] * (want - 1) + costs.loop[depths[k]]
             for i in range(want):
                 text.append(rows[min(i, IN_A_ROW - 1)][len(text)])
             known, unchanged = last, len(prompt) + len(text)

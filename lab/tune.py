@@ -153,9 +153,12 @@ def costs_of_ladders(
     step: Step, exits: tuple[int, ...], traces: list[Trace], max_new_tokens: int, stop,
     make_decoder: Callable,
 ) -> Costs:  # fmt: skip
-    """What passes cost, and what a step costs beyond them, from a few runs of each exit alone."""
+    """What passes cost, and what a step costs beyond them, from a few runs of short ladders."""
     few = traces[:3]
-    ladders = [GREEDY, *(((exit,), (4,), (0.0,)) for exit in exits)]
+    ladders: list[Ladder] = [GREEDY, *(((exit,), (4,), (0.0,)) for exit in exits)]
+    for head in sorted(map(int, step.model.draft_heads)):
+        below = head < step.model.config.n_layers
+        ladders.append(((-head, head), (3, 6), (0.0, 0.0)) if below else ((-head,), (3,), (0.0,)))
     decoders = {ladder: make_decoder(*ladder) for ladder in ladders}
     alone = run(decoders, [t.prompt for t in few], max_new_tokens, stop)
     return with_loop(measure_costs(step, exits), few, alone, step.model.config.n_layers)

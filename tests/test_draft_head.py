@@ -3,6 +3,7 @@ positions.
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -154,10 +155,15 @@ def test_a_replay_takes_the_full_passes_that_decoding_takes(seed, window):
     seen = costs.trace(model, [1, 2, 0], 40, (), (), partial(generate, model))
     full, none = {0: [0.0] * 99, 5: [1.0] * 99}, {5: [0.0] * 99}
     made = generate(model, [1, 2, 0], 40, exits=(0,), windows=(window,), draft_head=5)
-    passes = costs.replay(
-        seen, ((-5,), (window,), (0.0,)), costs.Costs(full, none, 0.0, {5: 0.0}, none), 5
-    )
+    ladder, free = ((-5,), (window,), (0.0,)), costs.Costs(full, none, 0.0, {5: 0.0, -5: 0.0}, none)
+    passes = costs.replay(seen, ladder, free, 5)
     assert passes == made.levels[-1].calls - 1
+    # whatever else the generation took is charged to the drafts
+    drafts = made.levels[0].calls
+    slower = replace(made, seconds=made.prefill_seconds + passes + 2.0 * drafts)
+    dearer = costs.with_loop(free, [seen], {ladder: [slower]}, 5)
+    assert dearer.loop == {5: 0.0, -5: 2.0}
+    assert costs.replay(seen, ladder, dearer, 5) == pytest.approx(passes + 2.0 * drafts, abs=2)
 
 
 def test_each_kind_of_head_is_tuned_and_measured(small_bench, monkeypatch):
