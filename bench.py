@@ -23,7 +23,7 @@ import json
 import os
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -275,10 +275,15 @@ def choose_questions(args: argparse.Namespace, tokenizer: Tokenizer) -> list[dic
     else:
         suits = "python.jsonl" if tokenizer.template is None else "chat.jsonl"
         questions = read_prompts(args.prompts or PROMPTS / suits)
-    if args.quick:
-        firsts = {question["category"]: question for question in reversed(questions)}
-        questions = list(firsts.values())[::-1]
-    return questions
+    every = 1 if args.all or args.prompts else 3  # of a category's prompts, the first included
+    chosen: list[dict] = []
+    seen: Counter[str] = Counter()
+    for question in questions:
+        at = seen[question["category"]]
+        seen[question["category"]] += 1
+        if at == 0 if args.quick else at % every == 0:
+            chosen.append(question)
+    return chosen
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -651,6 +656,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--top-k", type=int, default=0, help="draw from this many tokens (default 0: from all)")
     add("--seed", type=int, default=0, help="of the sampled part")
     add("--quick", action="store_true", help="one prompt per category, 24 tokens unless N is given")
+    whole = "every prompt of a file that comes with the project (default: a third of each category)"
+    add("--all", action="store_true", help=whole)
     find = "first find the fastest exits, windows and threads, and keep them for this machine"
     add("--tune", action="store_true", help=find)
     everyone = "with --tune: keep them in results/ladders.json, for all who clone this"

@@ -21,8 +21,15 @@ from train_exits import read_corpus
     [({}, "python.jsonl"), ({"chat_template": "{{ messages[0].content }}"}, "chat.jsonl")],
 )
 def test_the_default_follows_from_the_tokenizer(settings, file):
-    asked = SimpleNamespace(prompts=None, quick=False)
-    assert choose_questions(asked, byte_tokenizer(settings)) == read_prompts(PROMPTS / file)
+    asked = SimpleNamespace(prompts=None, quick=False, all=True)
+    questions = read_prompts(PROMPTS / file)
+    assert choose_questions(asked, byte_tokenizer(settings)) == questions
+    asked.all = False
+    third = choose_questions(asked, byte_tokenizer(settings))
+    assert len(questions) / 3 <= len(third) <= len(questions) / 2
+    halves = {(q["category"], q.get("ending", "") == "line") for q in questions}
+    assert {(q["category"], q.get("ending", "") == "line") for q in third} == halves
+    assert {q.get("ending", "") for q in third} == {q.get("ending", "") for q in questions}
     asked.quick = True
     some = choose_questions(asked, byte_tokenizer(settings))
     categories = dict.fromkeys(q["category"] for q in read_prompts(PROMPTS / file))
@@ -83,7 +90,9 @@ def packages(site):
 
 
 def test_beginnings_are_drawn_from_what_is_held_out(packages):
-    questions = choose_questions(SimpleNamespace(prompts=HELD_OUT, quick=False), byte_tokenizer())
+    questions = choose_questions(
+        SimpleNamespace(prompts=HELD_OUT, quick=False, all=False), byte_tokenizer()
+    )
     assert questions == draw_held_out(byte_tokenizer())
     per_package = Counter(question["category"] for question in questions)
     whole = {"mpmath": 2, "networkx": 2, "rich": 2}
