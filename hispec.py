@@ -122,9 +122,8 @@ class Decoder:
             if written is not None and k < self.top:
                 samples_of.append(written[: self.length - base])
             if threshold > 0:
-                sure *= probability(
-                    self.tokens[base : self.length], self.options.distribution(logits)
-                )
+                p = self.options.distribution(logits[: self.length - base])
+                sure *= probability(self.tokens[base : self.length], p)
         return torch.cat(samples_of) if samples_of else None
 
     def run(self, k: int, base: int) -> Tensor:
@@ -384,8 +383,8 @@ def leading(agree: Tensor) -> Tensor:
 
 
 def probability(tokens: Tensor, p: Tensor) -> float:
-    """The product of the probabilities of tokens (n,) in the first n rows of p (n or more, V)."""
-    return p[: len(tokens)].gather(1, tokens.unsqueeze(1)).prod().item()
+    """The product of the probabilities of tokens (n,) in the rows of p (n, V)."""
+    return p.gather(1, tokens.unsqueeze(1)).prod().item()
 
 
 def coin(prob: Tensor, rng: torch.Generator) -> Tensor:

@@ -60,8 +60,8 @@ def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
         after = np.maximum(whole - below, 0.0)
         head[depth] = [0.0, *np.interp(widths, WIDTHS, after).tolist()]
     weight = model.embed.weight
-    token, row = weight.new_zeros(1).long(), weight.new_zeros(1, model.config.vocab_size)
-    doubt = timed(lambda: probability(token, Options().distribution(row)), weight.device)
+    new, rows = weight.new_zeros(2).long(), weight.new_zeros(2, model.config.vocab_size)
+    doubt = timed(lambda: probability(new, Options().distribution(rows)), weight.device)
     drafts = {exit: draft_seconds(step, exit) for exit in map(int, model.draft_heads)}
     loop = dict.fromkeys([*head, *(-exit for exit in drafts)], 0.0)
     return Costs(trunk, head, doubt, loop, drafts)
