@@ -97,7 +97,7 @@ if ((tests)); then
     part tests 3 "$python" -m pytest -q tests/test_fast_cuda.py tests/test_rounds.py
 fi
 bench quick 1 --quick --temperature 0
-bench tiny 6 --tune --ship "${figures[@]}"
+bench tiny 6 --all --tune --ship "${figures[@]}"
 if ((smollm2)); then bench smollm2 3 --model smollm2 --quick --tune --ship; fi
 
 # a hundred thousand tokens a method, in three parts of 28 prompts
