@@ -74,12 +74,13 @@ def tune(
         return [trace(model, prompt, *limit, exits, decode, **options) for prompt in prompts]
 
     traces = record({})
-    costs = costs_of_ladders(step, exits, traces, *limit, make_decoder)
+    heads = sorted(map(int, model.draft_heads))
+    costs = costs_of_ladders(step, exits, traces, *limit, make_decoder, heads)
 
     def seconds(ladder: Ladder) -> float:
         return sum(t.prefill + replay(t, ladder, costs, depth) for t in traces)
 
-    kinds = kinds_of(exits, sorted(map(int, model.draft_heads)), depth)
+    kinds = kinds_of(exits, heads, depth)
     attempt = partial(run, prompts=prompts, max_new_tokens=max_new_tokens, stop=stop)
     found = search(kinds, seconds, attempt, make_decoder)
     if not sampling:
@@ -151,12 +152,12 @@ def tuning_table(best: dict[str, dict]) -> str:
 
 def costs_of_ladders(
     step: Step, exits: tuple[int, ...], traces: list[Trace], max_new_tokens: int, stop,
-    make_decoder: Callable,
+    make_decoder: Callable, heads: list[int] | None = None,
 ) -> Costs:  # fmt: skip
     """What passes cost, and what a step costs beyond them, from a few runs of short ladders."""
     few = traces[:3]
     ladders: list[Ladder] = [GREEDY, *(((exit,), (4,), (0.0,)) for exit in exits)]
-    for head in sorted(map(int, step.model.draft_heads)):
+    for head in heads or []:
         below = head < step.model.config.n_layers
         ladders.append(((-head, head), (3, 6), (0.0, 0.0)) if below else ((-head,), (3,), (0.0,)))
     decoders = {ladder: make_decoder(*ladder) for ladder in ladders}
