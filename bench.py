@@ -207,7 +207,7 @@ def make_step(model: Llama, args: argparse.Namespace, room: int) -> Step:
     from fast.rounds import RoundStep
 
     kind = RoundStep if args.step == "rounds" else FixedStep
-    return kind(model, room, args.compile and args.device != "cpu")
+    return kind(model, room, args.compile and args.device != "cpu", args.fused)
 
 
 def decode_with(model: Llama, step: Step, *ladder) -> Callable:
@@ -649,6 +649,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--step", choices=["plain", "packed", "fixed", "rounds"], help=shapes)
     launches = "captured steps on a GPU: capture the layers without compiling them"
     add("--no-compile", dest="compile", action="store_false", help=launches)
+    one = (
+        "captured steps on a GPU: all layers of a level in one kernel, for a model as small as tiny"
+    )
+    add("--fused", action="store_true", help=one)
     add("--max-new-tokens", type=int, metavar="N", help="per answer (default 64; --quick: 24)")
     warmth = "of the sampled part (default 0.8); 0: sample nothing"
     add("--temperature", type=float, default=0.8, help=warmth)
@@ -719,6 +723,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"{asked} cannot be used here: {why}") from None
     if args.step == "packed" and args.device != "cpu":
         raise ValueError("--step packed is for a CPU")
+    if args.fused and (args.step not in ("fixed", "rounds") or args.device == "cpu"):
+        raise ValueError(f"--fused is for captured steps on a GPU, not --step {args.step}")
     if args.step != "plain" and find_spec("fast") is None:
         raise ValueError(f"--step {args.step} needs fast/, which is not here")
     of_lab = {"--tune": args.tune, "--figures": args.figures, "--peers": args.peers}

@@ -4,6 +4,7 @@
     fast.cpu.prepare(model)            packs a model on a CPU, in place, and gives it its step
     fast.cuda.FixedStep(model, room)   passes of one shape, captured on CUDA
     fast.rounds.RoundStep(model, room) and whole rounds, captured
+    fast.kernels.FusedLlama            a small model's layers in one kernel: FixedStep(fused=True)
     fast.training.for_training(model)  attention in blocks, for training on a CPU
     fast.parallel.start(device)        several processes share a model
 

@@ -32,13 +32,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import hispec
 import model as plain
 from fast.cpu import ExitHead
-from fast.layers import Cache, ChunkPlan, Layer, RoPE, mask
+from fast.layers import WIDTH, Cache, ChunkPlan, Layer, RoPE, mask
 from fast.modules import replaced
 from kvcache import KVCache
 from model import Llama
 
-WIDTH = 16  # positions in a pass: on a GPU one position is hardly cheaper than sixteen
-PROMPT = 256  # and in a pass over the prompt, which nobody wants to wait for
+PROMPT = 256  # positions in a pass over the prompt, which nobody wants to wait for
 KEYS = 512  # that a pass behind the prompt sees at least: so most texts share their graphs
 GRAPHS = 256  # captured passes that are kept: the oldest go first
 # a mask rules the first out, odd shapes the second; cuDNN's plans depend on the number of keys
@@ -49,16 +48,22 @@ class FixedStep(hispec.Step):
     """A step for every ladder of one model, on one cache; one generation at a time can use it.
 
     max_len: the longest sequence, prompt included, in tokens. compiled: whether layers are compiled
-    before they are captured, which takes some seconds once.
+    before they are captured, which takes some seconds once. fused: whether passes behind the prompt
+    run all layers of a segment by one kernel; ValueError if the model does not fit it.
     """
 
     name = "fixed"
 
-    def __init__(self, model: Llama, max_len: int, compiled: bool = True):
+    def __init__(self, model: Llama, max_len: int, compiled: bool = True, fused: bool = False):
         super().__init__(model)
         self.max_len, weight, c = max_len, model.embed.weight, model.config
         layer = CompiledLayer if compiled and weight.is_cuda else Layer
         kinds = KINDS | dict.fromkeys((plain.Layer, Layer), layer)
+        if fused:
+            from fast.kernels import FusedLlama, check_fits
+
+            check_fits(model)
+            kinds[Llama] = FusedLlama
         self.variant: Any = replaced(model, kinds)
         variant: Any = self.variant
         for head in variant.modules():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import model as plain
 from kvcache import KVCache, Plan
 
+WIDTH = 16  # positions in a captured pass: on a GPU one position is hardly cheaper than sixteen
 CHUNK = 64  # positions: more would read more masked keys, fewer would split more passes
 ROWS = 4  # attention takes its queries in fours: on a CPU fewer would get other bits
 

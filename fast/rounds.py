@@ -30,7 +30,8 @@ from torch import Tensor
 import hispec
 from arguments import Options, precise
 from drafters import HeadDrafter
-from fast.cuda import PROMPT, WIDTH, FixedStep
+from fast.cuda import PROMPT, FixedStep
+from fast.layers import WIDTH
 from hispec import Decoder, leading
 from model import Llama
 
@@ -126,8 +127,8 @@ class RoundStep(FixedStep):
     name = "rounds"
     decoder = Rounds
 
-    def __init__(self, model: Llama, max_len: int, compiled: bool = True):
-        super().__init__(model, max_len, compiled)
+    def __init__(self, model: Llama, max_len: int, compiled: bool = True, fused: bool = False):
+        super().__init__(model, max_len, compiled, fused)
         most, device = 2 * ROUND * (model.config.n_layers + 1), self.first.device
         self.tokens = self.first.new_zeros(len(self.cache.columns) + 1)
         self.length = self.first.new_zeros(1)  # of the text

@@ -18,7 +18,8 @@ class BlockAttention(plain.Attention):
     """Attention for training: see `attend_in_blocks`."""
 
     def forward(self, x: Tensor, rope: plain.Rope, plan=None, layer: int | None = None) -> Tensor:
-        if plan is not None or not self.training or x.device.type != "cpu":
+        learns = self.training and torch.is_grad_enabled()  # else the fused kernel is faster
+        if plan is not None or not learns or x.device.type != "cpu":
             return super().forward(x, rope, plan, layer)
         B, N, _ = x.shape
         x = self.qkv(x).view(B, N, -1, self.head_dim).transpose(1, 2)  # (B, H+2G, N, E)

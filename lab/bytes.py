@@ -190,7 +190,7 @@ def plot(figure: Figure, found: dict) -> str:
         right.bar_label(drawn, [f"{ratio:.2f}" for ratio in ratios])
     right.set_xticks(at + 0.2, list(found))
     right.axhline(1, color="0.5", linestyle=":")
-    right.set(ylabel="HiSpec over the better exit alone", title="What the level between is worth")
+    right.set(ylabel="HiSpec over the better exit alone", title="What the middle level is worth")
     right.set_ylim(0, 1.5)
     right.legend(loc="upper left", ncols=2)
     return (

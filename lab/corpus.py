@@ -23,13 +23,13 @@ LOOP = 4  # with --unlikelihood, this many tokens repeated at once are a loop
 
 
 def own_samples(model: Llama, tokenizer: Tokenizer | None, args) -> tuple[Tensor, Tensor]:
-    """Tokens (T,) the model writes, to train on and held out: rows of WHOLE x --context tokens.
+    """Tokens (T,) the model writes, to train on and held out, in rows as long as the recipe reads.
 
     Half are written greedily, half at temperature 1, in batches shared among the processes. Most
     of a chat model's answer a question that it has written itself at temperature 1. The others, and
     all of other models, continue a few words of the corpus.
     """
-    file, length = args.out / "samples.safetensors", WHOLE * args.context
+    file, length = args.out / "samples.safetensors", row_length(args)
     kind = {"model": args.model, "tokens": args.self_distill, "length": length}
     kind |= {"seed": args.seed, "bf16": args.bf16}
     if file.exists():
@@ -46,9 +46,14 @@ def own_samples(model: Llama, tokenizer: Tokenizer | None, args) -> tuple[Tensor
     return rows[kept_back:].flatten(), rows[:kept_back].flatten()
 
 
+def row_length(args) -> int:
+    """Tokens of a sample: a draft head reads rows of --context tokens, exit heads longer ones."""
+    return args.context * (1 if args.draft_head else WHOLE)
+
+
 def write_samples(model: Llama, tokenizer: Tokenizer | None, args) -> Tensor:
-    """Rows (B, WHOLE x --context) of at least --self-distill tokens, from all processes."""
-    writer, length = copy.deepcopy(model).bfloat16() if args.bf16 else model, WHOLE * args.context
+    """Rows (B, row_length) of at least --self-distill tokens, from all processes."""
+    writer, length = copy.deepcopy(model).bfloat16() if args.bf16 else model, row_length(args)
     rows = SIDE_BY_SIDE[args.device.type]
     batches = -(-args.self_distill // (rows * length))
     words = openers(model, tokenizer, args)
@@ -58,7 +63,7 @@ def write_samples(model: Llama, tokenizer: Tokenizer | None, args) -> Tensor:
         openings, until = make_openings(tokenizer, words, i, rows, rng)
         if openings.shape[1] >= length:
             raise ValueError(
-                f"samples have {WHOLE} x --context = {length} tokens, "
+                f"with --context {args.context} samples have {length} tokens, "
                 f"their openings already {openings.shape[1]}"
             )
         warm = torch.arange(rows) % 2 == 1

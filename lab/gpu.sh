@@ -97,6 +97,7 @@ if ((tests)); then
     part tests 3 "$python" -m pytest -q tests/test_fast_cuda.py tests/test_rounds.py
 fi
 bench quick 1 --quick --temperature 0
+if ((${#compile[@]} == 0)); then bench fused 1 --quick --temperature 0 --fused; fi
 bench tiny 6 --all --tune --ship "${figures[@]}"
 if ((smollm2)); then bench smollm2 3 --model smollm2 --quick --tune --ship; fi
 
@@ -111,7 +112,7 @@ if ((peers)); then bench peers 1 --quick --peers --temperature 0; fi
 if ((smollm2)); then
     train heads 4 --freeze-trunk --exits 4 8 15 --minutes 1.5
     for exit in 8 15 30; do
-        train "head-$exit" 1 --draft-head "$exit" --minutes 0.5
+        train "head-$exit" 1 --draft-head "$exit" --context 512 --minutes 0.5
     done
 fi
 long 2

@@ -85,7 +85,7 @@ def plot_time(figure: Figure, data: Data) -> str:
     full = {name.split("\n")[0]: parts[2] for name, parts in data.time.items()}
     axes.set_title(
         f"Full passes take {full['draft exit alone']:.1f} ms a token after the draft exit, "
-        f"{full['HiSpec']:.1f} with the level between"
+        f"{full['HiSpec']:.1f} with the middle level"
     )
     axes.legend()
     return (

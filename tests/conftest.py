@@ -2,6 +2,7 @@
 oracle.
 """
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from model import Config, ExitHead, Llama
 
 settings.register_profile("repo", deadline=None, max_examples=60, derandomize=True)
 settings.load_profile("repo")
+if not torch.cuda.is_available():  # before triton is imported: its kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)  # the models are so small that threads only hinder each other
 
 

@@ -16,7 +16,6 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import checkpoints
-import fast
 import model as plain
 from arguments import Options
 from fast import cuda
@@ -105,15 +104,19 @@ def test_segments_and_logits_on_their_own_are_what_a_run_gives():
                 torch.testing.assert_close(step.run(cache, tokens, 5 + n, k, n), mine[k])
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(
     "device, dtype", [("cpu", torch.bfloat16), *[("cuda", dtype) for dtype in DTYPES]]
 )
-def test_all_ladders_write_the_same_text(device, dtype):
+def test_all_ladders_write_the_same_text(device, dtype, fused):
     """On CUDA by captured rounds, and where a look-up drafts by captured passes."""
+    if device == "cpu" and fused:
+        pytest.skip("test_kernels.py runs the fused kernel in Triton's interpreter")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("captured graphs need CUDA")
     model, tokenizer = checkpoints.load("tiny", device, dtype, plain=device == "cpu")
-    step, n = (fast.step_for(model, 200), 100) if device == "cuda" else (RoundStep(model, 800), 64)
+    n = 100 if device == "cuda" else 64
+    step = RoundStep(model, 800, compiled=not fused, fused=fused)
     prompt, rest = tokenizer.encode("def add(a, b):"), dict(stop=tokenizer.stop, fast=step)
     first, *others = (
         generate(model, prompt, n, exits=exits, windows=windows, **rest).tokens

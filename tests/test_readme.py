@@ -30,12 +30,12 @@ OTHERS = {"--depth", "--no-deps", "--nproc_per_node", "--strip-components"}
 # the rows of the first table: the file, and the method in it
 FIRST_TABLE = {
     "greedy decoding": ("results/cpu-tiny.json", "greedy"),
-    "the draft exit alone": ("results/cpu-tiny.json", "draft alone"),
-    "**HiSpec**: that draft, filtered by exit 8": ("results/cpu-tiny.json", "hispec"),
+    "exit 2 alone, the draft without the filter": ("results/cpu-tiny.json", "draft alone"),
+    "**HiSpec**: exit 2 drafts, exit 8 filters": ("results/cpu-tiny.json", "hispec"),
     "the best exit alone": ("results/cpu-tiny.json", "single-layer"),
-    "a draft head on exit 8, filtered by exit 8": ("results/cpu-tiny.json", "head, exit"),
+    "a draft head on exit 8 drafts, exit 8 filters": ("results/cpu-tiny.json", "head, exit"),
     "a draft head on the last layer, alone": ("results/cpu-tiny.json", "head"),
-    "look-ups, filtered by exit 8": ("results/cpu-tiny.json", "look-up, exit"),
+    "look-ups draft, exit 8 filters": ("results/cpu-tiny.json", "look-up, exit"),
     "SmolLM2-135M: look-ups alone, its fastest": ("results/cpu-smollm2.json", "look-up"),
 }
 COLUMNS = {  # of both tables, and the bench's names for them
