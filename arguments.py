@@ -21,9 +21,11 @@ class Options:
     """How `generate` decodes. Raises ValueError that says what is wrong and what is allowed."""
 
     exits: tuple[int, ...] = ()  # depths in layers, ascending; at depth 0 the drafter drafts
-    windows: tuple[int, ...] = ()  # [k]: tokens asked of level k before level k+1 verifies them
+    # [k]: tokens asked of level k before level k+1 verifies them; a level that verifies drafts adds
+    # a token of its own, so it may write one more
+    windows: tuple[int, ...] = ()
     # [k]: level k stops early once the product of its own probabilities of the tokens it gathered
-    # is below this (at temperature 0, those of temperature 1 count). Empty: it never stops early.
+    # is below this (at temperature 0 they are computed as at temperature 1). Empty: never.
     thresholds: tuple[float, ...] = ()
     draft_head: int = 0  # at depth 0, the draft head on this exit drafts; 0: the drafter does
     temperature: float = 0.0  # 0: take the likeliest token; above 0: draw tokens, as follows
@@ -131,9 +133,9 @@ def checked_prompt(config: Config, prompt, max_new_tokens) -> tuple[list[int], i
 
 
 def check_tokens(config: Config, tokens: Iterable[int], name: str) -> None:
-    """ValueError unless all of these token ids are in the model's vocabulary."""
+    """ValueError unless all of these are token ids in the model's vocabulary."""
     V = config.vocab_size
-    if outside := [token for token in tokens if not 0 <= token < V]:
+    if outside := [token for token in whole_numbers(tokens, name) if not 0 <= token < V]:
         raise ValueError(f"{name} holds token id {outside[0]}, outside the vocabulary 0..{V - 1}")
 
 

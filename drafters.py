@@ -4,8 +4,9 @@ A drafter is an object with one method,
 
     draft(decoder, want) -> (tokens, q)
 
-It proposes at most `want` token ids, possibly none, to follow `decoder.text`: as a list, or as a
-tensor on the model's device. q (n, V) are the distributions that the tokens were drawn from, or
+It proposes at most `want` token ids, possibly none, to follow `decoder.text`, whose last tokens may
+be drafts that no higher level has judged yet. The ids are a list, or a tensor on the model's device,
+whose values are not checked. q (n, V) are the distributions that the tokens were drawn from, or
 None if they were not drawn: then each counts as having probability 1. For example
 
     class Again:  # the last token, again and again
@@ -76,7 +77,7 @@ class HeadDrafter:
 
     When the head is asked, the exit's own level has judged all of the text, so its states are there
     for every position but the last. Positions that the head ran from its own outputs are run again
-    from these true states in the pass of its next draft, so a kept position passes the head at most
+    from these true states when it next drafts, so a kept position goes through the head at most
     twice.
     """
 

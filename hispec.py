@@ -54,6 +54,11 @@ def generate(
     step = fast or model.fast or Step(model)
     if step.model is not model:
         raise ValueError("fast: the step was made for another model")
+    if drafter is not None and (asked.exits[:1] != (0,) or asked.draft_head):
+        raise ValueError(
+            "a drafter drafts at depth 0, without a draft head: exits=(0, ...), "
+            f"got exits={asked.exits} and draft_head={asked.draft_head}"
+        )
     if drafter is None:
         drafter = HeadDrafter(asked.draft_head) if asked.draft_head else LookUp()
     with step.open(asked.exits, end, asked.draft_head) as cache:
@@ -82,7 +87,7 @@ class Decoder:
         self.top = len(self.depths) - 1  # the last level: the whole model
         self.text = list(prompt)  # the host's copy, as far as it has been read
         self.start = self.length = len(prompt)
-        self.unchanged = 0  # how many first tokens are still as the drafter last saw them
+        self.unchanged = 0  # how many first tokens are still as the drafter last saw or wrote them
         self.end = end  # the text's greatest length; a stop token of the last level lowers it
         device = cache.keys.device
         room = len(cache.columns) + 1  # a level's own token may land just past the text's end
@@ -139,8 +144,8 @@ class Decoder:
         """
         drafts = self.tokens[base : self.length]  # (n,), none for level 0
         if self.options.temperature == 0:
-            to_check, choice = logits.max(dim=-1)  # (n+1,)
-            (own, kept), written = accept_equal(drafts, choice), None
+            own, kept = self.agree(k, drafts, logits)
+            to_check, written = logits.amax(dim=-1), None  # (n+1,)
         else:
             p = self.options.distribution(logits)  # (n+1, V)
             q = p[:0] if q is None else q
@@ -151,16 +156,29 @@ class Decoder:
             own = torch.where(to_check.isfinite().all(), own, -1)
         return own, kept, written
 
-    def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
-        """The acceptance rule for sampled text. Override it to try another.
+    def agree(self, k: int, drafts: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The acceptance rule for greedy text. Override it to try another below the last level.
 
-        drafts (n,) are samples of the rows of q (n, V), and p (n+1, V) holds level k's own
-        distributions. Returns level k's own token (1,), how many drafts it keeps before that token
-        (1,), and `written` (n+1, V): row i is the distribution of the token that ends up in draft
-        i's place, whether the draft is kept or replaced. For example, a rule that keeps a draft in
-        a set S, and otherwise draws from p, has written = q * S + (q outside S).sum() * p. At the
-        last level `written` must be p, so call super() there. At temperature 0 `judge` decides by
-        the argmax alone.
+        logits (n+1, V) are level k's own for the drafts (n,), of which there may be none, and for
+        the token after them. Returns level k's own token (1,), and how many drafts it keeps before
+        that token (1,).
+        """
+        return accept_equal(drafts, logits.argmax(dim=-1))
+
+    def accept(self, k: int, drafts: Tensor, q: Tensor, p: Tensor):
+        """The acceptance rule for sampled text. Override it to try another below the last level.
+
+        drafts (n,), of which there may be none, are samples of the rows of q (n, V), and p (n+1, V)
+        holds level k's own distributions. Returns level k's own token (1,), how many drafts it
+        keeps before that token (1,), and `written` (n+1, V): row i is the distribution of the token
+        that ends up in draft i's place, whether the draft is kept or replaced; the last row is that
+        of the token after all drafts. For example, a rule that keeps a draft in a set S, given as
+        zeros and ones (V,), and otherwise draws from p, has
+
+            written = torch.cat([q * S + (q * (1 - S)).sum(-1, keepdim=True) * p[:-1], p[-1:]])
+
+        The last level's tokens must be samples of p: call super() there. Flip coins and draw tokens
+        by `hispec.coin` and `hispec.draw`, since the tests of a rule's law replace these two.
         """
         return accept_block(drafts, q, p, self.rng)
 
@@ -195,7 +213,10 @@ class Decoder:
     def draft(self, want: int) -> Tensor | None:
         """Let the drafter append at most `want` tokens, or none: depth 0 has no layers."""
         base, want = self.length, min(want, self.end - self.length)
-        drafts, q = self.drafter.draft(self, want)
+        drafted = self.drafter.draft(self, want)
+        if not isinstance(drafted, tuple) or len(drafted) != 2:
+            raise ValueError(f"draft must return (tokens, q), q may be None; got {drafted!r}")
+        drafts, q = drafted
         if not isinstance(drafts, Tensor):
             check_tokens(self.step.model.config, drafts, "the drafter's text")
             drafts = torch.tensor(drafts, dtype=torch.long, device=self.tokens.device)

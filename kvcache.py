@@ -100,12 +100,12 @@ class Plan:
     cache: KVCache
     positions: Tensor  # (N,) in the text; they set RoPE's angles
     slots: Tensor  # (N,) where keys, values and hidden states are written
-    mask: Tensor  # (N, T) whether a token may attend to each of the first T slots
+    mask: Tensor  # (N, S) whether a token may attend to each of the first S slots
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, G, N, E) in a layer's slots; return its first T slots (B, G, T, E)."""
+        """Store k and v (B, G, N, E) in a layer's slots; return its first S slots (B, G, S, E)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys.index_copy_(2, self.slots, k)
         values.index_copy_(2, self.slots, v)
-        T = self.mask.shape[1]
-        return keys[:, :, :T], values[:, :, :T]
+        S = self.mask.shape[1]
+        return keys[:, :, :S], values[:, :, :S]

@@ -89,7 +89,7 @@ class Llama(nn.Module):
                 # each layer adds two branches to the residual stream, and their sum should not
                 # grow with depth
                 branch = name.endswith(("attn.out.weight", "mlp.down.weight"))
-                nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** (0.5 * branch))
+                nn.init.normal_(weight, std=0.02 / (2 * config.n_layers) ** 0.5 if branch else 0.02)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -192,8 +192,8 @@ class Attention(nn.Module):
         q, k, v = x.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         q, k, mask = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope), None
         if plan is not None:
-            k, v = plan.write(layer, k, v)  # (B, G, T, E): with those of earlier passes
-            mask = plan.mask  # (N, T)
+            k, v = plan.write(layer, k, v)  # (B, G, S, E): with those of earlier passes
+            mask = plan.mask  # (N, S)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )  # (B, H, N, E)
@@ -281,7 +281,7 @@ class DraftHead(nn.Module):
     def forward(
         self, h: Tensor, embedded: Tensor, rope: Rope, plan=None, layer: int | None = None
     ) -> Tensor:
-        """(B, N, D) from states h and embedded tokens (B, N, D)."""
+        """The head's states, from the exit's states h and embedded tokens, all (B, N, D)."""
         x = self.fuse(torch.cat([self.state_norm(h), self.token_norm(embedded)], dim=-1))
         return self.block(x, rope, plan, layer)
 

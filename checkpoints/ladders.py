@@ -109,7 +109,7 @@ def kept_threads(header: dict, model: Llama, anew: bool = False) -> int:
     """The best number of threads for this model, dtype, step and CPU.
 
     OMP_NUM_THREADS decides, if it is set. Otherwise the number is found once, which takes seconds,
-    and kept; anew: find it again. It is never more than there are cores.
+    and kept; anew: find it again. The number never exceeds that of the cores.
     """
     if os.environ.get("OMP_NUM_THREADS"):
         return cores()
@@ -176,7 +176,7 @@ def _keep(header: dict, entry: dict, ship: bool = False) -> Path:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Lock a folder, so that no other process that also asks for the lock writes there."""
+    """Keep other processes that take this lock, too, from writing in a folder."""
     if fcntl is None:
         yield
         return

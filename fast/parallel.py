@@ -8,7 +8,7 @@ and the plain step need no change.
 
     torchrun --nproc_per_node=2 bench.py        ranks = start(); load(name, ranks=ranks)
 
-Every process makes the same calls in the same order, so all must make the same decisions. These
+All processes have to make the same calls in the same order, and for that the same decisions. These
 depend only on logits and random numbers: each logit is computed by one process and copied to all,
 and `start` gives them all one seed. This is for inference only: no gradient passes between
 processes.

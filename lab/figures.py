@@ -79,7 +79,7 @@ class Recorded:
     traces: list[Trace]  # one per request
 
     def predicted(self, ladders: list[Ladder], chosen, what: str) -> dict[Ladder, float]:
-        """Speed-ups over greedy on the chosen requests, for the figure of `what`."""
+        """Predicted speed-ups over greedy on the chosen requests; `what` labels the bar."""
         traces = [self.traces[i] for i in chosen]
         seconds = {
             x: sum(t.prefill + replay(t, x, self.costs, self.n_layers) for t in traces)

@@ -47,5 +47,6 @@ if __name__ == "__main__":
     text = list(prompt)
     with torch.no_grad():
         propose(model, text, [*exits, 8], windows, k=2, want=20)
+    # the last level's own token may lie beyond what was asked for
     assert text[3:23] == generate(model, prompt, 20, exits=exits, windows=windows).tokens
     print(text[3:23])

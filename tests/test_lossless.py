@@ -245,6 +245,34 @@ def test_an_off_by_one_bonus_is_caught(monkeypatch):
     assert first_failure()
 
 
+class KeepsOneOfTwo(hispec.Decoder):
+    """A lossy rule for greedy text: some levels keep a draft that is one of their two likeliest."""
+
+    lenient: tuple[int, ...] = (1,)
+
+    def agree(self, k, drafts, logits):
+        if k not in self.lenient:
+            return super().agree(k, drafts, logits)
+        likely = logits[:-1].topk(2).indices  # (n, 2)
+        kept = hispec.leading((likely == drafts[:, None]).any(-1))
+        return logits.argmax(-1).index_select(0, kept), kept
+
+
+@given(cases(levels=st.integers(3, 4)))
+def test_a_lossy_rule_below_the_last_level_changes_speed_alone(case):
+    run = [case.model, case.prompt, case.max_new_tokens]
+    assert generate(*run, **case.arguments, decoder=KeepsOneOfTwo).tokens == greedy(case)
+
+
+def test_a_lossy_rule_at_the_last_level_is_caught():
+    class Everywhere(KeepsOneOfTwo):
+        lenient = (1, 2)
+
+    case = Case(random_model(3), [1, 2], 30, (1, 3), (2, 4), ())
+    out = generate(case.model, [1, 2], 30, **case.arguments, decoder=Everywhere)
+    assert out.tokens != greedy(case)
+
+
 def test_a_missing_mask_is_caught(monkeypatch):
     def blind(self, first, stop):
         plan = real(self, first, stop)

@@ -81,11 +81,11 @@ def table_ladder(tables, decoder=hispec.Decoder, context=16):
         def read_prompt(self):
             self.cache.lengths = [1] * len(self.cache.lengths)
 
-    def run(n, windows, thresholds=(), prompt=(0,), look_up=False, **cut):
-        options = dict(
-            exits=range(0 if look_up else 1, L), windows=windows, thresholds=thresholds, **cut
-        )
+    def run(n, windows, thresholds=(), prompt=(0,), look_up=False, drafter=None, **cut):
+        first = 0 if look_up or drafter else 1
+        options = dict(exits=range(first, L), windows=windows, thresholds=thresholds, **cut)
         options |= dict(temperature=1.0, seed=0, fast=Tables(model), decoder=PromptRead)
+        options["drafter"] = drafter
         return generate(model, prompt, n, **options).tokens
 
     return run
@@ -266,10 +266,28 @@ class KeepsTheLikeliest(hispec.Decoder):
         return own, kept, torch.cat([q * likely + refused * p[:-1], p[-1:]])
 
 
-def test_a_lossy_rule_that_refuses_leaves_the_last_levels_law_unharmed(monkeypatch):
+@pytest.mark.parametrize("n", [2, 3])
+@pytest.mark.parametrize("windows", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_a_lossy_rule_that_refuses_leaves_the_last_levels_law_unharmed(monkeypatch, windows, n):
     run = table_ladder([DRAFT3, TIES3, TARGET3], KeepsTheLikeliest)
-    law = output_law(monkeypatch, lambda: run(2, (1, 1)))
-    assert distance(law, markov_law(TARGET3, 2)) < 1e-12
+    law = output_law(monkeypatch, lambda: run(n, windows))
+    assert distance(law, markov_law(TARGET3, n)) < 1e-12
+
+
+def test_a_wrong_account_of_what_a_lossy_rule_writes_is_caught(monkeypatch):
+    """Planted bug: what is refused is summed over all drafts, which one draft at a time hides."""
+
+    class SumsOverAll(KeepsTheLikeliest):
+        def accept(self, k, drafts, q, p):
+            own, kept, written = super().accept(k, drafts, q, p)
+            if k == 1:
+                likely = torch.zeros_like(q).scatter_(1, p[:-1].topk(2).indices, 1.0)
+                rows = q * likely + (q * (1 - likely)).sum() * p[:-1]
+                written = torch.cat([rows / rows.sum(-1, keepdim=True), p[-1:]])
+            return own, kept, written
+
+    run = table_ladder([DRAFT3, TIES3, TARGET3], SumsOverAll)
+    assert distance(output_law(monkeypatch, lambda: run(3, (2, 2))), markov_law(TARGET3, 3)) > 1e-3
 
 
 def test_a_lossy_rule_that_claims_to_be_exact_is_caught(monkeypatch):

@@ -48,7 +48,7 @@ class Remembering(Decoder):
             self.note(self.tokens[: self.start], logits)
 
     def judge(self, k: int, base: int, q, logits: Tensor):
-        """logits (n+1, V): level k's, for the n drafts from `base` on and the token after them."""
+        """logits (n+1, V): those of level k for the n drafts from `base` on and the token after."""
         return super().judge(k, base, q, logits)  # your turn (a)
 
     def note(self, tokens: Tensor, logits: Tensor) -> None:

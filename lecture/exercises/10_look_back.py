@@ -7,8 +7,8 @@ no layer has run yet (EAGLE, arXiv 2401.15077). Which of the two does it need? H
 small as can be. Its block adds nothing, so it is a single matrix, `fuse`, from both inputs to the
 next state of exit 8, and least squares finds that matrix in a second.
 
-(a) `before`: the stub gives the head the newest token's own state. It is then right nearly every
-time on an existing text, and never when it drafts. Give it the state that decoding has.
+(a) `before`: the stub gives the head the newest token's own state. The head is then right nearly
+every time on existing text, but never when it drafts. Give it the state that decoding has.
 (b) `look`: let the head see only the state, or only the token.
 
 Before you run it, say what each of the two can know that the other cannot. And why is the second
