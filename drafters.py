@@ -5,9 +5,9 @@ A drafter is an object with one method,
     draft(decoder, want) -> (tokens, q)
 
 It proposes at most `want` token ids, possibly none, to follow `decoder.text`, whose last tokens may
-be drafts that no higher level has judged yet. The ids are a list, or a tensor on the model's device,
-whose values are not checked. q (n, V) are the distributions that the tokens were drawn from, or
-None if they were not drawn: then each counts as having probability 1. For example
+be drafts that no higher level has judged yet. The ids are a list, or a tensor on the model's
+device, whose values are not checked. q (n, V) are the distributions that the tokens were drawn
+from, or None if they were not drawn: then each counts as having probability 1. For example
 
     class Again:  # the last token, again and again
         def draft(self, decoder, want):
