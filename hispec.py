@@ -40,8 +40,9 @@ def generate(
     options: exits, windows, thresholds, draft_head, temperature, top_k, top_p, seed, stop, as in
     arguments.Options.
     watch: called with an Event after every step of a level. drafter: proposes tokens at depth 0
-    (drafters.py; default: the look-up). decoder: a subclass of Decoder that counts, measures time,
-    or decides otherwise. fast: the step to use; default: the model's own, or else the plain one.
+    (drafters.py; default: the draft head, if draft_head names one, or else the look-up). decoder: a
+    subclass of Decoder that counts, measures time, or decides otherwise. fast: the step to use;
+    default: the model's own, or else the plain one.
     Raises ValueError for arguments out of range, before any work is done, and for logits that are
     not finite.
     """
@@ -54,11 +55,8 @@ def generate(
     step = fast or model.fast or Step(model)
     if step.model is not model:
         raise ValueError("fast: the step was made for another model")
-    if drafter is not None and (asked.exits[:1] != (0,) or asked.draft_head):
-        raise ValueError(
-            "a drafter drafts at depth 0, without a draft head: exits=(0, ...), "
-            f"got exits={asked.exits} and draft_head={asked.draft_head}"
-        )
+    if drafter is not None and asked.exits[:1] != (0,):
+        raise ValueError(f"a drafter drafts at depth 0: exits=(0, ...), got {asked.exits}")
     if drafter is None:
         drafter = HeadDrafter(asked.draft_head) if asked.draft_head else LookUp()
     with step.open(asked.exits, end, asked.draft_head) as cache:

@@ -268,9 +268,12 @@ def test_a_lossy_rule_at_the_last_level_is_caught():
     class Everywhere(KeepsOneOfTwo):
         lenient = (1, 2)
 
-    case = Case(random_model(3), [1, 2], 30, (1, 3), (2, 4), ())
-    out = generate(case.model, [1, 2], 30, **case.arguments, decoder=Everywhere)
-    assert out.tokens != greedy(case)
+    def differs(seed):
+        case = Case(random_model(seed), [1, 2], 20, (1, 3), (2, 4), ())
+        out = generate(case.model, [1, 2], 20, **case.arguments, decoder=Everywhere)
+        return out.tokens != greedy(case)
+
+    assert any(map(differs, range(20)))
 
 
 def test_a_missing_mask_is_caught(monkeypatch):
