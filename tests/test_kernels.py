@@ -67,13 +67,13 @@ def differs(case: Case) -> bool:
     return out.tokens != greedy(case)
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(short_cases())
 def test_fused_texts_are_greedys(case):
     assert not differs(case)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(short_cases())
 def test_fused_rounds_are_the_loops(case):
     with pytest.MonkeyPatch.context() as patch:
