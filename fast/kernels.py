@@ -100,9 +100,7 @@ def _layers(
             tl.store(k_at + g * head_stride + slot, a)
             tl.store(k_at + g * head_stride + slot + E // 2, b)
             v = _product(x, ours + 1, (H + G + g) * E, 0, E, D, D)
-            tl.store(
-                v_at + g * head_stride + position[:, None] * E + tl.arange(0, E)[None], v.to(dtype)
-            )
+            tl.store(v_at + g * head_stride + position[:, None] * E + e[None], v.to(dtype))
         tl.debug_barrier()  # what has been written can be read by all threads
         add = tl.zeros((N, D), exact)
         for head in tl.static_range(H):
