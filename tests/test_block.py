@@ -46,7 +46,7 @@ def cases(levels: int, n: int):
         yield random_tables(rng, levels, V, kind), windows, thresholds
 
 
-@pytest.mark.parametrize("levels, texts, n", [(2, 3, 20), (3, 3, 10), (4, 2, 8)])
+@pytest.mark.parametrize("levels, texts, n", [(2, 3, 12), (3, 3, 10), (4, 2, 6)])
 def test_whole_texts_follow_the_target_exactly(monkeypatch, levels, texts, n):
     for tables, windows, thresholds in cases(levels, n):
         run = table_ladder(tables)

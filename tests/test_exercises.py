@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 EXERCISES = ROOT / "lecture" / "exercises"
 NUMBERS = sorted(file.name.partition("_")[0] for file in EXERCISES.glob("[0-9]*.py"))
+TOLD = ["05", "06", "07", "09"]  # their numbers in the README are those that they print
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
@@ -18,14 +17,6 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=env
     )
-
-
-@pytest.fixture(scope="module")
-def tried():
-    """The failed tests of all exercises, on the stubs and on the solutions: one process each."""
-    files = [str(EXERCISES / f"test_{number}.py") for number in NUMBERS]
-    command = ["-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *files]
-    return [run(*command), run(*command, EXERCISES="solutions")]
 
 
 def test_every_exercise_has_a_test_a_solution_and_a_row():
@@ -39,33 +30,42 @@ def test_every_exercise_has_a_test_a_solution_and_a_row():
     assert re.findall(r"^\| \[(.*?)\]", told, re.M) == stubs
 
 
-def test_every_solution_is_green(tried):
-    assert tried[1].returncode == 0, tried[1].stdout
+def their_tests(**environment: str) -> subprocess.CompletedProcess:
+    files = [str(EXERCISES / f"test_{number}.py") for number in NUMBERS]
+    return run("-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *files, **environment)
 
 
-@pytest.mark.parametrize("number", NUMBERS)
-def test_the_test_is_red_on_the_stub(tried, number):
-    assert re.search(rf"^FAILED .*test_{number}\.py", tried[0].stdout, re.M), tried[0].stdout
-    assert not re.search(r"^ERROR ", tried[0].stdout, re.M), tried[0].stdout
+def test_every_solution_is_green():
+    done = their_tests(EXERCISES="solutions")
+    assert done.returncode == 0, done.stdout
 
 
-def test_every_stub_runs():
-    lines = [
-        f"import runpy; runpy.run_path({str(file)!r}, run_name='__main__')"
-        for file in sorted(EXERCISES.glob("[0-9]*.py"))
-    ]
-    script = "\n".join([f"import sys; sys.path.insert(0, {str(EXERCISES)!r})", *lines])
+def test_each_test_is_red_on_its_stub():
+    done = their_tests()
+    red = set(re.findall(r"^FAILED .*test_(\w+)\.py", done.stdout, re.M))
+    assert sorted(red) == NUMBERS, done.stdout
+    assert not re.search(r"^ERROR ", done.stdout, re.M), done.stdout
+
+
+def test_every_stub_runs_and_the_numbers_told_are_those_printed():
+    """Those of the stub, and for exercises in TOLD those with its solution."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(EXERCISES)!r})
+from common import exercise
+for number in {NUMBERS}:
+    print("\\f" + number)
+    for solved in [False, True][: 1 + (number in {TOLD})]:
+        exercise(number, solved).main()
+"""
     done = run("-c", script)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 2 * len(NUMBERS)
-
-
-@pytest.mark.parametrize("number", ["05", "06", "07", "09"])
-def test_the_numbers_told_are_those_printed(number):
-    row = re.search(rf"^\| \[{number}_.*$", (EXERCISES / "README.md").read_text("utf-8"), re.M)
-    assert row
-    told = re.findall(r"[\d.]+x|\d+ steps", row[0])
-    (stub,) = EXERCISES.glob(f"{number}_*.py")
-    printed = [run(str(stub)), run(str(EXERCISES / "common.py"), number)]
-    shown = " ".join(done.stdout for done in printed)
-    assert len(told) >= 2 and [speed for speed in told if f" {speed}" not in shown] == []
+    printed = {part.splitlines()[0]: part for part in done.stdout.split("\f")[1:]}
+    assert [number for number in NUMBERS if len(printed[number].splitlines()) < 3] == []
+    readme = (EXERCISES / "README.md").read_text("utf-8")
+    for number in TOLD:
+        row = re.search(rf"^\| \[{number}_.*$", readme, re.M)
+        assert row
+        told = re.findall(r"[\d.]+x|\d+ steps", row[0])
+        assert len(told) >= 2
+        assert [speed for speed in told if f" {speed}" not in printed[number]] == []

@@ -92,12 +92,27 @@ def anchors(text: str) -> set[str]:
 # ---- commands -----------------------------------------------------------------------------------
 
 
+HELP = """
+import runpy, sys
+for program in sys.argv[1:]:
+    sys.argv = [program, "--help"]
+    try:
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__")
+    except SystemExit:
+        print("\\f")
+"""
+
+
 @cache
-def options(program: str) -> set[str]:
-    program = [program] if program.endswith(".py") else ["-m", program]
-    command = [sys.executable, *program, "--help"]
+def options() -> dict[str, set[str]]:
+    """The options of each program, as its --help lists them."""
+    command = [sys.executable, "-c", HELP, *PROGRAMS]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(re.findall(r"--[\w-]+", run.stdout))
+    texts = run.stdout.split("\f")[: len(PROGRAMS)]
+    return {p: set(re.findall(r"--[\w-]+", text)) for p, text in zip(PROGRAMS, texts, strict=True)}
 
 
 @pytest.mark.parametrize("file", TEXTS, ids=name_of)
@@ -107,8 +122,8 @@ def test_every_flag_exists(file):
         for name in PROGRAMS:
             if re.search(rf"(?<![\w.]){re.escape(name)}(?![\w.])", command):
                 flags = set(re.findall(r"--[\w-]+", command.split("`")[0])) - OTHERS
-                assert flags <= options(name), command
-    known = OTHERS.union(*(options(name) for name in PROGRAMS))
+                assert flags <= options()[name], command
+    known = OTHERS.union(*options().values())
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
 
 
