@@ -104,8 +104,3 @@ class HeadDrafter:
             if position + 1 < last + want:
                 state, logits = step.draft(cache, self.exit, state, token, position)
         return torch.cat(drafts), None if qs[0] is None else torch.cat(qs)  # type: ignore[arg-type]
-
-
-def look_up(text: Sequence[int], want: int) -> list[int]:
-    """The tokens that a fresh LookUp drafts to continue `text`."""
-    return LookUp().look_up(text, 0, want)

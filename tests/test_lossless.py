@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import hispec
 import kvcache
-from drafters import look_up
+from drafters import LookUp
 from hispec import generate
 from kvcache import KVCache
 
@@ -64,17 +64,17 @@ def test_the_context_limit_ends_generation(ladder):
 
 
 def test_a_look_up_drafts_what_followed_the_longest_end_that_occurred():
+    def look_up(text: list[int], want: int) -> list[int]:
+        return LookUp().look_up(text, 0, want)
+
     assert look_up([1, 2, 3, 4, 1, 2], 3) == [3, 4, 1]
     assert look_up([1, 2, 3, 1, 2, 4, 1, 2], 1) == [4]  # two tokens, where they stood last
     assert look_up([8, 1, 2, 5, 9, 1, 2, 6, 8, 1, 2], 1) == [5]  # three go before two
     assert look_up([2, 7, 3, 2], 2) == [7, 3]  # one is enough
     four = [2, 3, 4, 5]  # more than four are not looked for: the latest of these counts
     assert look_up([1, *four, 8, 0, *four, 9, 1, *four], 1) == [9]
-    assert look_up([5, 7, 8, 7, 8], 3) == [
-        7,
-        8,
-        7,
-    ]  # past the end of the text it copies what it has copied
+    # past the end of the text it copies what it has copied
+    assert look_up([5, 7, 8, 7, 8], 3) == [7, 8, 7]
     assert look_up([1, 1], 2) == [1, 1]
     for nothing in ([], [1], [1, 2, 3]):
         assert look_up(nothing, 4) == []

@@ -14,7 +14,9 @@ says.
 (a) `judge`: note what the level chooses. logits[i] predicts the token after the i-th of the n+1
 tokens self.tokens[base - 1 : self.length].
 (b) `draft`: a look-up copies what followed the same tokens earlier. If at least the last two tokens
-occur earlier in the text, it is the better guess. If not, follow the notes.
+occur earlier in the text, it is the better guess. If not, follow the notes. The look-up has to be
+asked at each step, so that its index `places` knows the text; there you can also see whether the
+last two tokens occurred before.
 
 The notes begin with the first exit's choices along the prompt, which it has read anyway. On a GPU,
 what do notes cost that a plain verification does not? Could they cost nothing?
@@ -25,7 +27,7 @@ import json
 from common import ROOT, tiny
 from torch import Tensor
 
-from drafters import LookUp, look_up
+from drafters import LookUp
 from hispec import Decoder, generate
 
 LADDER = dict(exits=(0, 8), windows=(4, 8))
@@ -56,11 +58,11 @@ class Remembering(Decoder):
         self.notes.update(zip(tokens.tolist(), logits.argmax(-1).tolist(), strict=True))
 
 
-class Recycled:
-    """Drafts the choices that levels made before."""
+class Recycled(LookUp):
+    """Drafts the choices that levels made before, where a look-up has little to go by."""
 
     def draft(self, decoder: Remembering, want: int) -> tuple[list[int], None]:
-        return look_up(decoder.text, want), None  # your turn (b)
+        return super().draft(decoder, want)  # your turn (b)
 
 
 def steps(drafter, decoder) -> list[int]:

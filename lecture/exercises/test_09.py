@@ -10,7 +10,7 @@ LADDERS = [((0,), (3,)), ((0, 3), (4, 6)), ((0, 1, 3), (2, 3, 4))]
 
 
 def test_the_notes_are_followed(work):
-    decoder = SimpleNamespace(text=[9, 8, 3, 1], notes={1: 4, 4: 5, 5: 1, 3: 7})
+    decoder = SimpleNamespace(text=[9, 8, 3, 1], unchanged=0, notes={1: 4, 4: 5, 5: 1, 3: 7})
     assert work.Recycled().draft(decoder, 2) == ([4, 5], None)
     assert work.Recycled().draft(decoder, 5) == ([4, 5, 1, 4, 5], None)
     decoder.notes = {1: 4}
@@ -18,7 +18,7 @@ def test_the_notes_are_followed(work):
 
 
 def test_where_two_tokens_stood_before_the_look_up_drafts(work):
-    decoder = SimpleNamespace(text=[3, 1, 6, 7, 3, 1], notes={1: 4})
+    decoder = SimpleNamespace(text=[3, 1, 6, 7, 3, 1], unchanged=0, notes={1: 4})
     assert work.Recycled().draft(decoder, 3) == ([6, 7, 3], None)
     decoder.text = [2, 1, 6, 7, 3, 1]  # only one token stood before
     assert work.Recycled().draft(decoder, 3) == ([4], None)

@@ -4,7 +4,7 @@
 one entry for each token of the vocabulary, which the drafter follows on the device.
 """
 
-from drafters import look_up
+from drafters import LookUp
 from hispec import Decoder
 
 
@@ -28,17 +28,12 @@ class Remembering(Decoder):
         self.notes.update(zip(tokens.tolist(), logits.argmax(-1).tolist(), strict=True))
 
 
-class Recycled:
+class Recycled(LookUp):
     def draft(self, decoder, want):
-        if stood_before(decoder.text):
-            return look_up(decoder.text, want), None
-        drafts, last = [], decoder.text[-1]
-        while len(drafts) < want and last in decoder.notes:
-            last = decoder.notes[last]
-            drafts.append(last)
+        drafts, last = super().draft(decoder, want)[0], decoder.text[-1]
+        if not self.places.get(tuple(decoder.text[-2:])):
+            drafts = []
+            while len(drafts) < want and last in decoder.notes:
+                last = decoder.notes[last]
+                drafts.append(last)
         return drafts, None
-
-
-def stood_before(text) -> bool:
-    """Whether the text's last two tokens also occur earlier in it."""
-    return any(text[i - 2 : i] == text[-2:] for i in range(2, len(text)))
