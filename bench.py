@@ -312,7 +312,7 @@ def read_prompts(path: Path) -> list[dict]:
 
 
 def most_tokens(model, tokenizer, questions, max_new_tokens: int) -> int:
-    """An upper bound on the longest conversation, answers included; at most the context."""
+    """Bound the tokens of the longest conversation, answers included, by the context at most."""
     asked = [[text for turn in q["turns"] for text in (turn, "")][:-1] for q in questions]
     # an answer's text, encoded again, may have more tokens than were generated
     most = max(len(tokenizer.chat(turns)) + 2 * max_new_tokens * len(turns) for turns in asked)
@@ -372,7 +372,7 @@ def for_sampled(methods: list[Method]) -> list[Method]:
 def take_turn(
     methods, prompt, first: int, max_new_tokens: int, bar=None, **options
 ) -> list[Generation]:
-    """One generation by each method, in turn, beginning with method number `first`."""
+    """Decode once by each method in turn, beginning with method number `first`."""
     made: dict[object, Generation] = {}
     for i in range(len(methods)):
         method = methods[(first + i) % len(methods)]
@@ -407,7 +407,7 @@ def summarise(model: Llama, methods: list[Method], requests: list[Request]) -> l
 
 
 def count_in_steps(results: list[dict]) -> None:
-    """Where rounds were decoded note the steps that stood for each window."""
+    """Note the steps that stood for each window, where whole rounds were decoded."""
     from fast.rounds import covers, in_steps
 
     for r in [*results, *(r["sampled"] for r in results if "sampled" in r)]:
@@ -416,7 +416,7 @@ def count_in_steps(results: list[dict]) -> None:
 
 
 def by_category(methods, requests: list[Request], m: int, of: Callable) -> dict:
-    """The figures over all requests, over each category's, and over each kind of ending's."""
+    """Return the figures of all requests, of each category, and of each kind of ending."""
     found = of(methods, requests, m)
     for name, kind in ("by_category", "category"), ("by_ending", "ending"):
         groups = defaultdict(list)

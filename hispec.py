@@ -402,7 +402,7 @@ def leading(agree: Tensor) -> Tensor:
 
 
 def probability(tokens: Tensor, p: Tensor) -> float:
-    """The product of the probabilities of tokens (n,) in the rows of p (n, V)."""
+    """Multiply the probabilities that the rows of p (n, V) give to tokens (n,)."""
     return p.gather(1, tokens.unsqueeze(1)).prod().item()
 
 

@@ -153,7 +153,7 @@ def check(args: argparse.Namespace, writes: bool = True) -> None:
 
 
 def bfloat16_takes() -> float:
-    """Time of a matrix product in bfloat16 on this processor, divided by that in float32."""
+    """Return how many times as long a matrix product takes in bfloat16 as in float32 here."""
     fastest = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, times = torch.ones(256, 256, dtype=dtype), []
@@ -214,7 +214,7 @@ def split(documents: dict[str, str]) -> tuple[list[str], list[str]]:
 
 
 def is_held_out(name: str) -> bool:
-    """Decided by a hash of the name, so a file stays held out when others come and go."""
+    """Decide by a hash of the name, so that a file stays held out when others come and go."""
     return digest(name) % HELD_OUT == 0
 
 
@@ -342,7 +342,7 @@ class LayerSkip:
 
 
 def cross_entropies(logits: Tensor, goal: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (M, V): with the text's tokens target (M,), and with distributions goal (M, V)."""
+    """Compare logits (M, V) with the tokens target (M,), and with the distributions goal (M, V)."""
     logp = logits.float().log_softmax(-1)
     return F.nll_loss(logp, target), -(goal * logp).sum(-1).mean()
 
@@ -681,7 +681,7 @@ class Run:
         return total
 
     def update(self, loss: float, rate: float) -> None:
-        """One optimizer step. ValueError if training diverges; then nothing has been changed."""
+        """Take an optimizer step. Raises ValueError, before any change, if training diverges."""
         for p, w in zip(self.params, self.working):
             # skipped layers have no gradient, and do not change
             p.grad = None if w.grad is None else w.grad.to(p.dtype)
@@ -872,7 +872,7 @@ def prepare(model: Llama, text: Tensor, held: Tensor, args: argparse.Namespace) 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole run. Raises ValueError, before anything is written, if it cannot be trained."""
+    """Train and report. Raises ValueError, before anything is written, if it cannot be trained."""
     args = options().parse_args(argv)
     if bool(args.model) != args.freeze_trunk and not args.draft_head:
         raise ValueError("--freeze-trunk and --model M go together; lab/train.py trains all of M")

@@ -73,7 +73,7 @@ def moves(c: str) -> bool:
 
 
 def sign(c: str) -> str:
-    """␛ for ESC, ␈ for backspace; a number for a character of which Unicode has no picture."""
+    """Return ␛ for ESC and so on; a number for a character of which Unicode has no picture."""
     code = ord(c)
     return chr(0x2400 + code) if code < 32 else "␡" if code == 127 else f"⟨U+{code:04X}⟩"
 

@@ -230,7 +230,7 @@ def _found(header: dict) -> Iterator[tuple[dict, str]]:
 
 
 def _fitting(kept: object, model: Llama) -> Ladder | None:
-    """The ladder in an entry; None if there is no valid one, or it does not fit the model."""
+    """Return the ladder in an entry, or None if it has no valid one or one that does not fit."""
     try:
         ladder = Options(**{k: v for k, v in kept.items() if k in OF_A_LADDER})  # type: ignore
         ladder.check_model(model.config, list(map(int, model.draft_heads)))

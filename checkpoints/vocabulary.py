@@ -82,7 +82,7 @@ def from_folder(folder: Path, config: dict, vocab_size: int) -> Tokenizer | None
 
 
 def _checked(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """ValueError if a token that begins, ends or frames a text is not in the model's vocabulary."""
+    """Refuse a tokenizer whose BOS, EOS or framing tokens are not in the model's vocabulary."""
     template = tokenizer.template
     used = {"bos_token": tokenizer.bos, "eos_token": tokenizer.stop}
     used["chat template's"] = [
@@ -238,7 +238,7 @@ def _pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def _byte_level(vocab: dict, merges: list, split: str, whole: bool) -> tokenizers.Tokenizer:
-    """whole: a piece of text that is a token becomes that token even if no merges lead to it."""
+    """Return byte-level BPE. whole: a piece that is a token becomes it even without merges."""
     engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=whole))
     pre = tokenizers.pre_tokenizers
     to_bytes = pre.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -86,7 +86,7 @@ class _Unfilled(TorchFunctionMode):
 
 
 def linear(factor: float, context: int) -> RopeScaling:
-    """Divide all frequencies by factor: none turns often enough in the context to be kept."""
+    """Return a scaling that divides all frequencies, since none turns often enough to be kept."""
     if not isinstance(factor, (int, float)) or not factor > 0:
         raise ValueError(f"factor of linear RoPE scaling must be a number above 0, got {factor!r}")
     return RopeScaling(factor, float(context), context + 1.0, context)

@@ -18,7 +18,7 @@ from model import Llama
 
 
 def step_for(model: Llama, max_len: int, compiled: bool = True) -> Any:
-    """The fastest step for the model on its device.
+    """Return the fastest step for the model on its device.
 
     max_len: the longest sequence, in tokens, that a captured step has room for, prompt included.
     compiled: whether its layers are compiled before they are captured, which takes some seconds.

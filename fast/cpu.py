@@ -101,7 +101,7 @@ class PackedStep(hispec.Step):
 
 
 def multiple(linears: Sequence["Linear"]) -> int:
-    """Padded to a multiple of this many rows, inputs of these products get the same bits."""
+    """Inputs padded to a multiple of this many rows get the same bits from these products."""
     return 1 if all(linear.same_bits for linear in linears) else ROWS
 
 

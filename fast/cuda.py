@@ -179,7 +179,7 @@ class FixedStep(hispec.Step):
         self.launch(key, partial(kinds[len(key)], *key))
 
     def launch(self, key: tuple, work: Callable[[], None]) -> None:
-        """Do `work`: on CUDA by the graph that was captured of what has the same key."""
+        """Do `work`. On CUDA, replay the graph that was captured for this key, or capture it."""
         if key not in self.captured:
             if len(self.captured) == GRAPHS:
                 del self.captured[next(iter(self.captured))]
@@ -211,7 +211,7 @@ class FixedStep(hispec.Step):
         return replay
 
     def plan(self, first: Tensor, width: int, end: int) -> ChunkPlan:
-        """`width` positions from wherever first (1,) says, which see the keys before `end`."""
+        """Return the plan of `width` positions from first (1,) on, with the keys before `end`."""
         cache, positions = self.cache, first + self.cache.columns[:width]
         masked = mask(positions, cache.columns[:end], cache.group, cache.keys)
         return ChunkPlan(cache, positions, [(width, cache.before(end)[0], masked)])
@@ -271,7 +271,7 @@ def addresses(model: Llama) -> list[int]:
 
 
 def power_of_two(n: int) -> int:
-    """The least that is at least n."""
+    """Return the least power of two that is at least n."""
     return 1 << (n - 1).bit_length()
 
 

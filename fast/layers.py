@@ -137,7 +137,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 
 class RoPE(plain.RoPE):
-    """The angles from a table, since a cosine's rounding may depend on what is computed with it."""
+    """RoPE by a table, since a cosine's last bits may depend on how many are computed at once."""
 
     table: Tensor | None = None  # of every position: cos twice, -sin and sin (2, T, 1, E)
 

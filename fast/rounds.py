@@ -166,7 +166,7 @@ class Round:
         self.size = 2 + 2 * len(self.judges) + self.most[-1] + 1
 
     def order(self, k: int) -> list[int]:
-        """The levels in the order of their verifications before and in a step of level k."""
+        """Return the levels in the order in which they verify, up to and in a step of level k."""
         return [*self.order(k - 1) * self.steps[k - 1], k] if k > 0 else []
 
     def __call__(self) -> None:
@@ -284,7 +284,7 @@ class Round:
         return torch.cat(rows) if rows else None
 
     def pass_head(self, first: Tensor, states: Tensor) -> Tensor:
-        """What the draft head makes, from position first (1,) on, of states (1, WIDTH, D)."""
+        """Run the draft head from position first (1,) on, given the exit's states (1, WIDTH, D)."""
         plan = self.step.plan(first, WIDTH, self.step.end)
         ids = self.step.tokens.index_select(0, plan.positions)
         return self.step.variant.draft(self.options.draft_head, states, ids[None], plan)
@@ -296,7 +296,7 @@ class Round:
         return self.step.tokens.index_select(0, self.positions(first, n))
 
     def draw_ahead(self, n: int) -> Tensor:
-        """The next n of the uniforms."""
+        """Return the next n of the uniform numbers that were drawn ahead."""
         self.used += n
         return self.step.uniforms[self.used - n : self.used]
 

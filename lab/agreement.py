@@ -15,7 +15,7 @@ from train_exits import held_rows, measure
 
 
 def agreement(model: Llama, held: Tensor, context: int) -> tuple[float, dict[str, list[float]]]:
-    """The loss on held-out tokens (T,); each layer's agreement there and on greedy text."""
+    """Return the loss on held-out tokens (T,), and layers' agreement there and on greedy text."""
     rows, start = held_rows(held, 2 * context), max(1, context // 2)
     cold = torch.zeros(len(rows), dtype=torch.bool)
     loss, on_text = measure(model, rows)

@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def measure(model: Llama, prompts: list[list[int]], spell: list[bytes]) -> dict:
-    """{"tokens", "bytes"}: the results of `compared` along greedy texts, read in either way."""
+    """Return `compared` along greedy texts, read in "tokens" and in "bytes"."""
     step, n, stop = model.fast or Step(model), model.config.n_layers, ()
     exits = default_exits(model)[:2]
 
@@ -77,11 +77,11 @@ def measure(model: Llama, prompts: list[list[int]], spell: list[bytes]) -> dict:
 
 
 def as_bytes(trace: Trace, spell: list[bytes]) -> Trace:
-    """The same text byte by byte, with each depth's likeliest byte after those before it."""
+    """Return the same text byte by byte, with each depth's likeliest next byte."""
 
     @cache
     def nexts(begun: bytes) -> tuple[Tensor, Tensor]:
-        """The tokens that begin with these bytes and go on, and the next byte of each."""
+        """Return the tokens that continue these bytes, and the next byte of each."""
         ids = [
             i for i, word in enumerate(spell) if len(word) > len(begun) and word.startswith(begun)
         ]
@@ -102,7 +102,7 @@ def as_bytes(trace: Trace, spell: list[bytes]) -> Trace:
 
 
 def compared(traces: list[Trace], costs: Costs, exits: tuple[int, ...], n_layers: int) -> dict:
-    """Joint agreement and agreement in a row, next to independence's; and speed-ups."""
+    """Return how often exits agree, also in a row, beside independence's figures; and speed-ups."""
     draft, middle, full = (
         np.concatenate([t.choices[depth] for t in traces]) for depth in (*exits, n_layers)
     )

@@ -47,7 +47,7 @@ def own_samples(model: Llama, tokenizer: Tokenizer | None, args) -> tuple[Tensor
 
 
 def row_length(args) -> int:
-    """Tokens of a sample: a draft head reads rows of --context tokens, exit heads longer ones."""
+    """Return a sample's length: a draft head reads --context tokens a row, exit heads more."""
     return args.context * (1 if args.draft_head else WHOLE)
 
 
@@ -94,7 +94,7 @@ def openers(model: Llama, tokenizer: Tokenizer | None, args) -> Tensor:
 def make_openings(
     tokenizer: Tokenizer | None, words: Tensor, i: int, rows: int, rng: torch.Generator
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """Openings of samples (rows, P), and the tokens that end a question, if one must be written."""
+    """Return openings (rows, P), and the tokens that end a question, if one must be written."""
     if tokenizer is None:
         return torch.randint(len(words), (rows, 4), generator=rng), ()
     turn, other = tokenizer.chat(["a"]), tokenizer.chat(["b"])

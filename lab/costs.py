@@ -49,7 +49,7 @@ class Costs:
 
 
 def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
-    """What a ladder of these exits is charged for its passes, measured with any kind of step."""
+    """Measure what the passes of a ladder of these exits cost, with any kind of step."""
     model, widths = step.model, range(1, WIDTHS[-1] + 1)
     trunk, head = {0: [0.0] * (WIDTHS[-1] + 1)}, {}
     for depth in (*exits, model.config.n_layers):
@@ -69,7 +69,7 @@ def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
 
 @torch.inference_mode()
 def draft_seconds(step: Step, exit: int) -> list[float]:
-    """Seconds of a draft whose head runs over 0 .. WIDTHS[-1] positions, its choice included."""
+    """Return a draft's seconds, choice included, if its head runs over 0 .. WIDTHS[-1] positions."""
     model, took = step.model, []
     exits = (0, exit) if exit < model.config.n_layers else (0,)
     context = min(CONTEXT, model.config.max_seq_len - WIDTHS[-1])
@@ -206,7 +206,7 @@ def coupled(trace: Trace, exits: tuple[int, ...], n_layers: int, seed: int) -> T
 
 
 def replay(trace: Trace, ladder: Ladder, costs: Costs, n_layers: int) -> float:
-    """Seconds after the prompt: hispec's recursion, with recorded choices instead of the model."""
+    """Return the seconds after the prompt, by hispec's recursion on recorded choices."""
     exits, windows, thresholds = ladder
     depths, thresholds = (*exits, n_layers), (*thresholds, 0.0)
     text, end, seconds = trace.choices[n_layers][:1], len(trace.choices[n_layers]), 0.0

@@ -141,7 +141,7 @@ def gather(
 
 
 def grid(ladder: Ladder, recorded: Recorded, few: list[int]) -> list[Ladder]:
-    """HiSpec's exits with every pair of windows, and finally the best ladder with thresholds."""
+    """Return HiSpec's exits with each pair of windows, and then the best ladder with thresholds."""
     windows = [w for w in product(N_D, N_I) if w[0] <= w[1]]
     adaptive = ladder
     if not any(ladder[2]):  # no tuned thresholds: take those that replay finds best
@@ -173,7 +173,7 @@ def compared(
 def charged(
     recorded: Recorded, exits: tuple[int, ...], rates: tuple[float, float]
 ) -> dict[str, float]:
-    """Data.charged, without thresholds: the costs that the formula omits are added part by part."""
+    """Return Data.charged, without thresholds: costs that the formula omits, added one by one."""
     n, costs = recorded.n_layers, recorded.costs
     d, i = (step_seconds(costs, exit) / step_seconds(costs, n) for exit in exits)
     flat = replace(
@@ -200,7 +200,7 @@ def ladder_of(result: dict) -> Ladder:
 
 
 def agreement(model: Llama, requests: Sequence) -> tuple[list[float], list[float]]:
-    """How often exits 1..n_layers-1 choose the full model's token: on prompts, on answers."""
+    """Return how often exits 1..n_layers-1 choose the full model's token on prompts and answers."""
     sums, counts = np.zeros((2, model.config.n_layers - 1)), [0, 0]
     for r in tqdm(requests, "agreement by layer", leave=False):
         ids, first = torch.tensor([r.prompt + r.greedy]), len(r.prompt)
@@ -292,13 +292,13 @@ def moved(step: Step, text: list[int]) -> dict[str, list[float]]:
 
 
 def rates(traces: list, exits: tuple[int, ...], n_layers: int) -> tuple[float, float]:
-    """alpha and beta on greedy texts: how often draft and middle exit, middle and full agree."""
+    """Return how often, on greedy texts, draft and middle exit agree, and middle and full model."""
     draft, middle, full = ([c for t in traces for c in t.choices[e]] for e in (*exits, n_layers))
     return statistics.fmean(map(eq, draft, middle)), statistics.fmean(map(eq, middle, full))
 
 
 def step_seconds(costs: Costs, depth: int) -> float:
-    """Seconds of a step over one position at this depth, with its head and the loop."""
+    """Return the seconds of a step over one position at this depth, with its head and the loop."""
     return costs.trunk[depth][1] + costs.head[depth][1] + costs.loop[depth]
 
 

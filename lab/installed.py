@@ -57,7 +57,7 @@ def read_installed(
 
 
 def long_lines(text: str) -> set[str]:
-    """The lines long enough to recognise a copy by, without surrounding white space."""
+    """Return the lines long enough to recognise a copy by, without surrounding white space."""
     return {line for raw in text.splitlines() if len(line := raw.strip()) > 12}
 
 
@@ -74,7 +74,7 @@ def is_table(text: str) -> bool:
 
 
 def installed_tokens(args, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Tensor, Tensor]:
-    """The tokenizer (learned unless given), and tokens (T,) to train on and held out.
+    """Return the tokenizer, learned if none is given, and tokens (T,) to train on and held out.
 
     They are kept in DIR/corpus, so that a resumed run starts at once and with the same text,
     whatever has been installed since. Raises ValueError if those kept have another vocabulary.
@@ -109,7 +109,7 @@ def installed_tokens(args, tokenizer: Tokenizer | None) -> tuple[Tokenizer, Tens
 
 
 def is_held_out(name: str) -> bool:
-    """Decided by a hash of the name, so a file stays held out; some packages are as a whole."""
+    """Decide by a hash of the name, so that a file stays held out; some packages are as a whole."""
     if name.startswith("site-packages/") and Path(name).parts[1] in HELD_OUT_PACKAGES:
         return True
     return by_name(name)

@@ -13,7 +13,7 @@ from model import Llama
 
 
 def peers(model: Llama, exit: int) -> list[tuple[str, Callable[..., Generation]]]:
-    """Its greedy, early-exit (at `exit`) and prompt-lookup decoding, without our exit heads.
+    """Return transformers' greedy, early-exit and prompt-lookup decoding, without our exit heads.
 
     It gets the weights through a temporary folder in Hugging Face's format.
     """

@@ -63,7 +63,7 @@ def settings() -> list[tuple[str, float]]:
 
 
 def count(model, prompts, least: int, text: str, temperature: float) -> dict:
-    """Full passes per token with both rules; the prompts' passes and first tokens are left out."""
+    """Count full passes per token with both rules, without the prompts' passes and first tokens."""
     ladder, found = parse_ladder(text), {}
     options: dict[str, Any] = {"exits": ladder.exits, "windows": ladder.windows}
     for name, decoder in RULES.items():
@@ -82,7 +82,7 @@ def count(model, prompts, least: int, text: str, temperature: float) -> dict:
 
 
 def race(model: Llama, prompts: list, least: int, temperature: float) -> dict:
-    """Tokens per second with both rules, each with the windows that are fastest for it."""
+    """Measure tokens per second with both rules, each with the windows that are fastest for it."""
     writes = {
         (name, windows): partial(
             generate, model, exits=EXITS, windows=windows, temperature=temperature, decoder=decoder
@@ -105,7 +105,7 @@ def race(model: Llama, prompts: list, least: int, temperature: float) -> dict:
 
 
 def tokens_per_second(writes: dict, prompts: list) -> dict:
-    """Tokens per second of each of `writes`, over the texts after all prompts, taken in turns."""
+    """Measure tokens per second of each of `writes`, in turns, over the texts after all prompts."""
     tokens, seconds = dict.fromkeys(writes, 0), dict.fromkeys(writes, 0.0)
     for seed, prompt in enumerate(prompts):
         for name, write in writes.items():

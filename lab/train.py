@@ -64,7 +64,7 @@ OWN = 0.5  # loss weight of rows that the model has written itself; that of the 
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The options, checked. ValueError for errors that can be seen before any work."""
+    """Return the checked options. Raises ValueError for what is wrong, before any work."""
     p = options(__doc__)
     own = "recipes 2 and 3, draft heads: train on this many tokens of M's own writing"
     p.add_argument("--self-distill", type=int, default=0, metavar="TOKENS", help=own)
@@ -110,7 +110,7 @@ class WholeModel(LayerSkip):
             self.names.append("own loops")
 
     def gradients(self, run: Run, done: float) -> Tensor:
-        """With --unlikelihood one more row: the loss on loops, and the share of tokens in one."""
+        """With --unlikelihood add a row: the loss on loops, and the share of tokens in loops."""
         stats, args = super().gradients(run, done), self.args
         if not args.unlikelihood:
             return stats
@@ -267,7 +267,7 @@ def draw(args: argparse.Namespace, model: Llama, held: Tensor, original: Llama |
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The whole run. Raises ValueError, before anything is written, if it cannot be trained."""
+    """Train and report. Raises ValueError, before anything is written, if it cannot be trained."""
     args = arguments(argv)
     if args.world == 1:
         return train(args)

@@ -100,7 +100,7 @@ def tune(
 
 
 def kinds_of(exits: tuple[int, ...], heads: list[int], depth: int) -> dict[str, list]:
-    """For each kind of ladder, the sets of exits from which the search chooses; no empty kinds.
+    """Return the sets of exits to choose from for each kind of ladder that the model can have.
 
     heads: the exits on which the model has a draft head, which may include its full depth.
     """
@@ -119,7 +119,7 @@ def kinds_of(exits: tuple[int, ...], heads: list[int], depth: int) -> dict[str, 
 def search(
     kinds: dict[str, list], predicted: Callable, attempt: Callable, make_decoder: Callable
 ) -> dict[str, dict]:
-    """`tune` for one sort of text. predicted(ladder): seconds. attempt(decoders): runs ladders."""
+    """Tune for one sort of text. predicted(ladder): seconds. attempt(decoders): runs ladders."""
 
     def best_of(name: str, sets: list[tuple[int, ...]]) -> dict:
         measured = climb(promising(name, sets, predicted), make_decoder, attempt)
@@ -154,7 +154,7 @@ def costs_of_ladders(
     step: Step, exits: tuple[int, ...], traces: list[Trace], max_new_tokens: int, stop,
     make_decoder: Callable, heads: list[int] | None = None,
 ) -> Costs:  # fmt: skip
-    """What passes cost, and what a step costs beyond them, from a few runs of short ladders."""
+    """Measure what passes cost, and what steps cost beyond them, by running short ladders."""
     few = traces[:3]
     ladders: list[Ladder] = [GREEDY, *(((exit,), (4,), (0.0,)) for exit in exits)]
     for head in heads or []:
@@ -166,7 +166,7 @@ def costs_of_ladders(
 
 
 def promising(name: str, sets: list[tuple[int, ...]], predicted: Callable) -> list[Ladder]:
-    """The RUN ladders of these exits predicted to be fastest, at least two without thresholds."""
+    """Return the RUN ladders predicted to be fastest, of which two or more have no thresholds."""
     levels = len(sets[0])
     windows = list(combinations_with_replacement(COARSE if levels > 2 else WINDOWS, levels))
     never, first = (0.0,) * levels, sum(exit <= 0 for exit in sets[0])
@@ -199,7 +199,7 @@ def can_matter(windows: tuple[int, ...], thresholds: tuple[float, ...]) -> bool:
 
 
 def climb(chosen: list[Ladder], make_decoder: Callable, attempt: Callable) -> dict[Ladder, float]:
-    """Speed-ups over greedy of the chosen ladders, then of the fastest's neighbours, repeatedly."""
+    """Measure the chosen ladders' speed-ups over greedy, then those of the fastest's neighbours."""
     measured: dict[Ladder, float] = {}
     while chosen:
         made = attempt({ladder: make_decoder(*ladder) for ladder in [GREEDY, *chosen]})

@@ -153,7 +153,7 @@ def make_step(model: Llama, room: int) -> Step:
 
 
 def choose(asked: list[str], model: Llama, header: dict) -> tuple[list[Options], str]:
-    """The ladders asked for, or those that tuning found, or two of the model's exits; and why."""
+    """Return the ladders asked for, or those of a tuning, or two of the model's exits; and why."""
     if asked:
         return [*map(parse_ladder, asked)], "as asked"
     if kept := kept_ladder(header, model):
@@ -165,7 +165,7 @@ def choose(asked: list[str], model: Llama, header: dict) -> tuple[list[Options],
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The options. ValueError for errors that can be seen before a model is loaded."""
+    """Return the options. Raises ValueError for what is wrong, before a model is loaded."""
     parser = Parser(prog="python -m show", description=__doc__)
     add = parser.add_argument
     add("prompt", help="the text that the model answers or continues")

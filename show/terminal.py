@@ -46,7 +46,7 @@ class Painter:
         return "".join(pieces)
 
     def rest(self) -> str:
-        """To be called at the end: a character whose last byte never came."""
+        """Return a character whose last byte never came. To be called at the end."""
         return self.characters.decode(b"", final=True)
 
     def struck(self, drafts: list[int], level: int) -> str:
