@@ -187,7 +187,7 @@ class FixedStep(hispec.Step):
         self.captured[key]()
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
-        """`work` as a CUDA graph, replayed on the tensors it was captured with."""
+        """Capture `work` as a CUDA graph, and return what replays it on the same tensors."""
         states = self.states.clone()  # a draft head's pass writes over the states that it reads
         self.stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()

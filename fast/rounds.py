@@ -183,7 +183,7 @@ class Round:
         step.headed.copy_(self.headed)
 
     def propose(self, k: int) -> Tensor | None:
-        """One step of level k, and before it those of the levels below: as Decoder.propose.
+        """Take the steps of the levels below and one of level k, as Decoder.propose does.
 
         Returns the distributions (most + 1, V) of what it may write; at temperature 0 None.
         """

@@ -69,7 +69,7 @@ def measure_costs(step: Step, exits: tuple[int, ...]) -> Costs:
 
 @torch.inference_mode()
 def draft_seconds(step: Step, exit: int) -> list[float]:
-    """Return a draft's seconds, choice included, if its head runs over 0 .. WIDTHS[-1] positions."""
+    """Return a draft's seconds, choice included, if a head runs over 0 .. WIDTHS[-1] positions."""
     model, took = step.model, []
     exits = (0, exit) if exit < model.config.n_layers else (0,)
     context = min(CONTEXT, model.config.max_seq_len - WIDTHS[-1])
