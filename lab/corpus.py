@@ -77,7 +77,7 @@ def write_samples(model: Llama, tokenizer: Tokenizer | None, args) -> Tensor:
 
 
 def openers(model: Llama, tokenizer: Tokenizer | None, args) -> Tensor:
-    """Tokens (T,) from which samples take their first words: the corpus, or every token."""
+    """Return the tokens (T,) with which samples may begin: the corpus, or the whole vocabulary."""
     if tokenizer is None:
         return torch.arange(model.config.vocab_size)
     if args.corpus == INSTALLED:

@@ -68,7 +68,7 @@ def level_names(options: Options) -> list[str]:
 
 
 def statistics(out: Generation, names: list[str], alone: Generation, called: str) -> list[str]:
-    """Lines: passes and accepted drafts, speed after the first token, a note if that is slower.
+    """Return lines on passes and accepted drafts, on speed, and on why, if decoding was slower.
 
     names: the levels' names. alone: the full model's generation after the same prompt without a
     ladder. called: the name for it.

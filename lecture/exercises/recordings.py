@@ -11,7 +11,7 @@ from lab.costs import Costs, Trace
 
 
 def recorded() -> dict:
-    """What record.py wrote, with depths as integers."""
+    """Return what record.py wrote, with depths as integers."""
     found = json.loads((HERE / "recorded.json").read_text("utf-8"))
     for trace in found["traces"]:
         trace["by_depth"] = {int(depth): x for depth, x in trace["by_depth"].items()}
