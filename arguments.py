@@ -92,8 +92,8 @@ class Options:
         """The distribution (..., V) that a level draws from: softmax of logits / temperature.
 
         It is cut to the top_k likeliest tokens, then to the fewest that hold top_p of the remaining
-        probability; ties with the last token kept are kept. At temperature 0 it is the distribution
-        of temperature 1. Its dtype is that of `precise`.
+        probability. Tokens as likely as the last one kept are kept, too. At temperature 0 it is the
+        distribution of temperature 1. Its dtype is that of `precise`.
         """
         logits = logits.to(precise(logits.device))
         gap = logits - logits.amax(dim=-1, keepdim=True)  # at most 0: nothing overflows

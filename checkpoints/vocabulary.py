@@ -226,7 +226,7 @@ def _tiktoken(ranks: dict[bytes, int], special: dict[str, int], split: str) -> T
 
 
 def _pieces(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The pieces of a token's bytes after every merge of a lower rank than its own."""
+    """Return the pieces of a token's bytes after all merges of a lower rank than its own."""
     pieces = [token[i : i + 1] for i in range(len(token))]
     own = ranks[token]
     while True:

@@ -1,1 +1,1 @@
-"""Showing a generation, in the terminal and on a page."""
+"""Shows a generation, in the terminal and on a page."""

@@ -68,7 +68,7 @@ def level_names(options: Options) -> list[str]:
 
 
 def statistics(out: Generation, names: list[str], alone: Generation, called: str) -> list[str]:
-    """Return lines on passes and accepted drafts, on speed, and on why, if decoding was slower.
+    """Return lines on passes, accepted drafts and speed, and a note if the ladder was slower.
 
     names: the levels' names. alone: the full model's generation after the same prompt without a
     ladder. called: the name for it.
