@@ -318,7 +318,7 @@ class RoPE(nn.Module):
 
 
 def rope_frequencies(config: Config) -> Tensor:
-    """Return by how many radians each pair of coordinates turns from position to position, (E/2,)."""
+    """Return by how many radians each pair of coordinates turns per position, (E/2,)."""
     pairs = torch.arange(0, config.head_dim, 2, dtype=torch.float32)
     freq = 1.0 / config.rope_theta ** (pairs / config.head_dim)
     if (scaling := config.rope_scaling) is None:

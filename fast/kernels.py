@@ -154,7 +154,7 @@ def _rotated(
 def _product(
     x, weight, row, column, ROWS: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
-    """Multiply x (N, K) by the transpose of the part (ROWS, K) of a matrix at a row and a column."""
+    """Multiply x (N, K) by the transpose of the part (ROWS, K) of a matrix at a row and column."""
     rows, at = row + tl.arange(0, ROWS), column + tl.arange(0, K)
     matrix = tl.load(weight).to(tl.pointer_type(x.dtype))
     return _dot(x, tl.load(matrix + rows[None] * STRIDE + at[:, None]))
