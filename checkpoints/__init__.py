@@ -92,7 +92,7 @@ def _begins(path: Path, magic: bytes) -> bool:
 
 
 def _pointer(path: Path) -> str:
-    """What to do if a file of the checkpoint is only a Git LFS pointer; else an empty text."""
+    """Say what to do if a file of the checkpoint is only a Git LFS pointer; else return no text."""
     for file in path.iterdir() if path.is_dir() else [path]:
         if file.is_file() and _begins(file, b"version https://git-lfs"):
             return f"{file.name} is a Git LFS pointer in place of the file: run git lfs pull there"

@@ -191,7 +191,7 @@ def watch(decode: Callable, prompt: list[int], max_new_tokens: int, stop=()) -> 
 
 
 def what_was_seen(notes: list[Notes]) -> dict:
-    """The share of time in each level's steps and outside them, and how many drafts were kept.
+    """Sum up the share of time in each level's steps and outside, and how many drafts were kept.
 
     acceptance_by_position[k][i]: of level k's drafts that have an i-th token (from 0), the share
     whose i-th token was kept; a token after a rejected one is not. accepted_length[k]: drafts kept

@@ -261,7 +261,7 @@ class CompiledLayer(Layer):
 
 @cache
 def compiled(name: str, backend: str | Callable = "inductor") -> Callable:
-    """A method of Layer, compiled. Made when it is first wanted: that alone takes seconds."""
+    """Return a method of Layer, compiled. It is not compiled before it is needed: it takes seconds."""
     return torch.compile(getattr(Layer, name), dynamic=False, fullgraph=True, backend=backend)
 
 

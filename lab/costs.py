@@ -177,7 +177,7 @@ def draft_logits(model: Llama, exit: int, ids: Tensor, h: Tensor) -> list[Tensor
 
 
 def coupled(trace: Trace, exits: tuple[int, ...], n_layers: int, seed: int) -> Trace:
-    """The trace of a sampled text with choices drawn for this ladder's exits, deep to shallow.
+    """Return the trace of a sampled text, with this ladder's exits' choices drawn deep to shallow.
 
     Each exit's choices are samples of its own p. They are drawn so that they equal the next level's
     as often as that level would keep them token by token: with probability min(1, p(x) /

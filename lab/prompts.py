@@ -12,7 +12,7 @@ SEED, BEGINNING, FILES = 0, 200, 12  # for drawing; most tokens per beginning; b
 
 
 def draw_held_out(tokenizer: Tokenizer) -> list[dict]:
-    """Beginnings of twelve installed files on which --corpus installed never trains.
+    """Draw beginnings of twelve installed files on which --corpus installed never trains.
 
     Two are from each package that is held out as a whole, the others from one other package each,
     all drawn by the seed. A beginning is the first 200 tokens, cut to whole lines; files of less
