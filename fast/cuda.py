@@ -261,7 +261,7 @@ class CompiledLayer(Layer):
 
 @cache
 def compiled(name: str, backend: str | Callable = "inductor") -> Callable:
-    """Return a method of Layer, compiled. It is not compiled before it is needed: it takes seconds."""
+    """Return a method of Layer, compiled. It is compiled only when needed: this takes seconds."""
     return torch.compile(getattr(Layer, name), dynamic=False, fullgraph=True, backend=backend)
 
 
